@@ -1,0 +1,27 @@
+"""Per-layer precision for PyTorch Lightning.
+
+>>> import lightning.pytorch as pl
+>>> from lightning_mixprec import PerLayerPrecision, PrecisionPolicy
+>>> policy = PrecisionPolicy.from_dict({
+...     "default": "bf16",  # what no rule says
+...     "model.head": "fp32",  # a layer, and all below it
+...     "model.**.norm*": "c=fp32,o=input",  # compute in fp32, hand on in the format that came in
+... })
+>>> plugin = PerLayerPrecision(policy)
+>>> trainer = pl.Trainer(accelerator="cpu", plugins=plugin, logger=False, barebones=True)
+"""
+
+from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.numerics.scaling import LossScaling
+from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LossScaling",
+    "MixPrecError",
+    "PerLayerPrecision",
+    "PrecisionPolicy",
+    "Rule",
+]

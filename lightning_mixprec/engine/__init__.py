@@ -1,0 +1,1 @@
+"""Makes a live model obey an assignment, reversibly. Torch only, no Lightning."""

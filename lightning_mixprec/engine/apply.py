@@ -1,0 +1,201 @@
+"""Attach, change and detach an assignment on a live model."""
+
+import contextlib
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_mixprec.engine import fastpath
+from lightning_mixprec.engine.borders import Border
+from lightning_mixprec.engine.plan import Plan, Precision, Site, bypassing, draw, survey
+from lightning_mixprec.engine.watch import Watch
+from lightning_mixprec.engine.weights import Gate, Storage, reflatten
+from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.numerics.formats import FORMATS, Format, format_of
+from lightning_mixprec.policy.names import unwrap, walk
+
+_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def attach(model: nn.Module, assignment: Mapping[str, Precision], device_type: str) -> "Attachment":
+    """Makes a model obey an assignment until it is detached.
+
+    Weights are stored as their rules say, and every module whose format differs from its surroundings gets a border.
+    A uniform assignment that matches what is stored changes nothing below the root.
+
+    Args:
+        model: the model; wrappers around it and inside it are looked through.
+        assignment: what each module is assigned, by its canonical name.
+        device_type: the device type whose autocast computes in 16 bits: ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        PolicyError: the model is attached already, or a part of it cannot be given its format.
+
+    >>> from types import SimpleNamespace
+    >>> wide, low = (SimpleNamespace(param="fp32", compute=c, output=None) for c in ("fp32", "bf16"))
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> attachment = attach(model, {"": low, "0": low, "1": wide}, "cpu")
+    >>> with attachment.context():
+    ...     model[0](torch.ones(1, 2)).dtype, model[1](torch.ones(1, 2)).dtype
+    (torch.bfloat16, torch.float32)
+    >>> attachment.detach()
+    """
+    root = unwrap(model)
+    if root in _attached:
+        raise PolicyError(
+            f"this {type(root).__name__} has per-layer formats attached already; detach them first, or change them "
+            "with Attachment.change"
+        )
+    for node in walk(root):
+        _strip(node.module)
+    attachment = Attachment(model, device_type)
+    try:
+        attachment._store(assignment)
+        attachment.change(assignment)
+    except BaseException:
+        attachment.detach()
+        raise
+    return attachment
+
+
+class Attachment:
+    """An assignment in force on a model; made by :func:`attach`. Keeps the model alive until it is detached."""
+
+    def __init__(self, model: nn.Module, device_type: str) -> None:
+        self._model: nn.Module | None = model
+        self._device = device_type
+        self._sites = survey(model)
+        self._gate = Gate()
+        self._weights, self._buffers = Storage(), Storage()
+        self._fast_paths = fastpath.FastPaths()
+        self._borders: dict[Site, Border] = {}
+        self._assignment: Mapping[str, Precision] = {}
+        self._plan = Plan(torch.float32, {}, {}, False)
+        self._watch: Watch | None = None
+        _attached.add(unwrap(model))
+
+    def change(self, assignment: Mapping[str, Precision]) -> None:
+        """Puts another assignment in force, between steps. What is stored in which format stays as it is.
+
+        A module that has been a border before gets the same wrapper back, so that code compiled for it is found again.
+
+        Raises:
+            PolicyError: a part of the model cannot be given its format; the old assignment is still in force.
+        """
+        if self._model is None:
+            raise PolicyError("the formats of a model were to change after they were detached; attach them again")
+        plan = draw(self._sites, assignment)
+        if self._widen_buffers(assignment):
+            plan = draw(self._sites, assignment)
+        for site in self._plan.crossings.keys() - plan.crossings.keys():
+            self._borders[site].remove()
+        for site, crossing in plan.crossings.items():
+            if site not in self._borders:
+                self._borders[site] = Border(site.module, self._device, self._gate)
+            self._borders[site].become(crossing)
+            self._borders[site].install()
+        self._fast_paths.keep_off(bypassing(self._sites, plan))
+        self._plan, self._assignment = plan, assignment
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The format of the root's own operations, to be entered around each step; it may be entered again inside."""
+        dtype, device = self._plan.root, self._device
+        if dtype in (torch.bfloat16, torch.float16):
+            return torch.autocast(device, dtype=dtype, cache_enabled=True)
+        if torch.is_autocast_enabled(device):
+            return torch.autocast(device, enabled=False)
+        return contextlib.nullcontext()
+
+    def begin_watch(self) -> None:
+        """Begins the first-step check."""
+        if self._watch is None and self._model is not None:
+            borders = {site: self._borders[site] for site in self._plan.crossings}
+            self._watch = Watch(self._model, self._sites, self._plan, borders)
+
+    def end_watch(self) -> None:
+        """Ends the first-step check.
+
+        Raises:
+            PolicyError: a border was walked around: its module's forward never ran, but a module inside did.
+        """
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.end(self._assignment)
+
+    def restore_precise(self, checkpoint_state: Mapping[str, Any]) -> None:
+        """Restores the bits of weights that were loaded from a checkpoint before they were stored more widely here.
+
+        Args:
+            checkpoint_state: the checkpoint's tensors by the names of the model's own state_dict; others are ignored.
+        """
+        if self._model is not None:
+            named = dict(self._model.named_parameters(remove_duplicate=False))
+            self._weights.restore_precise(named, checkpoint_state)
+            buffers = dict(self._model.named_buffers(remove_duplicate=False))
+            self._buffers.restore_precise(buffers, checkpoint_state)
+
+    def detach(self) -> None:
+        """Leaves the model as it was: forwards, hooks, stored formats. Doing it again does nothing."""
+        if self._model is None:
+            return
+        with contextlib.suppress(PolicyError):
+            self.end_watch()
+        for site in self._plan.crossings:
+            self._borders[site].remove()
+        self._fast_paths.keep_off(())
+        self._buffers.keep_only(())
+        if self._weights.keep_only(()):
+            reflatten(self._model.modules())
+        _attached.discard(unwrap(self._model))
+        self._model, self._sites, self._borders = None, [], {}
+        self._plan = self._plan._replace(crossings={}, formats={})
+
+    def _store(self, assignment: Mapping[str, Precision]) -> None:
+        assert self._model is not None
+        # All are asked before any is converted: a tied weight is stored as one of its modules says.
+        asked = [(module, _asked_param(module, assignment[name])) for name, module, _ in walk(self._model)]
+        converted = [
+            module
+            for module, dtype in asked
+            if dtype is not None and self._weights.convert(_own(module._parameters), dtype)
+        ]
+        reflatten(converted)
+
+    def _widen_buffers(self, assignment: Mapping[str, Precision]) -> bool:
+        """Stores the buffers of fp64 layers in fp64, so that what they accumulate keeps its bits from step to step."""
+        wide = [
+            buffer
+            for site in self._sites
+            if assignment[site.name].compute == "fp64"
+            for part in site.parts
+            for buffer in _own(part._buffers)
+        ]
+        converted = self._buffers.convert(wide, torch.float64)
+        return self._buffers.keep_only(wide) or converted
+
+
+def _own(tensors: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [tensor for tensor in tensors.values() if tensor is not None]
+
+
+def _asked_param(module: nn.Module, precision: Precision) -> torch.dtype | None:
+    """The dtype a module's own weights are to be stored in, ``None`` if nobody asked for one."""
+    rule = getattr(precision, "rule", None)
+    if rule is None:
+        stored = next((p.dtype for p in _own(module._parameters) if p.is_floating_point()), None)
+        asked = precision.param if stored is not None and format_of(stored) != precision.param else None
+    else:
+        asked = rule.param
+    format = FORMATS.get(asked) if asked is not None else None
+    return format.dtype if isinstance(format, Format) else None
+
+
+def _strip(module: nn.Module) -> None:
+    """Takes off what a deep copy of an attached model has inherited."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, Border):
+        forward.remove()
+    fastpath.strip(module)

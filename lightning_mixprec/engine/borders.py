@@ -1,0 +1,224 @@
+"""Border modules: what is cast, and which autocast state holds, where one format meets another."""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import (
+    Tensor,
+    autocast_decrement_nesting,
+    autocast_increment_nesting,
+    clear_autocast_cache,
+    get_autocast_dtype,
+    is_autocast_cache_enabled,
+    is_autocast_enabled,
+    nn,
+    set_autocast_cache_enabled,
+    set_autocast_dtype,
+    set_autocast_enabled,
+)
+from torch.compiler import is_compiling
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lightning_mixprec.engine.casting import Casts, all_to, cast, first_floating, holds_dtype
+from lightning_mixprec.engine.fastpath import arrive_cast
+from lightning_mixprec.engine.weights import Gate, Slot, with_seen
+
+_HALF = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}
+_ALL_TO = {dtype: all_to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+_REPARAMETRIZATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Hooks that compute a module's weight before its forward: own operations, although torch runs them outside."""
+
+
+def _into(dtype: torch.dtype, comes_from: torch.dtype) -> Casts:
+    """What is cast on the way into own operations, from surroundings of another format.
+
+    fp32 is left to autocast in a 16-bit region, but autocast leaves fp64 alone.
+    """
+    if dtype not in _HALF:
+        return _ALL_TO[dtype]
+    casts = {_HALF[dtype]: dtype}
+    return casts | {torch.float64: torch.float32} if comes_from == torch.float64 else casts
+
+
+_CROSSINGS = {own: {caller: (_into(own, caller), _into(caller, own)) for caller in _ALL_TO} for own in _ALL_TO}
+"""By a border's own and its caller's dtype: the casts of its inputs and of its results."""
+
+
+class Crossing(NamedTuple):
+    """What a border does.
+
+    Attributes:
+        dtype: in what the module's own operations compute.
+        wide: what a caller computes in if autocast is off: fp32, fp64, or ``None`` if the callers differ in this.
+        output: in what the result is handed on, ``"input"`` for what came in, ``None`` for as computed.
+        caches: whether weights cast by autocast may be kept for their next use.
+        slots: the weights that the module's region cannot use as they are stored.
+    """
+
+    dtype: torch.dtype
+    wide: torch.dtype | None = torch.float32
+    output: torch.dtype | Literal["input"] | None = None
+    caches: bool = True
+    slots: tuple[Slot, ...] = ()
+
+
+class Border:
+    """A module's forward, called in the module's own format.
+
+    Set as the instance attribute ``forward``. It finds the class's forward at each call, because lazy modules change
+    their class, and holds nothing but the module, so that copies compute with their own weights.
+
+    Args:
+        module: the module whose forward this is.
+        device: the device type whose autocast state counts.
+        gate: shared by all borders that swap weights of one model.
+    """
+
+    def __init__(self, module: nn.Module, device: str, gate: Gate) -> None:
+        self.module = module
+        self.device = device
+        self.gate = gate
+        self.inner = module.__dict__.get("forward")
+        self.hooks: dict[int, Any] = {}
+        self.order: list[int] = []
+        self.entered = False
+        self.become(Crossing(torch.float32))
+
+    def become(self, crossing: Crossing) -> None:
+        """Takes over another crossing; the object stays, so that compiled code finds it again."""
+        self.dtype, self.wide, self.output, self.caches, self.slots = crossing
+        self.is_half = self.dtype in _HALF
+        self.attends = self.is_half and isinstance(self.module, nn.MultiheadAttention)
+
+    def install(self) -> None:
+        """Puts the border in place, and the hooks that make the module's weight behind it."""
+        module = self.module
+        if module.__dict__.get("forward") is self:
+            return
+        self.inner = module.__dict__.get("forward")
+        module.__dict__["forward"] = self
+        hooks = module._forward_pre_hooks
+        self.order = list(hooks)
+        self.hooks = {key: hook for key, hook in hooks.items() if isinstance(hook, _REPARAMETRIZATIONS)}
+        for key in self.hooks:
+            del hooks[key]
+
+    def remove(self) -> None:
+        """Gives the module its own forward and hooks back."""
+        module = self.module
+        if module.__dict__.get("forward") is self:
+            if self.inner is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = self.inner
+        if self.hooks:
+            hooks = module._forward_pre_hooks
+            hooks.update(self.hooks)
+            for key in [*self.order, *(key for key in hooks if key not in self.order)]:
+                if key in hooks:
+                    hooks.move_to_end(key)  # type: ignore[attr-defined]
+            self.hooks = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward. Written out flat: this is what a border costs."""
+        if is_compiling():
+            return self._traced(args, kwargs)
+        self.entered = True
+        device, own, output = self.device, self.dtype, self.output
+        was_on, was = is_autocast_enabled(device), get_autocast_dtype(device)
+        caller = was if was_on else self.wide or _wide_caller(args, kwargs)
+        into, back = _CROSSINGS[own][caller]
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+            arrived = args[0].dtype
+            if output == "input":
+                output = arrived if arrived in _ALL_TO else None
+            if (target := into.get(arrived)) is not None:
+                args = (args[0].to(target),)
+        else:
+            if output == "input":
+                output = _arrived(args, kwargs)
+            args, kwargs = cast(args, into), cast(kwargs, into)
+        if own is caller and self.caches:
+            result = self._compute(args, kwargs)
+        else:
+            result = self._switched(was_on, was, args, kwargs)
+        if type(result) is not Tensor:
+            return _handed_on(result, output, caller, back)
+        if output is not None and result.dtype in _ALL_TO[output]:
+            result = result.to(output)
+        if output is torch.float64:
+            back = _CROSSINGS[torch.float64][caller][1]
+        target = back.get(result.dtype)
+        return result if target is None else result.to(target)
+
+    def _switched(self, was_on: bool, was: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device, is_half = self.device, self.is_half
+        opens = is_half and not was_on
+        did_cache = self.caches or is_autocast_cache_enabled()
+        if opens:
+            autocast_increment_nesting()
+        try:
+            set_autocast_enabled(device, is_half)
+            if is_half:
+                set_autocast_dtype(device, self.dtype)
+            if not self.caches:
+                set_autocast_cache_enabled(False)
+            return self._compute(args, kwargs)
+        finally:
+            if opens and autocast_decrement_nesting() == 0:
+                clear_autocast_cache()
+            set_autocast_enabled(device, was_on)
+            if is_half:
+                set_autocast_dtype(device, was)
+            if not self.caches:
+                set_autocast_cache_enabled(did_cache)
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.slots:
+            return with_seen(self.slots, self.gate, lambda: self._forward(args, kwargs))
+        return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.module
+        if self.hooks:
+            for hook in self.hooks.values():
+                hook(module, args)
+        if self.attends and (changed := arrive_cast(module, args, kwargs)) is not None:
+            args, kwargs = changed
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device, own = self.device, self.dtype
+        was_on, was = is_autocast_enabled(device), get_autocast_dtype(device)
+        caller = was if was_on else self.wide or _wide_caller(args, kwargs)
+        into, back = _CROSSINGS[own][caller]
+        output = _arrived(args, kwargs) if self.output == "input" else self.output
+        dtype = own if self.is_half else None
+        caches = is_autocast_cache_enabled() and self.caches
+        with torch.autocast(device, dtype=dtype, enabled=self.is_half, cache_enabled=caches):
+            result = self._compute(cast(args, into), cast(kwargs, into))
+        return _handed_on(result, output, caller, back)
+
+
+def _handed_on(result: Any, output: torch.dtype | None, caller: torch.dtype, back: Casts) -> Any:
+    if output is not None:
+        result = cast(result, _ALL_TO[output])
+        if output is torch.float64:
+            back = _CROSSINGS[output][caller][1]
+    return cast(result, back)
+
+
+def _arrived(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of the first floating input."""
+    first = first_floating((args, kwargs))
+    return None if first is None or first.dtype not in _ALL_TO else first.dtype
+
+
+def _wide_caller(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+    """What a caller computes in if some of them compute in fp64: what it passes tells which one it is."""
+    return torch.float64 if holds_dtype((args, kwargs), torch.float64) else torch.float32

@@ -1,0 +1,164 @@
+"""Buffers that a forward pass changes, put back when the optimizer step it belongs to is skipped.
+
+BatchNorm folds every batch into its running statistics during forward, before anyone knows that the step will be
+skipped: one outlier batch then leaves them at inf, training goes on healthily in batch statistics, and evaluation is
+NaN. A skipped step is not a step, so the buffers return to what they were when its accumulation window opened.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class _Slot(NamedTuple):
+    module: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.module._buffers.get(self.name)
+
+
+class BufferGuard:
+    """The buffers of a model as they were when each optimizer's accumulation window opened.
+
+    Which buffers training changes is learned: the first window copies all of them, later windows only those whose
+    module was seen to change one, by their values after the first window, by their version counters ever after (the
+    kernels of BatchNorm write statistics without a new version, but it counts its batches). A buffer belongs to the optimizer of its module's parameters; one
+    without parameters follows the nearest module around it that has some.
+
+    Args:
+        model: The model whose buffers are guarded.
+        optimizers: The optimizers that train it.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self._windows = [_Window(slots) for slots in _slots_by_owner(model, optimizers)]
+        self._optimizers = list(optimizers)
+
+    def open(self) -> None:
+        """Copies the buffers of every optimizer whose window is not open. Call before a forward pass."""
+        for window in self._windows:
+            if not window.is_open:
+                window.open()
+
+    def close(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
+        """Ends an optimizer's window after its step, skipped or not.
+
+        After a skip all open windows are put back, because a forward pass may run through the modules of several
+        optimizers.
+
+        Args:
+            optimizer: The optimizer that stepped.
+            skipped: Whether the step was skipped; a device flag is obeyed on the device, without reading it.
+        """
+        for window in self._windows:
+            window.learn()
+            if skipped is not False:
+                window.restore(skipped)
+        if optimizer in self._optimizers:
+            self._windows[self._optimizers.index(optimizer)].close()
+
+
+class _Window:
+    def __init__(self, slots: list[_Slot]) -> None:
+        self.is_open = False
+        self._unchanging = slots
+        self._changing: list[_Slot] = []
+        self._versions: list[tuple[int, int]] = []
+        self._saved: list[tuple[_Slot, Tensor]] = []
+        self._is_first = True
+
+    def open(self) -> None:
+        slots = self._unchanging if self._is_first else self._changing
+        self._save([slot for slot in slots if slot.tensor is not None])
+        self._versions = [_version(slot) for slot in self._unchanging]
+        self.is_open = True
+
+    def close(self) -> None:
+        self._is_first = self.is_open = False
+
+    def learn(self) -> None:
+        if not self.is_open or not self._unchanging:
+            return
+        moved = {
+            id(slot.module)
+            for slot, seen in zip(self._unchanging, self._versions, strict=True)
+            if _version(slot) != seen
+        }
+        if self._is_first:
+            moved |= {id(slot.module) for slot, old in self._saved if not _is_equal(slot.tensor, old)}
+        if moved:
+            self._changing += [slot for slot in self._unchanging if id(slot.module) in moved]
+            self._unchanging = [slot for slot in self._unchanging if id(slot.module) not in moved]
+            self._versions = [_version(slot) for slot in self._unchanging]
+
+    @torch.no_grad()
+    def restore(self, skipped: bool | Tensor) -> None:
+        if not self.is_open:
+            return
+        for slot, old in self._saved:
+            new = slot.tensor
+            if new is None or new.shape != old.shape:
+                slot.module._buffers[slot.name] = old.clone()
+            elif isinstance(skipped, Tensor):
+                new.copy_(torch.where(skipped.to(new.device) > 0, old, new))
+            else:
+                new.copy_(old)
+        self._versions = [_version(slot) for slot in self._unchanging]
+
+    @torch.no_grad()
+    def _save(self, slots: list[_Slot]) -> None:
+        tensors = [tensor for slot in slots if (tensor := slot.tensor) is not None]
+        saved = [old for _, old in self._saved]
+        if [(t.shape, t.dtype, t.device) for t in tensors] == [(t.shape, t.dtype, t.device) for t in saved]:
+            if tensors:
+                torch._foreach_copy_(saved, tensors)
+        else:
+            saved = [tensor.clone() for tensor in tensors]
+        self._saved = list(zip(slots, saved, strict=True))
+
+
+def _version(slot: _Slot) -> tuple[int, int]:
+    tensor = slot.tensor
+    if tensor is None or tensor.is_inference():
+        return id(tensor), 0
+    return id(tensor), tensor._version
+
+
+def _is_equal(tensor: Tensor | None, old: Tensor) -> bool:
+    return tensor is not None and tensor.shape == old.shape and torch.equal(tensor, old)
+
+
+def _slots_by_owner(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[_Slot]]:
+    owner_of = {
+        id(param): index
+        for index, optimizer in reversed(list(enumerate(optimizers)))
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
+    modules = dict(model.named_modules())
+    slots: list[list[_Slot]] = [[] for _ in optimizers]
+    for name, module in modules.items():
+        own = [_Slot(module, buffer) for buffer, tensor in module._buffers.items() if tensor is not None]
+        if own and slots:
+            slots[_owner(_enclosing(name, modules), owner_of)] += own
+    return slots
+
+
+def _enclosing(name: str, modules: dict[str, nn.Module]) -> Iterable[nn.Module]:
+    yield modules[name]
+    while name:
+        name = name.rpartition(".")[0]
+        yield modules[name]
+
+
+def _owner(modules: Iterable[nn.Module], owner_of: dict[int, int]) -> int:
+    for module in modules:
+        for param in module.parameters():
+            if id(param) in owner_of:
+                return owner_of[id(param)]
+    return 0

@@ -1,0 +1,245 @@
+"""Where the borders of an assignment run in a model, and what each one does."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from lightning_mixprec.engine.borders import Crossing
+from lightning_mixprec.engine.fastpath import FUSED
+from lightning_mixprec.engine.weights import Slot, mismatches
+from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.numerics.formats import FORMATS, Format
+from lightning_mixprec.policy.names import walk
+
+_COMPUTE = ("fp64", "fp32", "bf16", "fp16")
+_DTYPES = {name: format.dtype for name in _COMPUTE if isinstance(format := FORMATS[name], Format)}
+_HALF = ("bf16", "fp16")
+
+
+class Precision(Protocol):
+    """What one module is assigned."""
+
+    @property
+    def param(self) -> str:
+        """The format its weights are stored in."""
+
+    @property
+    def compute(self) -> str:
+        """The format of its own operations."""
+
+    @property
+    def output(self) -> str | None:
+        """The format its output is handed on in, ``"input"``, or ``None`` for as computed."""
+
+
+@dataclass(eq=False)
+class Site:
+    """A module that has a forward of its own, with what computes as part of it.
+
+    Attributes:
+        name: the first of its names.
+        module: the module.
+        parts: the module and those below it that have no forward of their own, or whose forward does not run.
+        parents: the sites that may call it.
+        children: the sites it may call.
+    """
+
+    name: str
+    module: nn.Module
+    parts: list[nn.Module]
+    parents: list["Site"] = field(default_factory=list)
+    children: list["Site"] = field(default_factory=list)
+
+    def below(self) -> Iterator["Site"]:
+        """This site and all sites it may reach, each once."""
+        seen, waiting = {id(self)}, [self]
+        while waiting:
+            site = waiting.pop()
+            yield site
+            for child in site.children:
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    waiting.append(child)
+
+
+def survey(model: nn.Module) -> list[Site]:
+    """The sites of a model, the root first and parents before children under their first names.
+
+    ModuleList and the like are transparent: a child's parent is the next module with a forward. An attention module is
+    one unit, because it computes with its children's weights and never calls them.
+    """
+    sites: dict[int, Site] = {}
+    site_of: dict[str, Site] = {}
+    for name, module, _ in walk(model):
+        parent = site_of.get(name.rpartition(".")[0]) if name else None
+        if parent is not None and (_has_no_forward(module) or isinstance(parent.module, nn.MultiheadAttention)):
+            site_of[name] = parent
+            if not any(module is part for part in parent.parts):
+                parent.parts.append(module)
+            continue
+        site = sites.setdefault(id(module), Site(name, module, [module]))
+        site_of[name] = site
+        if parent is not None and not any(parent is known for known in site.parents):
+            site.parents.append(parent)
+            parent.children.append(site)
+    return list(sites.values())
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
+
+
+class Plan(NamedTuple):
+    """What an assignment does to a model.
+
+    Attributes:
+        root: the dtype of the root's own operations.
+        crossings: by site, what its border does; sites without a border are missing.
+        formats: by site, in what its own operations compute.
+        is_mixed: whether formats meet anywhere.
+    """
+
+    root: torch.dtype
+    crossings: dict[Site, Crossing]
+    formats: dict[Site, str]
+    is_mixed: bool
+
+    def is_meeting(self, site: Site) -> bool:
+        """Whether a site's own format, or what it hands on, differs from what a caller computes in."""
+        crossing = self.crossings.get(site)
+        if crossing is None:
+            return False
+        return crossing.output is not None or any(self.formats[p] != self.formats[site] for p in site.parents)
+
+
+def draw(sites: list[Site], assignment: Mapping[str, Precision]) -> Plan:
+    """Plans the borders.
+
+    A module is a border if its format differs from that of any of its callers, if its output is set, or if it has
+    weights that its operations cannot use as they are stored. What a border swaps are the weights of the whole region
+    below it, because a container may use its children's weights; and each module below swaps its own again, because
+    checkpointing recomputes it without the container.
+
+    Raises:
+        PolicyError: a format cannot be computed in, or a module cannot be instrumented.
+    """
+    formats = {site: _checked(site.name, assignment[site.name].compute) for site in sites}
+    slots = {site: own for site in sites if (own := _own_slots(site, formats[site]))}
+    uncached = _without_cache(sites, formats)
+    root = sites[0]
+    crossings = {}
+    for site in sites[1:]:
+        output = assignment[site.name].output
+        differs = any(formats[parent] != formats[site] for parent in site.parents)
+        is_top = differs or (root in site.parents and formats[root] == formats[site])
+        seen = _region_slots(site, formats, slots) if slots and (is_top or output or site in slots) else ()
+        if differs or output or seen:
+            crossings[site] = Crossing(
+                _DTYPES[formats[site]],
+                _wide(formats[parent] for parent in site.parents),
+                "input" if output == "input" else _DTYPES[_checked(site.name, output)] if output else None,
+                site not in uncached,
+                seen,
+            )
+    _refuse_scripted(crossings)
+    is_mixed = bool(crossings) or len(set(formats.values())) > 1
+    return Plan(_DTYPES[formats[root]], crossings, formats, is_mixed)
+
+
+def bypassing(sites: list[Site], plan: Plan) -> list[nn.Module]:
+    """The attention modules whose fused inference path would ignore formats inside them."""
+    if not plan.is_mixed:
+        return []
+    return [site.module for site in sites if isinstance(site.module, FUSED) and not _is_all_fp32(site, plan)]
+
+
+def _is_all_fp32(site: Site, plan: Plan) -> bool:
+    return all(
+        plan.formats[inner] == "fp32" and (inner not in plan.crossings or plan.crossings[inner].output is None)
+        for inner in site.below()
+    )
+
+
+def _checked(name: str, format: str) -> str:
+    if format in _DTYPES:
+        return format
+    raise PolicyError(
+        f"layer {name!r} is to compute in {format!r}, and layers compute in {', '.join(_COMPUTE)}; choose one of these"
+    )
+
+
+def _wide(callers: Iterable[str]) -> torch.dtype | None:
+    wide = {format for format in callers if format not in _HALF}
+    if len(wide) == 2:
+        return None
+    return torch.float64 if wide == {"fp64"} else torch.float32
+
+
+def _own_slots(site: Site, format: str) -> list[Slot]:
+    return [slot for part in site.parts for slot in mismatches(part, _DTYPES[format])]
+
+
+def _region_slots(top: Site, formats: dict[Site, str], slots: dict[Site, list[Slot]]) -> tuple[Slot, ...]:
+    """The slots of a site and of those below that compute in the same format without leaving it."""
+    found: list[Slot] = []
+    seen, waiting = {top}, [top]
+    while waiting:
+        site = waiting.pop()
+        found += slots.get(site, [])
+        for child in site.children:
+            if child not in seen and formats[child] == formats[top]:
+                seen.add(child)
+                waiting.append(child)
+    return tuple(found)
+
+
+def _without_cache(sites: list[Site], formats: dict[Site, str]) -> set[Site]:
+    """The sites whose region must not use autocast's weight cache, which takes no notice of the format.
+
+    These are the regions that share a weight with a region of the other 16-bit format, the root's own excepted, and
+    those inside a module of the other 16-bit format, which may use its children's weights.
+    """
+    if not set(_HALF) <= set(formats.values()):
+        return set()
+    root = formats[sites[0]]
+    affected = {site for site in sites if formats[site] in _HALF and _is_inside_other(site, formats)}
+    users: dict[int, list[Site]] = {}
+    for site in sites:
+        if formats[site] in _HALF:
+            for parameter in (parameter for part in site.parts for parameter in part._parameters.values()):
+                users.setdefault(id(parameter), []).append(site)
+    for shared in users.values():
+        if len({formats[site] for site in shared}) > 1:
+            affected.update(site for site in shared if formats[site] != root)
+    waiting = list(affected)
+    while waiting:
+        site = waiting.pop()
+        for parent in site.parents:
+            if formats[parent] == formats[site] and parent not in affected:
+                affected.add(parent)
+                waiting.append(parent)
+    return affected
+
+
+def _is_inside_other(site: Site, formats: dict[Site, str]) -> bool:
+    seen, waiting = {site}, [site]
+    while waiting:
+        for parent in waiting.pop().parents:
+            if formats[parent] in _HALF and formats[parent] != formats[site]:
+                return True
+            if parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
+    return False
+
+
+def _refuse_scripted(crossings: Iterable[Site]) -> None:
+    for site in crossings:
+        if isinstance(site.module, torch.jit.ScriptModule):
+            raise PolicyError(
+                f"layer {site.name!r} is a TorchScript module, whose forward cannot be given a format of its own; give "
+                "it the format of the layer that calls it, or use the module it was scripted from"
+            )

@@ -1,0 +1,194 @@
+"""Weights stored in one format and used in another.
+
+What a policy's ``param`` asks for is converted in place, once: the Parameter objects stay, so optimizers, names and
+state_dict keys do. Where a region cannot compute with what is stored (fp64 weights under fp32 operations, 16-bit
+weights under fp32 operations), its modules see differentiable casts of their weights for as long as their forward runs,
+and the gradients arrive on what is stored.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.parameter import is_lazy
+
+_HALF = (torch.bfloat16, torch.float16)
+_STORABLE = (torch.float64, torch.float32, *_HALF)
+
+
+class Slot(NamedTuple):
+    """A parameter or buffer of a module, and the dtype in which a region's operations see it."""
+
+    module: nn.Module
+    name: str
+    is_buffer: bool
+    dtype: torch.dtype
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Where the module keeps it."""
+        return self.module._buffers if self.is_buffer else self.module._parameters  # type: ignore[return-value]
+
+
+class Gate:
+    """A reentrant lock whose copies and pickles are locks of their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.acquire, self.release = self._lock.acquire, self._lock.release
+
+    def __reduce__(self) -> tuple[type["Gate"], tuple[()]]:
+        return Gate, ()
+
+
+def seen_as(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """The dtype in which operations in ``compute`` see a weight stored in ``stored``.
+
+    >>> seen_as(torch.float64, torch.bfloat16), seen_as(torch.float32, torch.bfloat16)
+    (torch.float32, torch.float32)
+    """
+    if stored not in _STORABLE:
+        return stored
+    if compute not in _HALF:
+        return compute
+    return stored if stored in (torch.float32, compute) else torch.float32
+
+
+def mismatches(module: nn.Module, compute: torch.dtype) -> list[Slot]:
+    """The module's own parameters and buffers that operations in ``compute`` cannot use as they are stored."""
+    found = []
+    for is_buffer, tensors in ((False, module._parameters), (True, module._buffers)):
+        for name, tensor in tensors.items():
+            if tensor is not None and (dtype := seen_as(tensor.dtype, compute)) != tensor.dtype:
+                found.append(Slot(module, name, is_buffer, dtype))
+    return found
+
+
+class _Swap(NamedTuple):
+    slot: Slot
+    stored: Tensor
+    seen: Tensor
+
+
+def with_seen(slots: Iterable[Slot], gate: Gate, call: Callable[[], Any]) -> Any:
+    """Calls with the slots' modules seeing casts of what they store, and puts what they store back.
+
+    One thread at a time: another one would find the casts of the first, or lose them halfway.
+    """
+    compiling = is_compiling()
+    if not compiling:
+        gate.acquire()
+    swaps: list[_Swap] = []
+    flat_weights: list[tuple[nn.RNNBase, list[Any]]] = []
+    try:
+        for slot in slots:
+            _swap_in(slot, swaps)
+        for module in {id(slot.module): slot.module for slot, _, _ in swaps}.values():
+            if isinstance(module, nn.RNNBase):
+                flat_weights.append((module, module._flat_weights))
+                module._flat_weights = _seen_by_rnn(module, swaps)
+        return call()
+    finally:
+        for module, flat in flat_weights:
+            module._flat_weights = flat
+        for swap in swaps:
+            _swap_out(swap)
+        if not compiling:
+            gate.release()
+
+
+def _swap_in(slot: Slot, swaps: list[_Swap]) -> None:
+    tensors = slot.tensors
+    stored = tensors.get(slot.name)
+    # A weight that an enclosing call has swapped already, or that a lazy module has not made yet, is left.
+    if stored is None or stored.dtype == slot.dtype or is_lazy(stored):
+        return
+    seen = stored.to(slot.dtype)
+    swaps.append(_Swap(slot, stored, seen))
+    tensors[slot.name] = seen
+
+
+def _swap_out(swap: _Swap) -> None:
+    slot, stored, seen = swap
+    tensors = slot.tensors
+    now = tensors.get(slot.name)
+    tensors[slot.name] = stored
+    if not slot.is_buffer:
+        return
+    if now is not seen:
+        tensors[slot.name] = now if now is None else now.to(stored.dtype)
+    elif is_compiling() or seen.is_inference() or seen._version:
+        # What forward did not change keeps all its bits.
+        with torch.no_grad():
+            stored.copy_(torch.where(seen == stored.to(seen.dtype), stored, seen.to(stored.dtype)))
+
+
+def _seen_by_rnn(module: nn.RNNBase, swaps: list[_Swap]) -> list[Any]:
+    seen = {id(swap.stored): swap.seen for swap in swaps if swap.slot.module is module}
+    return [seen.get(id(weight), weight) for weight in module._flat_weights]
+
+
+class Storage:
+    """What was converted in place, and what it was stored in before.
+
+    Tensors are listed once however many modules share them.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Tensor, torch.dtype, torch.dtype]] = {}
+
+    def convert(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
+        """Stores tensors in another dtype, their gradients too; whether there was anything to do."""
+        any_changed = False
+        for tensor in tensors:
+            if tensor.dtype not in _STORABLE or tensor.dtype == dtype:
+                continue
+            before = self._before[id(tensor)][1] if id(tensor) in self._before else tensor.dtype
+            self._before[id(tensor)] = (tensor, before, dtype)
+            _store(tensor, dtype)
+            any_changed = True
+        return any_changed
+
+    def keep_only(self, tensors: Iterable[Tensor]) -> bool:
+        """Puts back what is not among these tensors; whether there was anything to do."""
+        kept = {id(tensor) for tensor in tensors}
+        dropped = [key for key in self._before if key not in kept]
+        for key in dropped:
+            tensor, before, converted = self._before.pop(key)
+            # What somebody else has converted since is no longer ours.
+            if tensor.dtype == converted:
+                _store(tensor, before)
+        return bool(dropped)
+
+    def restore_precise(self, named: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> None:
+        """Takes from a checkpoint the bits that were lost when it was loaded before the conversion.
+
+        A tensor is taken only where loading it is how the present value came about: rounded to what was stored before,
+        it is that value.
+        """
+        for name, tensor in named.items():
+            wide = checkpoint.get(name)
+            if id(tensor) not in self._before or not isinstance(wide, Tensor) or wide.shape != tensor.shape:
+                continue
+            before = self._before[id(tensor)][1]
+            if wide.is_floating_point() and wide.element_size() > before.itemsize:
+                with torch.no_grad():
+                    wide = wide.detach().to(tensor.device)
+                    if torch.equal(wide.to(before), tensor.to(before)):
+                        tensor.copy_(wide)
+
+
+def reflatten(modules: Iterable[nn.Module]) -> None:
+    """Lets recurrent modules lay their weights out again after a conversion."""
+    for module in modules:
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+
+
+def _store(tensor: Tensor, dtype: torch.dtype) -> None:
+    tensor.data = tensor.data.to(dtype)
+    if tensor.grad is not None:
+        tensor.grad.data = tensor.grad.data.to(dtype)

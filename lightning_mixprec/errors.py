@@ -1,0 +1,31 @@
+"""Every error a user can meet, each one self-contained line: what came, what is allowed, what to do.
+
+::
+
+    ValueError
+    └── MixPrecError
+        ├── FormatError        a number format that does not exist, or a tensor that cannot be rounded to one
+        ├── PolicyError        a rule or policy is malformed, or does not fit the model
+        ├── ScalingError       a loss-scaling option is invalid, or the loss scale cannot go on
+        └── SupportError       a device, strategy or optimizer that is not supported
+"""
+
+
+class MixPrecError(ValueError):
+    """Base of all errors that this package raises for its user."""
+
+
+class FormatError(MixPrecError):
+    """A number format that does not exist, or a tensor that cannot be rounded to one."""
+
+
+class PolicyError(MixPrecError):
+    """A rule or policy is malformed, or does not fit the model."""
+
+
+class ScalingError(MixPrecError):
+    """A loss-scaling option is invalid, or the loss scale cannot go on."""
+
+
+class SupportError(MixPrecError):
+    """A device, strategy or optimizer that this package does not support."""

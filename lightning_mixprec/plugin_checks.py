@@ -1,0 +1,155 @@
+"""What the plugin checks before training starts, each with one line that says what to do."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
+from lightning_mixprec.numerics.formats import format_of, native_support
+from lightning_mixprec.numerics.scaling import LossScaling, needs_closure
+from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.rules import as_policy
+
+_STOCK_STATES = ("MixedPrecision", "FSDPPrecision", "native_amp_scaling_state")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise MixPrecError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def as_loss_scaling(value: Any) -> LossScaling | Literal["auto"] | None:
+    """What the argument ``loss_scaling`` means: options, ``"auto"``, or None for never."""
+    if value is True:
+        raise ScalingError("loss_scaling is True; write 'auto' (on when some layer computes in fp16) or a number.")
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    return None if value is False else LossScaling.from_value(value)
+
+
+def scaling_for(asked: LossScaling | Literal["auto"] | None, assignment: Assignment) -> LossScaling | None:
+    """How the loss is scaled under an assignment; None for not at all."""
+    if asked != "auto":
+        return asked
+    return LossScaling() if "fp16" in assignment.compute_formats else None
+
+
+def configured_form(policy: object) -> str | dict[str, Any]:
+    """What is kept in a checkpoint of the policy that the user configured."""
+    return "auto" if isinstance(policy, str) and policy == "auto" else as_policy(policy).to_dict()
+
+
+def raw(optimizer: Any) -> Optimizer:
+    """The user's optimizer inside Lightning's wrapper."""
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def check_lightning_module(module: nn.Module) -> pl.LightningModule:
+    """The module, if a Trainer runs it."""
+    if not isinstance(module, pl.LightningModule) or module._trainer is None:
+        raise SupportError(
+            f"PerLayerPrecision got a {type(module).__name__} that no lightning.pytorch Trainer runs; pass the plugin "
+            "to Trainer(plugins=...). Fabric is not supported."
+        )
+    return module
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raises for strategies and devices on which a policy could not be honoured."""
+    is_supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
+        strategy, (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
+    )
+    if not is_supported:
+        raise SupportError(
+            f"PerLayerPrecision does not support {type(strategy).__name__}; supported are the single-device and DDP "
+            "strategies (Trainer(strategy='auto', devices=1) or Trainer(strategy='ddp'))."
+        )
+    if strategy.root_device.type not in ("cpu", "cuda"):
+        raise SupportError(
+            f"PerLayerPrecision does not support the device {str(strategy.root_device)!r}; supported are CPU and CUDA "
+            "(Trainer(accelerator='cpu') or Trainer(accelerator='cuda'))."
+        )
+
+
+def choose_format(device: torch.device) -> tuple[str, str]:
+    """What ``policy="auto"`` means on a device, and why."""
+    bf16 = native_support("bf16", device)
+    if bf16.native:
+        return "bf16", f"bf16, which {_device_name(device)} computes natively ({bf16.reason})"
+    return "fp16", f"fp16 with loss scaling, because {_device_name(device)} does not compute bf16 ({bf16.reason})"
+
+
+def warn_of_emulation(assignment: Assignment, device: torch.device) -> None:
+    """One warning per compute format that the device does not compute natively."""
+    for name in sorted(assignment.compute_formats):
+        support = native_support(name, device)
+        if not support.native:
+            rank_zero_warn(
+                f"The policy computes in {name}, which {_device_name(device)} does not compute natively "
+                f"({support.reason}): torch emulates it, right but slow. Use {choose_format(device)[0]}, or "
+                "policy='auto'."
+            )
+
+
+def warn_of_narrow_weights(model: nn.Module, assignment: Assignment) -> None:
+    """One warning if weights stored in 16 bits are trained by layers that compute in 16 bits."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name in assignment
+        and assignment[name].compute in ("fp16", "bf16")
+        and any(
+            format_of(param.dtype) in ("fp16", "bf16") for param in module._parameters.values() if param is not None
+        )
+    ]
+    if names:
+        rank_zero_warn(
+            f"{len(names)} layers ({names[0]} first) store their weights in 16 bits and compute in 16 bits: updates "
+            "smaller than the weights' last bit are lost. Store them in fp32 (model.float()), the policy makes them "
+            "compute in 16 bits."
+        )
+
+
+def check_storage_unchanged(before: Assignment, after: Assignment) -> None:
+    """Raises if a rule of the new policy stores weights otherwise than they are stored now."""
+    for name, layer in after.items():
+        if layer.is_stored_by_rule and layer.param != before[name].param:
+            raise PolicyError(
+                f"A policy for a running model stores {name or 'the LightningModule'} in {layer.param}, but it is "
+                f"stored in {before[name].param}; param can only be chosen before training (leave it out here)."
+            )
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], options: LossScaling | None) -> None:
+    """Raises for optimizers that evaluate the loss themselves, where the loss would be scaled."""
+    for optimizer in optimizers:
+        if needs_closure(optimizer) and options is not None:
+            raise SupportError(
+                f"{type(optimizer).__name__} evaluates the loss several times per step, which loss scaling does not "
+                "allow; use bf16 or fp32 instead of fp16, or another optimizer."
+            )
+
+
+def stock_scaler_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The loss scaler's state in a checkpoint of Lightning's own plugins; empty if there is none."""
+    states = (checkpoint.get(name) for name in _STOCK_STATES)
+    return next((state for state in states if isinstance(state, Mapping) and "scale" in state), {})
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type.upper()}"

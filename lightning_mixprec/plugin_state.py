@@ -1,0 +1,118 @@
+"""The plugin's part of a checkpoint: plain types, versioned, and what resuming it means."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from lightning_mixprec.errors import MixPrecError, PolicyError
+from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
+from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PluginState:
+    """What a checkpoint keeps of the plugin.
+
+    Args:
+        configured: The policy as the user configured it, in mapping form, or ``"auto"``.
+        policy: The policy in force, changes made during the run included.
+        history: The changes.
+        scaler: State of the loss scaler.
+        steps: State of the ledger of skipped steps.
+        version: Version of this layout.
+    """
+
+    configured: str | dict[str, Any]
+    policy: dict[str, Any]
+    history: list[dict[str, Any]]
+    scaler: dict[str, Any]
+    steps: dict[str, Any]
+    version: int = _VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, so that a checkpoint loads with ``weights_only=True``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "PluginState":
+        """Reads :meth:`to_dict`.
+
+        Raises:
+            MixPrecError: The state is of a later version, or not whole.
+        """
+        version = state.get("version")
+        if not isinstance(version, int) or version > _VERSION:
+            raise MixPrecError(
+                f"The checkpoint's PerLayerPrecision state has version {version!r}, this release of lightning_mixprec "
+                f"reads up to {_VERSION}; upgrade lightning_mixprec, or load the weights alone."
+            )
+        names = {field.name for field in fields(cls)}
+        if missing := sorted(names - state.keys()):
+            raise MixPrecError(
+                f"The checkpoint's PerLayerPrecision state lacks {', '.join(missing)}; it was not written whole. "
+                "Resume from another checkpoint, or load the weights alone."
+            )
+        return cls(**{name: state[name] for name in names})
+
+    def policy_to_resume(
+        self,
+        configured: str | dict[str, Any],
+        on_policy_change: Literal["raise", "accept", "checkpoint"],
+    ) -> PrecisionPolicy | None:
+        """The policy to go on with; None for the one configured now.
+
+        Moves made during the run are no change of configuration: they are resumed.
+
+        Raises:
+            PolicyError: Another policy is configured now, and ``on_policy_change`` is ``"raise"``.
+        """
+        in_force = PrecisionPolicy.from_dict(self.policy)
+        if configured == self.configured:
+            return in_force if self.history else None
+        if on_policy_change == "raise":
+            raise PolicyError(
+                f"The checkpoint was written under another policy than the one configured now: "
+                f"{_difference(self.configured, configured)}. Configure the same policy, or set "
+                "on_policy_change='accept' (go on with the one configured now) or 'checkpoint' (with the checkpoint's)."
+            )
+        return in_force if on_policy_change == "checkpoint" else None
+
+
+def history_entries(before: Assignment, after: Assignment, step: int, reason: str) -> list[dict[str, Any]]:
+    """One entry per layer that changed; a subtree that changed as one is one entry, under the name of its top.
+
+    Args:
+        before: Assignment until now.
+        after: Assignment from now on.
+        step: Optimizer steps taken so far.
+        reason: Why.
+    """
+    changes = {
+        name: (_label(old, new), _label(new, old))
+        for name, (old, new) in before.changes_to(after).items()
+        if (old.compute, old.output) != (new.compute, new.output)
+    }
+    return [
+        {"step": step, "layer": name, "from": old, "to": new, "reason": reason}
+        for name, (old, new) in changes.items()
+        if not name or changes.get(name.rpartition(".")[0]) != (old, new)
+    ]
+
+
+def _label(layer: LayerPrecision, other: LayerPrecision) -> str:
+    return layer.compute if layer.output == other.output else f"c={layer.compute},o={layer.output or 'as computed'}"
+
+
+def _difference(before: str | dict[str, Any], after: str | dict[str, Any]) -> str:
+    if isinstance(before, str) or isinstance(after, str):
+        return f"{_brief(before)} in the checkpoint, {_brief(after)} now"
+    return describe_difference(PrecisionPolicy.from_dict(before), PrecisionPolicy.from_dict(after))
+
+
+def _brief(configured: str | dict[str, Any]) -> str:
+    if isinstance(configured, str):
+        return repr(configured)
+    rules = configured.get("rules", [])
+    return f"default {configured['default']} with {len(rules)} rules"

@@ -1,0 +1,254 @@
+"""What a skipped optimizer step must not move: counters, learning rates, ``global_step``; and when to give up.
+
+On the CPU, and with optimizers that are not fused, the outcome of a step is known at once. A fused optimizer on an
+accelerator is never waited for: its outcome is copied to the host in the background and taken in at the first
+optimizer step of the next batch (always exactly then, so that all ranks agree), or when somebody asks.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_mixprec.errors import ScalingError
+from lightning_mixprec.numerics.scaling import LossScaler, LossScaling
+
+
+class _Late(NamedTuple):
+    """The outcome of a batch's step on its way to the host: skipped, and whether the scale was at its minimum."""
+
+    optimizer: Optimizer
+    batch: int
+    values: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class StepLedger:
+    """Which optimizer steps were skipped, and what follows from it.
+
+    Args:
+        scaler: Decides about the steps.
+    """
+
+    def __init__(self, scaler: LossScaler) -> None:
+        self._scaler = scaler
+        self._skipped_steps = 0
+        self._late: list[_Late] = []
+        self._unowned_holds = 0
+        self._last_skipped: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._in_a_row: dict[int, int] = {}
+        self._credits: dict[int, int] = {}
+        self._warned_at_minimum = False
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        self._model: pl.LightningModule | None = None
+        self._optimizers: list[Optimizer] = []
+        self._schedulers: list[LRSchedulerConfig] = []
+        self._may_give_up = True
+
+    def connect(
+        self, model: pl.LightningModule, optimizers: Sequence[Optimizer], schedulers: Sequence[LRSchedulerConfig]
+    ) -> None:
+        """Names the training that is about to start."""
+        self._model, self._optimizers, self._schedulers = model, list(optimizers), list(schedulers)
+
+    def disconnect(self) -> None:
+        """Takes in what is still on its way and lets go of the training."""
+        self._may_give_up = False
+        self.settle()
+        self._disconnect()
+
+    def note(self, optimizer: Optimizer, skipped: bool | Tensor, at_minimum: bool | Tensor) -> None:
+        """Takes in the outcome of a step.
+
+        Args:
+            optimizer: Which optimizer stepped.
+            skipped: The outcome, or the device's flag of it.
+            at_minimum: Whether the loss scale was at its minimum during the step.
+
+        Raises:
+            ScalingError: Training cannot go on; names the layers and what to try.
+        """
+        self._hold_global_step(self._unowned_holds)
+        self._unowned_holds = 0
+        if isinstance(skipped, Tensor):
+            self._credit(optimizer, 1)
+            self._late.append(_send(optimizer, self._batch(), skipped, at_minimum))
+            if self._is_last_step():
+                self.settle()
+        else:
+            self._credit(optimizer, 0 if skipped else 1)
+            self._take_in(optimizer, skipped, skipped and bool(at_minimum))
+
+    def settle_earlier_batches(self) -> None:
+        """Takes in the outcomes of earlier batches, which the device has long left behind."""
+        batch = self._batch()
+        self._settle(sum(outcome.batch != batch for outcome in self._late))
+
+    def settle(self) -> None:
+        """Takes in every outcome that is on its way. Waits for the device if there is one."""
+        self._settle(len(self._late))
+
+    def _settle(self, count: int) -> None:
+        outcomes, self._late = self._late[:count], self._late[count:]
+        for outcome in outcomes:
+            if outcome.arrived is not None:
+                outcome.arrived.synchronize()
+            skipped, at_minimum = outcome.values.tolist()
+            if skipped:
+                self._credit(outcome.optimizer, -1)
+            self._take_in(outcome.optimizer, bool(skipped), bool(skipped and at_minimum))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps skipped so far."""
+        self.settle()
+        return self._skipped_steps
+
+    def was_skipped(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer's latest step was skipped."""
+        self.settle()
+        return self._last_skipped.get(optimizer, False)
+
+    def lets_step(self, scheduler: Any) -> bool:
+        """Whether a learning-rate schedule may advance: per epoch always, per step if a step was taken since it did."""
+        is_per_step = any(c.scheduler is scheduler and c.interval == "step" for c in self._schedulers)
+        if not is_per_step:
+            return True
+        may = self._credits.get(id(scheduler), 0) > 0
+        if may:
+            self._credits[id(scheduler)] = 0
+        return may
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters as plain numbers. A skip that comes in only now is not in the loops' saved progress: it is owed."""
+        before = self._skipped_steps
+        self.settle()
+        return {
+            "skipped_steps": self._skipped_steps,
+            "in_a_row": [self._in_a_row.get(index, 0) for index in range(max(self._in_a_row, default=-1) + 1)],
+            "owed_holds": self._skipped_steps - before,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`."""
+        self._skipped_steps = int(state["skipped_steps"])
+        self._in_a_row = dict(enumerate(state["in_a_row"]))
+        self._unowned_holds = int(state["owed_holds"])
+
+    def _take_in(self, optimizer: Optimizer, skipped: bool, at_minimum: bool) -> None:
+        index = self._index(optimizer)
+        self._last_skipped[optimizer] = skipped
+        self._in_a_row[index] = self._in_a_row.get(index, 0) + 1 if skipped else 0
+        if skipped:
+            self._skipped_steps += 1
+            self._hold_global_step(1)
+            if self._may_give_up:
+                self._give_up_if_hopeless(self._in_a_row[index], at_minimum)
+
+    def _give_up_if_hopeless(self, in_a_row: int, at_minimum: bool) -> None:
+        options = self._scaler.options or LossScaling()
+        if in_a_row >= options.max_consecutive_skips:
+            raise ScalingError(self._explain(f"{in_a_row} optimizer steps in a row had non-finite gradients"))
+        if not at_minimum:
+            return
+        reached = f"a step overflowed although the loss scale is at its minimum ({options.min_scale:g})"
+        if options.at_min == "raise":
+            raise ScalingError(self._explain(reached))
+        if not self._warned_at_minimum:
+            self._warned_at_minimum = True
+            rank_zero_warn(self._explain(reached))
+
+    def _explain(self, what: str) -> str:
+        layers = self._nonfinite_layers()
+        named = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+        return (
+            f"{what}; layers with non-finite gradients: {named or 'none any more'}. Try: (1) compute these layers, or "
+            "the loss ('' in a policy), in bf16 or fp32; (2) lower the learning rate or clip gradients; (3) look for "
+            "inf or NaN in the batch and in the loss itself (Trainer(detect_anomaly=True), precision fp32)."
+        )
+
+    def _nonfinite_layers(self) -> list[str]:
+        names = [
+            name.rpartition(".")[0] or "the LightningModule itself"
+            for name, param in (self._model.named_parameters() if self._model is not None else ())
+            if param.grad is not None and not _is_finite(param.grad)
+        ]
+        return list(dict.fromkeys(names))
+
+    def _credit(self, optimizer: Optimizer, amount: int) -> None:
+        for config in self._schedulers:
+            if config.scheduler.optimizer is optimizer:
+                self._credits[id(config.scheduler)] = self._credits.get(id(config.scheduler), 0) + amount
+
+    def _batch(self) -> int:
+        return self._model.trainer.fit_loop.epoch_loop.total_batch_idx if self._model is not None else 0
+
+    def _index(self, optimizer: Optimizer) -> int:
+        return self._optimizers.index(optimizer) if optimizer in self._optimizers else -1
+
+    def _is_last_step(self) -> bool:
+        trainer = self._model.trainer if self._model is not None else None
+        return trainer is not None and -1 < trainer.max_steps <= trainer.global_step + 1
+
+    def _hold_global_step(self, steps: int) -> None:
+        """Takes steps out of the loop's progress, which is what ``global_step`` and everything after it counts.
+
+        The loop has no public way to say that a step was none. It counts a step as ready before and as completed after
+        the optimizer; both are lowered here, in between.
+        """
+        if not steps or self._model is None or self._model.trainer.state.fn != TrainerFn.FITTING:
+            return
+        loop = self._model.trainer.fit_loop.epoch_loop
+        automatic = self._model.automatic_optimization
+        progress = (
+            loop.automatic_optimization.optim_progress.optimizer.step
+            if automatic
+            else loop.manual_optimization.optim_step_progress
+        )
+        for tracker in (progress.total, progress.current):
+            tracker.ready -= steps
+            tracker.completed -= steps
+
+
+class SchedulerGate:
+    """Stands in for a LightningModule's ``lr_scheduler_step`` and lets a schedule advance only after a real step.
+
+    A copy of the module keeps its own ``lr_scheduler_step`` and no gate.
+    """
+
+    def __init__(self, model: pl.LightningModule, ledger: StepLedger) -> None:
+        self._model = model
+        self._ledger: StepLedger | None = ledger
+
+    def __call__(self, scheduler: Any, metric: Any) -> None:
+        """Steps the schedule if it may."""
+        if self._ledger is None or self._ledger.lets_step(scheduler):
+            type(self._model).lr_scheduler_step(self._model, scheduler, metric)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_model": self._model, "_ledger": None}
+
+
+def _send(optimizer: Optimizer, batch: int, skipped: Tensor, at_minimum: bool | Tensor) -> _Late:
+    at_minimum = torch.as_tensor(at_minimum, dtype=skipped.dtype, device=skipped.device)
+    both = torch.stack([skipped, at_minimum])
+    if both.device.type != "cuda":
+        return _Late(optimizer, batch, both, None)
+    values = torch.empty(2, pin_memory=True)
+    values.copy_(both, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(both.device))
+    return _Late(optimizer, batch, values, arrived)
+
+
+def _is_finite(grad: Tensor) -> bool:
+    return bool(torch.isfinite(grad.coalesce().values() if grad.is_sparse else grad).all())

@@ -1,0 +1,114 @@
+"""Amending a policy while it is in force: new rules go in front, old ones with nothing left to decide go."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.policy.resolve import Decision, decide, matches_of
+from lightning_mixprec.policy.rule import FieldError, Rule, check_format, did_you_mean, parse_value
+from lightning_mixprec.policy.strict import active_rules, check, no_such_layer
+
+if TYPE_CHECKING:
+    from lightning_mixprec.policy.rules import PrecisionPolicy
+
+
+def amend(policy: "PrecisionPolicy", edits: Mapping[str, Any], model: nn.Module) -> "PrecisionPolicy":
+    """See :meth:`PrecisionPolicy.amend`."""
+    if not isinstance(edits, Mapping):
+        raise PolicyError(f"edits are {edits!r}; write a mapping from pattern to format: {{'model.head': 'fp32'}}")
+    before = decide(policy, model)
+    new = [_edited(policy, pattern, value) for pattern, value in edits.items()]
+    for rule in new:
+        if not matches_of(rule, before.inventory, before.classes):
+            pattern = rule.patterns[0]
+            raise PolicyError(f"edit {pattern!r} matches no layer; {no_such_layer(before, pattern)}")
+    kept = [rule for rule in policy.rules if _single_pattern(rule) not in edits]
+    after = decide(replace(policy, rules=[*new, *kept]), model)
+    new = [_storing_as_before(before, after, number) for number in range(len(new))]
+    active = active_rules(after)
+    kept = [rule for number, rule in enumerate(kept, start=len(new)) if number in active or not after.matched[number]]
+    amended = replace(policy, rules=[*new, *kept])
+    check(decide(amended, model))
+    return amended
+
+
+def describe_difference(one: "PrecisionPolicy", other: "PrecisionPolicy") -> str:
+    """How a policy differs from another, in one line.
+
+    >>> from lightning_mixprec.policy.rules import as_policy
+    >>> describe_difference(as_policy("fp16"), as_policy({"default": "bf16", "model.head": "fp32"}))
+    'default fp16 -> bf16; model.head (c=fp32) added'
+    """
+    parts = [f"default {one.default} -> {other.default}"] if one.default != other.default else []
+    if one.allow_unmatched != other.allow_unmatched:
+        parts.append(f"allow_unmatched {one.allow_unmatched} -> {other.allow_unmatched}".lower())
+    parts += _rule_differences(one.rules, other.rules)
+    return "; ".join(parts) or "no difference"
+
+
+def _rule_differences(one: Sequence[Rule], other: Sequence[Rule]) -> list[str]:
+    removed = [rule for rule in one if rule not in other]
+    added = [rule for rule in other if rule not in one]
+    parts = []
+    for rule in removed:
+        successor = next((new for new in added if new.label == rule.label), None)
+        if successor is None:
+            parts.append(f"{rule.label} ({rule.value}) removed")
+        else:
+            added.remove(successor)
+            parts.append(f"{rule.label} {rule.value} -> {successor.value}")
+    parts += [f"{rule.label} ({rule.value}) added" for rule in added]
+    common = [rule for rule in one if rule in other], [rule for rule in other if rule in one]
+    if common[0] != common[1]:
+        parts.append("rules in another order")
+    return parts
+
+
+def _edited(policy: "PrecisionPolicy", pattern: str, value: object) -> Rule:
+    try:
+        said = _said(value)
+        old = next((rule for rule in policy.rules if _single_pattern(rule) == pattern), None)
+        return Rule(pattern, **said) if old is None else replace(old, **said)
+    except FieldError as error:
+        raise PolicyError(f"edit {pattern!r}: {error}") from None
+
+
+def _said(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        said: dict[str, Any] = dict(parse_value(value))
+    else:
+        for key in value:
+            if key not in ("param", "compute", "output"):
+                near = did_you_mean(str(key), ("compute", "output"))
+                raise FieldError(f"unknown key {key!r}{near or ';'} an edit takes compute and output")
+        said = dict(value)
+        for key, format in said.items():
+            check_format(key, format)
+    if "param" in said:
+        raise FieldError("param cannot change during a run; an edit takes compute and output")
+    return said
+
+
+def _single_pattern(rule: Rule) -> str | None:
+    return rule.patterns[0] if len(rule.patterns) == 1 and not rule.type_patterns else None
+
+
+def _storing_as_before(before: Decision, after: Decision, number: int) -> Rule:
+    """The new rule with the param of the rules it takes over from: an edit leaves weights as they are stored."""
+    rule = after.policy.rules[number]
+    taken = [
+        layer
+        for layer, decider in enumerate(after.decided_by)
+        if decider == number and next(after.inventory.own_parameters(layer), None) is not None
+    ]
+    params = {None if (old := before.decided_by[layer]) is None else before.policy.rules[old].param for layer in taken}
+    if len(params) > 1:
+        stored = " and ".join(sorted(param or "unsaid" for param in params))
+        raise PolicyError(
+            f"edit {rule.patterns[0]!r} is for layers whose param differs by rule ({stored}), and an edit cannot "
+            "change it; write one edit for each of them"
+        )
+    return replace(rule, param=params.pop()) if params else rule

@@ -1,0 +1,141 @@
+"""Policies in YAML files: read with line numbers, written atomically."""
+
+import contextlib
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_mixprec.errors import PolicyError
+
+_MAX_DEPTH = 6
+_UNQUOTED_STAR = re.compile(r"(?:^|[\s,\[{])(\*(?:[^\s:,#\]}]|\[[^\]\s]*\]|:(?=\S))*)")
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a YAML file says, and on which line each part of it stands.
+
+    ``lines`` maps a path of keys and list positions to a line; the empty path is the whole document.
+    """
+
+    path: str
+    content: Any
+    lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict)
+
+    def where(self, path: tuple[str | int, ...]) -> str:
+        """File and line of a part, or of the nearest part around it."""
+        while path not in self.lines:
+            path = path[:-1]
+        return f"{self.path}:{self.lines[path]}"
+
+
+def read(path: str | os.PathLike[str]) -> Document:
+    """Read a YAML file.
+
+    Raises:
+        PolicyError: the file cannot be read or is no valid YAML; the message names file and line.
+    """
+    text = _read_text(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise PolicyError(_syntax_error(os.fspath(path), text, error)) from None
+    if node is None:
+        raise PolicyError(f"{os.fspath(path)}:1: the file is empty; write at least a default, as in default: bf16")
+    reader = _Reader(os.fspath(path))
+    return Document(reader.path, reader.read(node, ()), reader.lines)
+
+
+def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a YAML file: what stood there before stays whole until the new content is complete."""
+    target = Path(os.path.realpath(Path(path).expanduser()))
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False)
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with draft.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise PolicyError(f"the policy file {os.fspath(path)} does not exist; give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise PolicyError(f"{os.fspath(path)} is no UTF-8 text; a policy file is YAML") from None
+    except OSError as error:
+        raise PolicyError(f"cannot read {os.fspath(path)}: {error.strerror}; give the path of a YAML file") from None
+
+
+class _Reader:
+    """Turns YAML nodes into plain types, noting lines."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.lines: dict[tuple[str | int, ...], int] = {}
+
+    def read(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if len(path) > _MAX_DEPTH:
+            raise self._error(node, "nested deeper than a policy is")
+        if isinstance(node, yaml.MappingNode):
+            return self._read_mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(item, (*path, place)) for place, item in enumerate(node.value)]
+        return self._read_scalar(node, path)
+
+    def _read_mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._key(key_node)
+            if key in result:
+                raise self._error(key_node, f"key {key!r} stands here a second time; leave one out")
+            here = (*path, key)
+            self.lines[here] = key_node.start_mark.line + 1
+            result[key] = self.read(value_node, here)
+        return result
+
+    def _key(self, node: yaml.Node) -> str:
+        if node.tag == "tag:yaml.org,2002:merge":
+            raise self._error(node, "'<<' merges are not read; write the keys out")
+        if not isinstance(node, yaml.ScalarNode):
+            raise self._error(node, "a key that begins with '[' or '{' must be quoted, as in \"[0:4].norm\"")
+        return str(node.value)
+
+    def _read_scalar(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+        try:
+            value = yaml.SafeLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            raise self._error(node, f"cannot read {node.value!r}; write a plain value, in quotes if need be") from None
+        if value is None:
+            raise self._error(node, f"{path[-1] if path else 'the file'} has no value; write one or leave it out")
+        return value
+
+    def _error(self, node: yaml.Node, problem: str) -> PolicyError:
+        return PolicyError(f"{self.path}:{node.start_mark.line + 1}: {problem}")
+
+
+def _syntax_error(path: str, text: str, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is None:
+        return f"{path}:1: no valid YAML: {' '.join(str(error).split())}; a policy file is plain text"
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    if line.lstrip().startswith("\t") or (line[: mark.column + 1].strip() == "" and "\t" in line):
+        return f"{path}:{mark.line + 1}: indented with a tab; YAML wants blanks"
+    problem = getattr(error, "problem", None) or "cannot be read"
+    if "alias" in f"{problem} {getattr(error, 'context', '')}" and (found := _UNQUOTED_STAR.search(line)):
+        return f"{path}:{mark.line + 1}: a pattern that begins with '*' must be quoted: write \"{found.group(1)}\""
+    return f"{path}:{mark.line + 1}: no valid YAML: {problem}; quote names that have special characters"

@@ -1,0 +1,228 @@
+"""Folding the rows of a big assignment until they fit a screen or two.
+
+Repeated blocks are folded first, then layers that get what the layer around them gets, and whatever is deepest last.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_mixprec.policy.assignment import Assignment
+
+MAX_UNFOLDED = 20
+MAX_ROWS = 45
+_MAX_SIBLINGS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a layer, or several that are alike.
+
+    ``parameters`` is None if they are not initialised yet.
+    """
+
+    name: str
+    type_name: str
+    parameters: int | None
+    is_tied: bool
+    formats: str
+    rule: str
+
+
+@dataclass
+class _Branch:
+    """A row and the rows below it: ``label`` is its last name segment, ``layers`` how many layers it stands for.
+
+    ``copies`` is how many layers alike were merged.
+    """
+
+    label: str
+    row: Row
+    children: list["_Branch"] = field(default_factory=list)
+    layers: int = 1
+    copies: int = 1
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.row.formats, self.row.rule)
+
+
+def fold(assignment: "Assignment") -> list[Row]:
+    """The rows of the table, in the order of the model; for a big model at most ``MAX_ROWS``.
+
+    The parameters of all rows add up to those of the model, unless some are not initialised yet.
+    """
+    root = _grow(assignment)
+    for folding, limit in (
+        (_merge_repeated, MAX_UNFOLDED),
+        (_absorb_alike, MAX_ROWS),
+        (_merge_scattered, MAX_ROWS),
+    ):
+        if _size(root) > limit:
+            root = folding(root)
+    return list(_rows(_prune(root, MAX_ROWS), ""))
+
+
+def _grow(assignment: "Assignment") -> _Branch:
+    branches: dict[str, _Branch] = {}
+    for name, layer in assignment.items():
+        facts = assignment.facts[name]
+        is_alias = facts.first_name != name
+        row = Row(
+            name=name,
+            type_name=f"= {facts.first_name}" if is_alias else facts.type_name,
+            parameters=0 if is_alias else facts.parameters,
+            is_tied=facts.is_tied and not is_alias,
+            formats=str(layer),
+            rule="default" if layer.rule is None else layer.rule.label,
+        )
+        prefix, _, label = name.rpartition(".")
+        branches[name] = _Branch(label, row)
+        if name and assignment.facts[prefix].first_name == prefix:
+            branches[prefix].children.append(branches[name])
+    return branches[""]
+
+
+def _size(branch: _Branch) -> int:
+    return sum(1 for _ in _walk(branch))
+
+
+def _walk(branch: _Branch) -> Iterator[_Branch]:
+    waiting = [branch]
+    while waiting:
+        current = waiting.pop()
+        yield current
+        waiting += current.children
+
+
+def _merge_repeated(root: _Branch) -> _Branch:
+    """Consecutive numbered siblings that are alike all the way down become one, ``0`` to ``11`` as ``[0:12]``."""
+    return _merge(root, lambda run, label: int(run[-1]) + 1 == int(label))
+
+
+def _merge_scattered(root: _Branch) -> _Branch:
+    """Any numbered siblings that are alike become one: every second as ``[0:12:2]``, irregular ones as a list."""
+    return _merge(root, lambda run, label: True)
+
+
+def _merge(root: _Branch, belongs: Callable[[list[str], str], bool]) -> _Branch:
+    known: dict[object, int] = {}
+
+    def visit(branch: _Branch) -> tuple[_Branch, int]:
+        visited = [visit(child) for child in branch.children]
+        shape = (branch.key, branch.row.type_name, branch.row.parameters, branch.row.is_tied)
+        below = tuple((child.label, number) for (_, number), child in zip(visited, branch.children, strict=True))
+        signature = known.setdefault((shape, below), len(known))
+        return replace(branch, children=_merge_siblings(visited, belongs)), signature
+
+    return visit(root)[0]
+
+
+def _merge_siblings(visited: list[tuple[_Branch, int]], belongs: Callable[[list[str], str], bool]) -> list[_Branch]:
+    runs: list[list[_Branch]] = []
+    latest: dict[int, list[_Branch]] = {}
+    for branch, signature in visited:
+        run = latest.get(signature)
+        is_numbered = branch.label.isdecimal()
+        if run and is_numbered and belongs([member.label for member in run[-1:]], branch.label):
+            run.append(branch)
+        else:
+            runs.append([branch])
+            if is_numbered:
+                latest[signature] = runs[-1]
+    return [_merged(run, _label([int(branch.label) for branch in run])) if len(run) > 1 else run[0] for run in runs]
+
+
+def _label(numbers: list[int]) -> str:
+    step = numbers[1] - numbers[0]
+    if numbers == list(range(numbers[0], numbers[-1] + 1, step)):
+        return f"[{numbers[0]}:{numbers[-1] + 1}{f':{step}' if step > 1 else ''}]"
+    return f"{{{', '.join(map(str, numbers[:3]))}{', ...' if len(numbers) > 3 else ''}}}"
+
+
+def _merged(run: list[_Branch], label: str) -> _Branch:
+    parameters: int | None = 0
+    for branch in run:
+        parameters = _sum(parameters, branch.row.parameters)
+    below = zip(*(branch.children for branch in run), strict=True)
+    return _Branch(
+        label=label,
+        row=replace(run[0].row, parameters=parameters),
+        children=[_merged(list(alike), alike[0].label) for alike in below],
+        layers=sum(branch.layers for branch in run),
+        copies=sum(branch.copies for branch in run),
+    )
+
+
+def _absorb_alike(root: _Branch) -> _Branch:
+    """A layer that gets, all the way down, what the layer around it gets by the same rule is shown with it."""
+    kept: list[_Branch] = []
+    total, layers, is_tied = root.row.parameters, root.layers, root.row.is_tied
+    for child in map(_absorb_alike, root.children):
+        if child.children or child.key != root.key:
+            kept.append(child)
+        else:
+            total, layers = _sum(total, child.row.parameters), layers + child.layers
+            is_tied = is_tied or child.row.is_tied
+    row = replace(root.row, parameters=total, is_tied=is_tied)
+    return replace(root, row=row, layers=layers, children=kept)
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
+
+
+def _prune(root: _Branch, limit: int) -> _Branch:
+    """Cut off the deepest rows until the rest fits, summing up what is cut; long rows of siblings are cut short."""
+    depth = 1
+    while (deeper := _size_to(root, depth + 1)) <= limit and deeper > _size_to(root, depth):
+        depth += 1
+    return _cut(root, depth) if _size(root) > limit else root
+
+
+def _size_to(branch: _Branch, depth: int) -> int:
+    return 1 + sum(_size_to(child, depth - 1) for child in branch.children[:_MAX_SIBLINGS]) if depth else 1
+
+
+def _cut(branch: _Branch, depth: int) -> _Branch:
+    if not branch.children:
+        return branch
+    if depth == 0:
+        return _summary(branch.label, [branch])
+    children = [_cut(child, depth - 1) for child in branch.children[:_MAX_SIBLINGS]]
+    if rest := branch.children[_MAX_SIBLINGS:]:
+        children[-1:] = [_summary(f"... {len(rest) + 1} more", branch.children[_MAX_SIBLINGS - 1 :])]
+    return replace(branch, children=children)
+
+
+def _summary(label: str, branches: list[_Branch]) -> _Branch:
+    below = [branch for top in branches for branch in _walk(top)]
+    layers = Counter[str]()
+    rules = Counter[str]()
+    parameters: int | None = 0
+    for branch in below:
+        layers[branch.row.formats] += branch.layers
+        rules[branch.row.rule] += branch.layers
+        parameters = _sum(parameters, branch.row.parameters)
+    formats = [f"{formats} x {count}" for formats, count in layers.most_common(3)] + ["..."] * (len(layers) > 3)
+    row = Row(
+        name="",
+        type_name=branches[0].row.type_name if len(branches) == 1 else "several",
+        parameters=parameters,
+        is_tied=any(branch.row.is_tied for branch in below),
+        formats=", ".join(formats) if len(layers) > 1 else next(iter(layers)),
+        rule=next(iter(rules)) if len(rules) == 1 else f"{len(rules)} rules",
+    )
+    return _Branch(label, row, layers=layers.total(), copies=branches[0].copies if len(branches) == 1 else 1)
+
+
+def _rows(branch: _Branch, prefix: str) -> Iterator[Row]:
+    name = f"{prefix}.{branch.label}" if prefix else branch.label
+    type_name = branch.row.type_name
+    type_name += f" x {branch.copies}" if branch.copies > 1 else ""
+    type_name += f" ({branch.layers} layers)" if branch.layers > branch.copies else ""
+    yield replace(branch.row, name=name or '""', type_name=type_name)
+    for child in branch.children:
+        yield from _rows(child, name)

@@ -1,0 +1,135 @@
+"""A model's distinct layers, their names, how they hang together, and how their weights are stored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_mixprec.numerics.formats import format_of
+from lightning_mixprec.policy.names import walk
+from lightning_mixprec.policy.tree import NameTree
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The layers of a model, numbered in the order of their first names.
+
+    ``tree`` has all names, ``layer_at`` the layer's number for each place in the tree; the other lists go by layer.
+    ``unit`` is the attention module that a layer is a mere part of: ``nn.MultiheadAttention`` reads the weights of its
+    parts and never calls their forward.
+    """
+
+    tree: NameTree
+    layer_at: list[int]
+    modules: list[nn.Module]
+    names: list[list[str]]
+    children: list[list[int]]
+    has_forward: list[bool]
+    unit: dict[int, int]
+
+    def own_parameters(self, layer: int) -> Iterator[nn.Parameter]:
+        """Its floating-point parameters, those of its children not included; complex ones are not floating-point."""
+        for parameter in self.modules[layer]._parameters.values():
+            if parameter is not None and parameter.dtype.is_floating_point:
+                yield parameter
+
+
+def take(model: nn.Module) -> Inventory:
+    """Take stock of a model."""
+    nodes = list(walk(model))
+    number: dict[int, int] = {}
+    layer_at = [number.setdefault(id(node.module), len(number)) for node in nodes]
+    modules: list[nn.Module] = []
+    names: list[list[str]] = [[] for _ in number]
+    children: list[dict[int, None]] = [{} for _ in number]
+    for node, layer in zip(nodes, layer_at, strict=True):
+        if layer == len(modules):
+            modules.append(node.module)
+        names[layer].append(node.name)
+        if node.parent is not None:
+            children[number[id(node.parent)]][layer] = None
+    kids = [list(below) for below in children]
+    return Inventory(
+        tree=NameTree([node.name for node in nodes]),
+        layer_at=layer_at,
+        modules=modules,
+        names=names,
+        children=kids,
+        has_forward=[_has_forward(module) for module in modules],
+        unit=_units(modules, kids, number),
+    )
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _units(modules: list[nn.Module], children: list[list[int]], number: dict[int, int]) -> dict[int, int]:
+    unit: dict[int, int] = {}
+    for layer, module in enumerate(modules):
+        if isinstance(module, nn.MultiheadAttention):
+            parts = (module._modules.get(name) for name in ("out_proj", "parametrizations"))
+            waiting = [number[id(part)] for part in parts if part is not None and id(part) in number]
+            while waiting:
+                part_number = waiting.pop()
+                unit[part_number] = layer
+                waiting += children[part_number]
+    return unit
+
+
+def stored_formats(inventory: Inventory, ruled: dict[int, str]) -> list[str]:
+    """How each layer's weights are stored: its own, else those below it, else those of its parent, else fp32.
+
+    Args:
+        inventory: the model's layers.
+        ruled: formats that rules give to parameters, by the parameter's id.
+    """
+    count = len(inventory.modules)
+    own = [_own_format(inventory, layer, ruled) for layer in range(count)]
+    below = list(own)
+    for layer in _children_first(inventory):
+        if below[layer] is None:
+            below[layer] = next((format for child in inventory.children[layer] if (format := below[child])), None)
+    stored = [format or "" for format in below]
+    stored[0] = stored[0] or "fp32"
+    for layer in reversed(_children_first(inventory)):
+        for child in inventory.children[layer]:
+            stored[child] = stored[child] or stored[layer]
+    return stored
+
+
+def _own_format(inventory: Inventory, layer: int, ruled: dict[int, str]) -> str | None:
+    for parameter in inventory.own_parameters(layer):
+        stored = ruled.get(id(parameter)) or format_of(parameter.dtype)
+        return stored or str(parameter.dtype).removeprefix("torch.")
+    return None
+
+
+def _children_first(inventory: Inventory) -> list[int]:
+    order: list[int] = []
+    entered = {0}
+    waiting = [(0, iter(inventory.children[0]))]
+    while waiting:
+        layer, rest = waiting[-1]
+        child = next((child for child in rest if child not in entered), None)
+        if child is None:
+            order.append(layer)
+            waiting.pop()
+        else:
+            entered.add(child)
+            waiting.append((child, iter(inventory.children[child])))
+    return order
+
+
+def count_parameters(inventory: Inventory) -> list[tuple[int | None, bool]]:
+    """For each layer how many parameters are first met in it (None if uninitialised), and whether it has others."""
+    seen: set[int] = set()
+    counts: list[tuple[int | None, bool]] = []
+    for module in inventory.modules:
+        mine = [parameter for parameter in module._parameters.values() if parameter is not None]
+        new = [parameter for parameter in mine if id(parameter) not in seen]
+        seen.update(map(id, new))
+        is_waiting = any(is_lazy(parameter) for parameter in new)
+        counts.append((None if is_waiting else sum(parameter.numel() for parameter in new), len(new) < len(mine)))
+    return counts

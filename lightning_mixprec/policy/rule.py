@@ -1,0 +1,231 @@
+"""A rule: which layers it selects, and what they get."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from lightning_mixprec.errors import MixPrecError, PolicyError
+from lightning_mixprec.numerics.formats import FORMATS, get_format
+from lightning_mixprec.policy.classes import check_type_pattern
+from lightning_mixprec.policy.patterns import parse
+
+COMPUTE_FORMATS = ("fp64", "fp32", "bf16", "fp16")
+PARAM_FORMATS = ("fp64", "fp32")
+OUTPUT_FORMATS = (*COMPUTE_FORMATS, "input")
+
+_ALLOWED = {"param": PARAM_FORMATS, "compute": COMPUTE_FORMATS, "default": COMPUTE_FORMATS, "output": OUTPUT_FORMATS}
+_SHORT = {"p": "param", "c": "compute", "o": "output"}
+
+
+class FieldError(PolicyError):
+    """A part of a policy is malformed; ``path`` leads to it from the top, so that files can say where."""
+
+    def __init__(self, message: str, *path: str | int) -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the path, for errors that cross processes."""
+        return type(self), (str(self), *self.path)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Selects layers, by name, by type or by both, and says what they get.
+
+    A rule covers the layers it matches and everything below them; what it does not say stays as it is: weights as the
+    model stores them, the policy's default to compute in, the output as computed.
+
+    Args:
+        layers: A pattern for names as in ``named_modules()`` of the LightningModule, or a list of patterns: dotted
+            names (``model.head``) whose segments may be globs (``encoder.*.attn``), ``**`` for any number of segments,
+            or slices of numbered blocks (``blocks.[0:4]``); or ``re:`` and a regular expression for the whole name.
+            ``""`` is the LightningModule itself.
+        types: A class name, or a list of them: ``LayerNorm``, ``torch.nn.LayerNorm``, ``"*Norm*"``; subclasses
+            included. With both, one layer must match both.
+        param: The format the weights are stored in: fp64 or fp32.
+        compute: The format that the layers' own operations are autocast to: fp64, fp32, bf16 or fp16.
+        output: The format the output is handed on in: one of those, or ``"input"`` for the one that came in.
+        recurse: Whether the layers below are covered too, and not only the matched layers' own operations.
+
+    Raises:
+        PolicyError: An argument is malformed, nothing is selected, or nothing is said.
+
+    >>> Rule(types="*Norm*", compute="fp32", output="input").to_dict()
+    {'types': '*Norm*', 'compute': 'fp32', 'output': 'input'}
+    """
+
+    layers: str | list[str] | tuple[str, ...] | None = None
+    types: str | list[str] | tuple[str, ...] | None = None
+    param: str | None = None
+    compute: str | None = None
+    output: str | None = None
+    recurse: bool = True
+    origin: str | None = field(default=None, init=False, repr=False, compare=False)
+    """The file and line it was read from."""
+
+    def __post_init__(self) -> None:
+        """Check every argument; lists become tuples, so that a rule is hashable and cannot change."""
+        for name in ("layers", "types"):
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))
+            _check_names(name, getattr(self, name))
+        for name in ("param", "compute", "output"):
+            if getattr(self, name) is not None:
+                check_format(name, getattr(self, name))
+        if not isinstance(self.recurse, bool):
+            raise FieldError(f"recurse is {self.recurse!r}; it must be true or false", "recurse")
+        if self.layers is None and self.types is None:
+            raise FieldError("a rule selects no layers; give layers, types or both")
+        if not self.said:
+            raise FieldError("a rule must say at least one of param, compute and output")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns for names."""
+        return _as_tuple(self.layers)
+
+    @property
+    def type_patterns(self) -> tuple[str, ...]:
+        """The patterns for types."""
+        return _as_tuple(self.types)
+
+    @property
+    def said(self) -> dict[str, str]:
+        """What it says: of param, compute and output those that are given."""
+        given = {"param": self.param, "compute": self.compute, "output": self.output}
+        return {name: format for name, format in given.items() if format is not None}
+
+    @property
+    def label(self) -> str:
+        """What it selects, in a few words.
+
+        >>> Rule("model.head", types=["Linear", "Conv2d"], compute="fp32").label
+        'model.head, types Linear|Conv2d'
+        """
+        patterns = [pattern or '""' for pattern in self.patterns]
+        parts = [" | ".join(patterns)] if patterns else []
+        parts += [f"types {'|'.join(self.type_patterns)}"] if self.type_patterns else []
+        return ", ".join(parts) + ("" if self.recurse else ", recurse=False")
+
+    @property
+    def value(self) -> str:
+        """What it says, in the short form of a mapping.
+
+        >>> Rule("model.head", compute="fp32", output="input").value
+        'c=fp32,o=input'
+        """
+        return ",".join(f"{name[0]}={format}" for name, format in self.said.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its arguments as plain types, without those at their defaults."""
+        result: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.init and value != entry.default:
+                result[entry.name] = list(value) if isinstance(value, tuple) else value
+        return result
+
+    def read_from(self, origin: str) -> "Rule":
+        """The same rule, knowing the file and line it was read from."""
+        copy = Rule(**self.to_dict())
+        object.__setattr__(copy, "origin", origin)
+        return copy
+
+
+RULE_KEYS = tuple(entry.name for entry in fields(Rule) if entry.init and entry.default is not MISSING)
+
+
+def check_format(name: str, value: object) -> None:
+    """Check the format that is given for ``param``, ``compute``, ``output`` or a policy's ``default``.
+
+    Raises:
+        FieldError: there is no such format, or not for that.
+    """
+    allowed = _ALLOWED[name]
+    if isinstance(value, str) and value in allowed:
+        return
+    options = f"{name} takes {', '.join(allowed)}"
+    if not isinstance(value, str):
+        raise FieldError(f"{name} is {value!r} ({type(value).__name__}), but {options}, in quotes", name)
+    if value == "input":
+        raise FieldError(f"{name} is 'input', which only output can be; {options}", name)
+    if value not in FORMATS:
+        raise FieldError(f"{name}: {_unknown_format(value)}; {options}", name)
+    if name == "param":
+        raise FieldError(f"param is {value!r}, but weights narrower than fp32 are not stored for now; {options}", name)
+    raise FieldError(f"{name} is {value!r}, which is not computed in yet; {options}", name)
+
+
+def parse_value(text: object) -> dict[str, Any]:
+    """What the short form of a mapping says: a compute format, or ``p=``, ``c=`` and ``o=`` with commas between.
+
+    Raises:
+        FieldError: it is neither.
+
+    >>> parse_value("fp32"), parse_value("c=fp32,o=input")
+    ({'compute': 'fp32'}, {'compute': 'fp32', 'output': 'input'})
+    """
+    if not isinstance(text, str):
+        raise FieldError(
+            f"the value is {text!r} ({type(text).__name__}); write a compute format such as fp32, or "
+            "p=fp32,c=fp16,o=input"
+        )
+    if "=" not in text and "," not in text:
+        check_format("compute", text)
+        return {"compute": text}
+    said: dict[str, str] = {}
+    for piece in text.split(","):
+        key, equals, format = (part.strip() for part in piece.partition("="))
+        if not equals or key not in _SHORT or not format:
+            raise FieldError(f"cannot read {piece.strip()!r} in {text!r}; write p=, c= or o= and a format each")
+        if _SHORT[key] in said:
+            raise FieldError(f"{text!r} says {key}= twice; leave one out")
+        check_format(_SHORT[key], format)
+        said[_SHORT[key]] = format
+    return said
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The sentence's end that names what was probably meant, empty if nothing is near.
+
+    >>> did_you_mean("computes", ["param", "compute"])
+    ', did you mean compute?'
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _unknown_format(value: str) -> str:
+    try:
+        get_format(value)
+    except MixPrecError as error:
+        return str(error).split("; the formats are")[0].split(" the formats are")[0].rstrip(";")
+    raise AssertionError(value)
+
+
+def _as_tuple(given: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _check_names(name: str, given: object) -> None:
+    if given is None:
+        return
+    entries = (given,) if isinstance(given, str) else given
+    if not isinstance(entries, tuple):
+        raise FieldError(f"{name} is {given!r} ({type(given).__name__}); write a string or a list of strings", name)
+    if not entries:
+        raise FieldError(f"{name} is an empty list; name at least one, or leave {name} out", name)
+    check = parse if name == "layers" else check_type_pattern
+    for place, entry in enumerate(entries):
+        path = (name,) if isinstance(given, str) else (name, place)
+        if not isinstance(entry, str):
+            shown = entry.__name__ if isinstance(entry, type) else repr(entry)
+            raise FieldError(f"{name} has {shown} ({type(entry).__name__}); write a string, in quotes", *path)
+        try:
+            check(entry)
+        except PolicyError as error:
+            raise FieldError(str(error), *path) from None

@@ -1,0 +1,119 @@
+"""The table of an assignment: who gets what, and why. Big models are folded until the table fits a screen or two."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from lightning_mixprec.policy.folding import Row, fold
+
+if TYPE_CHECKING:
+    from lightning_mixprec.policy.assignment import Assignment, RuleTally
+
+_COLUMNS = ("layer", "type", "parameters", "param/compute/output", "rule")
+_MAX_RULES = 10
+_MAX_RULE_WIDTH = 44
+
+
+def render(assignment: "Assignment", *, rich: bool = False, width: int | None = None) -> str:
+    """The table as text.
+
+    Args:
+        assignment: What to show.
+        rich: Whether to draw it with rich, if that is installed, for a terminal.
+        width: The terminal's width in characters, for rich.
+
+    >>> from torch import nn
+    >>> from lightning_mixprec.policy.rules import as_policy
+    >>> print(render(as_policy({"default": "bf16", "1": "c=fp32,o=input"}).resolve(
+    ...     nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9)))))
+    layer  type        parameters  param/compute/output  rule
+    ""     Sequential           -  fp32/bf16/-           default
+    0      Linear              90  fp32/bf16/-           default
+    1      LayerNorm           18  fp32/fp32/input       1
+    rule 1: 1 -> c=fp32,o=input: matched 1, decided 1
+    """
+    cells = [_cells(row) for row in fold(assignment)]
+    notes = _rule_lines(assignment)
+    if rich and (drawn := _draw(cells, notes, width)) is not None:
+        return drawn
+    return "\n".join([*_align([_COLUMNS, *cells]), *notes])
+
+
+def show(assignment: "Assignment", title: str | None = None, file: TextIO | None = None) -> None:
+    """Print the table, with rich if that is installed and the file is a terminal."""
+    file = sys.stdout if file is None else file
+    is_terminal = file.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal else None
+    text = render(assignment, rich=is_terminal, width=width)
+    text = text if title is None else f"{title}\n{text}"
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    parameters = "lazy" if row.parameters is None else f"{row.parameters:,}" if row.parameters else "-"
+    if row.parameters == 0 and row.is_tied:
+        parameters = "tied"
+    return (row.name, row.type_name, parameters, row.formats, _shortened(row.rule, _MAX_RULE_WIDTH))
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if name == "parameters" else cell.ljust(width)
+            for name, cell, width in zip(_COLUMNS, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _rule_lines(assignment: "Assignment") -> list[str]:
+    rules = assignment.policy.rules
+    lines = [
+        f"rule {number}: {_shortened(rule.label, 80)} -> {rule.value}: {_fate(tally)}"
+        for number, (rule, tally) in enumerate(zip(rules, assignment.tallies, strict=True), start=1)
+    ]
+    if len(lines) > _MAX_RULES + 1:
+        left_out = len(lines) - _MAX_RULES
+        lines[_MAX_RULES:] = [f"... and {left_out} more rules"]
+    return lines
+
+
+def _fate(tally: "RuleTally") -> str:
+    if not tally.matched:
+        return "matched nothing"
+    fate = f"matched {tally.matched}, decided {tally.decided}"
+    if not tally.lost:
+        return fate
+    winners = [
+        f"{count} to {'attention modules' if winner is None else f'rule {winner + 1}'}"
+        for winner, count in tally.lost.items()
+    ]
+    return f"{fate}, lost {', '.join(winners)}"
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _draw(rows: Sequence[Sequence[str]], notes: Sequence[str], width: int | None) -> str | None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        return None
+    table = Table()
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(force_terminal=True, width=width)
+    with console.capture() as capture:
+        console.print(table)
+        for note in notes:
+            console.print(Text(note))
+    return capture.get().rstrip("\n")

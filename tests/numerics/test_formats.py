@@ -1,0 +1,258 @@
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from lightning_mixprec.errors import FormatError, MixPrecError, SupportError
+from lightning_mixprec.numerics.formats import FORMATS, Format, FormatPair, format_of, get_format, native_support
+
+# What NumPy and ml_dtypes call the formats: written down here, so that the table is checked and not echoed.
+ORACLE = {
+    "fp64": np.float64,
+    "fp32": np.float32,
+    "bf16": ml_dtypes.bfloat16,
+    "fp16": np.float16,
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+}
+DTYPE = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
+
+
+def test_the_table_holds_the_documented_formats_widest_first():
+    assert list(FORMATS) == ["fp64", "fp32", "bf16", "fp16", "fp8", "e4m3", "e5m2"]
+    assert all(get_format(name) is format and format.name == name for name, format in FORMATS.items())
+
+
+@pytest.mark.parametrize("name", ORACLE)
+def test_properties_agree_with_ml_dtypes(name):
+    format, info = get_format(name), ml_dtypes.finfo(ORACLE[name])
+    assert format.max == float(info.max)
+    assert format.smallest_normal == float(info.smallest_normal)
+    assert format.smallest_subnormal == float(info.smallest_subnormal)
+    assert format.epsilon == float(info.eps)
+    assert format.min_exponent == info.minexp
+    assert format.max_exponent == math.frexp(float(info.max))[1] - 1
+    assert format.mantissa_bits == info.nmant
+    assert format.bits == info.bits
+    assert format.bytes == np.dtype(ORACLE[name]).itemsize
+
+
+@pytest.mark.parametrize("name", DTYPE)
+def test_properties_agree_with_torch(name):
+    format, info = get_format(name), torch.finfo(DTYPE[name])
+    assert format.dtype == DTYPE[name]
+    assert (format.max, format.smallest_normal, format.epsilon) == (info.max, info.smallest_normal, info.eps)
+    assert format.bits == info.bits
+    assert format.bytes == torch.empty((), dtype=DTYPE[name]).element_size()
+
+
+def test_numbers_everybody_quotes():
+    assert (get_format("fp16").max, get_format("fp16").smallest_subnormal) == (65504.0, 2.0**-24)
+    assert (get_format("bf16").smallest_subnormal, get_format("bf16").epsilon) == (2.0**-133, 2.0**-7)
+    assert (get_format("e4m3").max, get_format("e4m3").smallest_subnormal) == (448.0, 2.0**-9)
+    assert (get_format("e5m2").max, get_format("e5m2").smallest_subnormal) == (57344.0, 2.0**-16)
+
+
+def test_low_precision_means_16_bits_or_fewer():
+    assert [name for name in FORMATS if get_format(name).is_low_precision] == ["bf16", "fp16", "fp8", "e4m3", "e5m2"]
+
+
+def test_fp8_is_the_pair():
+    fp8 = get_format("fp8")
+    assert isinstance(fp8, FormatPair)
+    assert (fp8.forward.name, fp8.backward.name) == ("e4m3", "e5m2")
+    assert (fp8.bits, fp8.bytes) == (8, 1)
+
+
+def test_a_plain_format_is_its_own_forward_and_backward():
+    assert get_format("bf16").forward is get_format("bf16").backward is get_format("bf16")
+
+
+def test_formats_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        get_format("fp16").mantissa_bits = 3
+
+
+@pytest.mark.parametrize("inner", ORACLE)
+@pytest.mark.parametrize("outer", ORACLE)
+def test_contains_means_that_every_number_survives_the_cast(outer, inner):
+    if get_format(inner).bits > 16:
+        expected = get_format(outer).bits >= get_format(inner).bits
+    else:
+        codes = np.arange(2 ** get_format(inner).bits, dtype=f"u{get_format(inner).bytes}").view(ORACLE[inner])
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = codes.astype(np.float64)
+            expected = np.array_equal(values, values.astype(ORACLE[outer]).astype(np.float64), equal_nan=True)
+    assert get_format(outer).contains(get_format(inner)) is expected
+
+
+def test_contains_minds_the_meaning_of_the_largest_exponent():
+    e4m3, like_ieee = get_format("e4m3"), Format("e4m3 with infinity", 4, 3, "inf", torch.float16)
+    assert like_ieee.max == float(ml_dtypes.finfo(ml_dtypes.float8_e4m3).max) == 240
+    assert not e4m3.contains(like_ieee)
+    assert not like_ieee.contains(e4m3)
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPE.items())
+def test_format_of_a_dtype(name, dtype):
+    assert format_of(dtype) == name
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fnuz])
+def test_format_of_a_dtype_outside_the_table(dtype):
+    assert format_of(dtype) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("float16", "fp16"),
+        ("half", "fp16"),
+        ("16-mixed", "fp16"),
+        ("16-true", "fp16"),
+        (16, "fp16"),
+        ("FP16", "fp16"),
+        ("f16", "fp16"),
+        (torch.float16, "fp16"),
+        ("bfloat16", "bf16"),
+        ("bf16-mixed", "bf16"),
+        ("bf-16", None),
+        ("torch.bfloat16", "bf16"),
+        ("float32", "fp32"),
+        ("32-true", "fp32"),
+        (32, "fp32"),
+        ("double", "fp64"),
+        (torch.float64, "fp64"),
+        ("fp8_e4m3", "e4m3"),
+        ("float8_e5m2", "e5m2"),
+        (torch.float8_e4m3fn, "e4m3"),
+        ("float8", "fp8"),
+        ("int8", None),
+        ("", None),
+        (None, None),
+        (True, None),
+        (["fp16"], None),
+        (torch.int64, None),
+    ],
+)
+def test_an_unknown_format_is_answered_in_one_line_with_what_was_meant(wrong, meant):
+    with pytest.raises(FormatError) as caught:
+        get_format(wrong)
+    message = str(caught.value)
+    assert repr(wrong) in message
+    assert "\n" not in message
+    assert message.endswith("the formats are fp64, fp32, bf16, fp16, fp8, e4m3, e5m2")
+    assert ("did you mean" in message) is (meant is not None)
+    assert meant is None or f"did you mean '{meant}'?" in message
+
+
+def test_format_errors_are_the_packages_errors():
+    assert issubclass(FormatError, MixPrecError)
+    assert issubclass(MixPrecError, ValueError)
+
+
+class FakeGPU:
+    """Answers as torch.cuda does on a machine with GPUs of one model."""
+
+    def __init__(self, monkeypatch, capability, name="Fake GPU", count=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "native"),
+    [
+        ("Tesla T4", (7, 5), {"fp64", "fp32", "fp16"}),
+        ("NVIDIA A100", (8, 0), {"fp64", "fp32", "fp16", "bf16"}),
+        ("NVIDIA GeForce RTX 3090", (8, 6), {"fp64", "fp32", "fp16", "bf16"}),
+        ("NVIDIA L4", (8, 9), set(FORMATS)),
+        ("NVIDIA H200", (9, 0), set(FORMATS)),
+        ("NVIDIA B200", (10, 0), set(FORMATS)),
+    ],
+)
+def test_native_formats_of_gpus(monkeypatch, gpu, capability, native):
+    FakeGPU(monkeypatch, capability, gpu)
+    assert {name for name in FORMATS if native_support(name, "cuda").native} == native
+    assert {name for name in FORMATS if native_support(name, torch.device("cuda", 0)).native} == native
+
+
+def test_the_reason_names_the_gpu_and_what_it_lacks(monkeypatch):
+    FakeGPU(monkeypatch, (7, 5), "Tesla T4")
+    reason = native_support("bf16", "cuda:0").reason
+    assert reason == "Tesla T4 (compute capability 7.5) has no bf16 arithmetic, which came with 8.0"
+
+
+def test_no_cuda_device(monkeypatch):
+    FakeGPU(monkeypatch, (9, 0), count=0)
+    assert native_support("fp32", "cuda") == native_support("bf16", "cuda:3")
+    assert native_support("fp32", "cuda").native is False
+    assert native_support("fp32", "cuda").reason == "torch sees no CUDA device"
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    FakeGPU(monkeypatch, (9, 0), count=2)
+    support = native_support("fp32", "cuda:2")
+    assert not support.native
+    assert support.reason == "there is no cuda:2, the last CUDA device is cuda:1"
+
+
+def test_fp8_on_rocm_is_not_claimed(monkeypatch):
+    FakeGPU(monkeypatch, (9, 4), "AMD Instinct MI300X")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert native_support("bf16", "cuda").native
+    assert (
+        native_support("fp8", "cuda").reason == "fp8 is supported on NVIDIA GPUs only, and this is AMD Instinct MI300X"
+    )
+
+
+def test_native_formats_of_a_cpu():
+    assert {name for name in FORMATS if native_support(name, "cpu").native} == {"fp64", "fp32", "bf16", "fp16"}
+    assert "slow" in native_support("fp16", "cpu").reason
+
+
+@pytest.mark.parametrize("name", ["fp64", "fp32", "bf16", "fp16"])
+def test_torch_computes_in_the_native_formats_of_a_cpu(name):
+    matrix = torch.ones(2, 2, dtype=DTYPE[name])
+    assert (matrix @ matrix + matrix).tolist() == [[3, 3], [3, 3]]
+
+
+@pytest.mark.parametrize("device", ["mps", "xla", "meta"])
+def test_other_devices_are_not_supported(device):
+    support = native_support("fp32", device)
+    assert not support.native
+    assert device in support.reason
+    assert "cuda and cpu" in support.reason
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", None, 1.5])
+def test_no_device_at_all(device):
+    with pytest.raises(SupportError, match="is no device") as caught:
+        native_support("fp32", device)
+    assert "\n" not in str(caught.value)
+
+
+def test_support_of_an_unknown_format():
+    with pytest.raises(FormatError, match="did you mean 'bf16'"):
+        native_support("bfloat16", "cpu")
+
+
+@pytest.mark.gpu
+def test_torch_agrees_on_this_gpu():
+    assert native_support("bf16", "cuda").native is torch.cuda.is_bf16_supported(including_emulation=False)
+    assert native_support("fp32", "cuda").native
+
+
+def test_a_format_is_only_its_definition():
+    definition = {"name", "exponent_bits", "mantissa_bits", "overflow", "dtype"}
+    assert set(Format.__dataclass_fields__) == definition

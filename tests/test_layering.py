@@ -1,0 +1,276 @@
+"""The layout's rules, read from the sources with `ast`, and shown to catch a planted violation of each kind."""
+
+import ast
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "lightning_mixprec"
+ROOT = Path(__file__).parents[1]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 40
+
+CORE = ["errors", "numerics", "policy", "engine", "plugin", "callbacks"]
+MAY_IMPORT = {layer: set(CORE[: place + 1]) for place, layer in enumerate(CORE)}
+MAY_IMPORT["errors"] = set()
+MAY_IMPORT["report"] = {"errors", "numerics", "policy", "report"}
+MAY_IMPORT["cli"] = {*CORE, "report", "cli"}
+MAY_IMPORT["__init__"] = {*CORE, "report"}
+
+LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
+KNOWS_LIGHTNING = {"plugin", "callbacks", "cli"}
+TORCHMETRICS_FILE = "numerics/metrics.py"
+# typing_extensions comes with torch; any package that is not here is optional.
+REQUIRED = {"torch", "yaml", "torchmetrics", "typing_extensions", *LIGHTNING}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, by its absolute name; deferred if it is only imported when a function runs, or for types."""
+
+    module: str
+    line: int
+    deferred: bool
+
+    @property
+    def top(self):
+        return self.module.partition(".")[0]
+
+
+def layer_of(path):
+    """The layer of a file, by its path inside the package; None where the layout has no place for it."""
+    first = path.partition("/")[0].removesuffix(".py")
+    if "/" not in path and first.startswith("plugin"):
+        return "plugin"
+    return first if first in MAY_IMPORT else None
+
+
+def imports_of(path, source):
+    return list(_imports(ast.parse(source), [PACKAGE, *path.split("/")[:-1]], deferred=False))
+
+
+def _imports(node, package, deferred):
+    for child in ast.iter_child_nodes(node):
+        for module in _imported_by(child, package):
+            yield Import(module, child.lineno, deferred)
+        inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _is_for_types(child)
+        yield from _imports(child, package, deferred or inner)
+
+
+def _imported_by(node, package):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = package[: len(package) - node.level + 1] if node.level else []
+        module = ".".join([*base, *filter(None, [node.module])])
+        # `from package import name` may import a module of that name.
+        return [f"{module}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in {
+        "importlib.import_module",
+        "import_module",
+        "__import__",
+    }:
+        return [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+    return []
+
+
+def _is_for_types(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+
+
+def module_file(module, files):
+    """The file of the package that an absolute dotted name refers to, None if it is none of the package's."""
+    parts = module.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    for length in range(len(parts), 0, -1):
+        stem = "/".join(parts[1:length])
+        for path in (f"{stem}.py", f"{stem}/__init__.py".lstrip("/")):
+            if path in files:
+                return path
+    return None
+
+
+def check_places(files):
+    for path in files:
+        folder = path.rpartition("/")[0]
+        if layer_of(path) is None:
+            yield f"{path}: the layout has no place for it"
+        elif "/" in folder and folder != "engine/backends":
+            yield f"{path}: deeper than engine/backends"
+
+
+def check_directions(files):
+    for path, source in files.items():
+        layer = layer_of(path)
+        for imported in imports_of(path, source):
+            target = module_file(imported.module, files)
+            if layer == "errors":
+                yield f"{path}:{imported.line}: errors import nothing, here {imported.module}"
+            elif target and layer and layer_of(target) not in MAY_IMPORT[layer]:
+                yield f"{path}:{imported.line}: {layer} must not import {layer_of(target)}"
+
+
+def check_cycles(files):
+    edges = {
+        path: {module_file(each.module, files) for each in imports_of(path, source) if not each.deferred} - {None, path}
+        for path, source in files.items()
+    }
+    done = set()
+
+    def visit(path, trail):
+        if path in trail:
+            yield "import cycle: " + " -> ".join([*trail[trail.index(path) :], path])
+        elif path not in done:
+            for target in sorted(edges[path]):
+                yield from visit(target, [*trail, path])
+            done.add(path)
+
+    for path in edges:
+        yield from visit(path, [])
+
+
+def check_frameworks(files):
+    for path, source in files.items():
+        for imported in imports_of(path, source):
+            if imported.top in LIGHTNING and layer_of(path) not in KNOWS_LIGHTNING:
+                yield f"{path}:{imported.line}: {imported.top} belongs to plugin, callbacks and cli alone"
+            if imported.top == "torchmetrics" and path != TORCHMETRICS_FILE:
+                yield f"{path}:{imported.line}: torchmetrics belongs to {TORCHMETRICS_FILE} alone"
+
+
+def check_optional_packages(files):
+    homes = {}
+    for path, source in files.items():
+        for imported in imports_of(path, source):
+            if imported.top in REQUIRED | {PACKAGE, "__future__"} or imported.top in sys.stdlib_module_names:
+                continue
+            if not imported.deferred:
+                yield f"{path}:{imported.line}: {imported.top} is optional, import it in the function that needs it"
+            home = homes.setdefault(imported.top, path)
+            if home != path:
+                yield f"{path}:{imported.line}: {imported.top} belongs to {home} alone"
+
+
+def check_sizes(files):
+    for path, source in files.items():
+        lines = len(source.splitlines())
+        if lines > MAX_FILE_LINES:
+            yield f"{path}: {lines} lines, at most {MAX_FILE_LINES}"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = _length_without_docstring(node)
+                if length > MAX_FUNCTION_LINES:
+                    yield f"{path}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+
+
+def _length_without_docstring(node):
+    docstring = node.body[0] if ast.get_docstring(node) is not None else None
+    spared = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+    return node.end_lineno - node.lineno + 1 - spared
+
+
+CHECKS = [check_places, check_directions, check_cycles, check_frameworks, check_optional_packages, check_sizes]
+
+
+def read_tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_package_keeps_its_layout(check):
+    files = read_tree(ROOT / PACKAGE)
+    assert {"__init__.py", "errors.py"} <= set(files)
+    assert list(check(files)) == []
+
+
+def test_the_examples_stay_small():
+    assert list(check_sizes(read_tree(ROOT / "examples"))) == []
+
+
+GOOD = {
+    "__init__.py": "from lightning_mixprec.plugin import A\nfrom lightning_mixprec.policy.rules import Rule",
+    "errors.py": "class MixPrecError(ValueError): ...",
+    "numerics/__init__.py": "",
+    "numerics/formats.py": "import math\nimport torch\nfrom lightning_mixprec.errors import MixPrecError",
+    "numerics/metrics.py": "import torchmetrics",
+    "policy/rules.py": "import yaml\nfrom ..numerics import formats",
+    "policy/table.py": "def show():\n    import rich.table",
+    "engine/apply.py": "from lightning_mixprec.policy.rules import Rule",
+    "engine/backends/native.py": "from lightning_mixprec.errors import MixPrecError",
+    "plugin.py": "import lightning.pytorch as pl\nfrom lightning_mixprec.plugin_steps import A",
+    "plugin_steps.py": "from lightning_mixprec.engine.apply import attach\nA = 1",
+    "callbacks/overflow.py": "from lightning import Callback\nfrom lightning_mixprec.plugin import A",
+    "report.py": "from lightning_mixprec.policy.rules import Rule\ndef write():\n    import jinja2",
+    "cli.py": "from lightning_mixprec.report import write\nfrom lightning_mixprec.callbacks import overflow",
+}
+
+LONG_FUNCTION = "def long():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+DOCUMENTED = 'def long():\n    """One.\n\n' + "    Two.\n" * 30 + '    """\n' + "    x = 1\n" * (MAX_FUNCTION_LINES - 1)
+
+
+def write_tree(folder, files):
+    for path, source in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(source)
+
+
+def violations(folder, files):
+    write_tree(folder, files)
+    return [violation for check in CHECKS for violation in check(read_tree(folder))]
+
+
+def test_a_good_tree_has_no_violations(tmp_path):
+    assert violations(tmp_path, GOOD | {"engine/documented.py": DOCUMENTED}) == []
+
+
+PLANTED = [
+    ("errors.py", "import math", "errors.py:1: errors import nothing, here math"),
+    ("numerics/a.py", "from lightning_mixprec.policy.rules import Rule", "numerics must not import policy"),
+    ("numerics/a.py", "from ..policy.rules import Rule", "numerics must not import policy"),
+    ("numerics/a.py", "from lightning_mixprec.policy import rules", "numerics must not import policy"),
+    ("numerics/a.py", "def f():\n    import lightning_mixprec.engine.apply", "a.py:2: numerics must not import engine"),
+    ("policy/a.py", "from lightning_mixprec.engine.apply import attach", "policy must not import engine"),
+    ("policy/a.py", "from lightning_mixprec import Rule", "policy must not import __init__"),
+    ("engine/a.py", "from lightning_mixprec.plugin import A", "engine must not import plugin"),
+    ("engine/a.py", "import importlib\nimportlib.import_module('lightning_mixprec.plugin')", "must not import plugin"),
+    ("engine/backends/a.py", "from ...plugin import A", "engine must not import plugin"),
+    ("plugin_more.py", "from lightning_mixprec.callbacks.overflow import x", "plugin must not import callbacks"),
+    ("callbacks/a.py", "from lightning_mixprec.cli import main", "callbacks must not import cli"),
+    ("report.py", "from lightning_mixprec.engine.apply import attach", "report must not import engine"),
+    ("report.py", "from lightning_mixprec.cli import main", "report must not import cli"),
+    ("__init__.py", "from lightning_mixprec.cli import main", "__init__ must not import cli"),
+    (
+        "policy/rules.py",
+        "from lightning_mixprec.policy.table import show",
+        "import cycle: policy/rules.py -> policy/table",
+    ),
+    ("numerics/a.py", "import lightning", "lightning belongs to plugin, callbacks and cli alone"),
+    ("policy/a.py", "from lightning.pytorch import Trainer", "lightning belongs to plugin, callbacks and cli alone"),
+    ("engine/a.py", "def f():\n    import pytorch_lightning", "pytorch_lightning belongs to plugin"),
+    ("report.py", "import lightning.pytorch", "lightning belongs to plugin"),
+    ("numerics/a.py", "import torchmetrics", "torchmetrics belongs to numerics/metrics.py alone"),
+    ("callbacks/a.py", "from torchmetrics import Metric", "torchmetrics belongs to numerics/metrics.py alone"),
+    ("callbacks/a.py", "import matplotlib.pyplot", "matplotlib is optional, import it in the function that needs it"),
+    ("cli.py", "import jsonargparse", "jsonargparse is optional"),
+    ("engine/a.py", "try:\n    import torchao\nexcept ImportError:\n    pass", "a.py:2: torchao is optional"),
+    ("report.py", "def f():\n    import rich", "report.py:2: rich belongs to policy/table.py alone"),
+    ("utils.py", "", "utils.py: the layout has no place for it"),
+    ("helpers/a.py", "", "helpers/a.py: the layout has no place for it"),
+    ("policy/forms/a.py", "", "policy/forms/a.py: deeper than engine/backends"),
+    ("engine/backends/fp8/a.py", "", "engine/backends/fp8/a.py: deeper than engine/backends"),
+    ("engine/a.py", "x = 1\n" * 401, "engine/a.py: 401 lines, at most 400"),
+    ("engine/a.py", LONG_FUNCTION, "engine/a.py:1: long has 41 lines, at most 40"),
+    ("engine/a.py", DOCUMENTED + "    x = 1\n", "engine/a.py:1: long has 41 lines, at most 40"),
+    ("engine/a.py", "class A:\n" + LONG_FUNCTION.replace("\n", "\n    ").replace("def", "    def", 1), "41 lines"),
+]
+
+
+@pytest.mark.parametrize(("path", "source", "message"), PLANTED)
+def test_a_planted_violation_is_caught(tmp_path, path, source, message):
+    table = {"policy/table.py": "import lightning_mixprec.policy.rules"} if "cycle" in message else {}
+    found = violations(tmp_path, GOOD | table | {path: source})
+    assert any(message in each for each in found), found
+    assert all(path in each for each in found), found

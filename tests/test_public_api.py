@@ -1,0 +1,63 @@
+"""The names that users rely on, and nothing beside them."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import lightning_mixprec
+
+PUBLIC = ["LossScaling", "MixPrecError", "PerLayerPrecision", "PrecisionPolicy", "Rule"]
+
+
+def test_all_is_the_documented_list():
+    assert sorted(lightning_mixprec.__all__) == PUBLIC
+
+
+def test_nothing_else_is_public():
+    found = {name for name, value in vars(lightning_mixprec).items() if not isinstance(value, ModuleType)}
+    assert {name for name in found if not name.startswith("_")} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_name_is_a_documented_class_of_this_package(name):
+    value = getattr(lightning_mixprec, name)
+    assert inspect.isclass(value)
+    assert value.__module__.startswith("lightning_mixprec.")
+    # What a dataclass without a docstring gets is its signature.
+    assert value.__dict__["__doc__"]
+    assert not value.__doc__.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_methods_are_documented(name):
+    for attribute, value in vars(getattr(lightning_mixprec, name)).items():
+        if callable(value) and not attribute.startswith("_"):
+            assert inspect.getdoc(getattr(getattr(lightning_mixprec, name), attribute)), f"{name}.{attribute}"
+
+
+def test_all_errors_are_one_family():
+    from lightning_mixprec import errors
+
+    classes = [value for value in vars(errors).values() if inspect.isclass(value)]
+    assert all(issubclass(each, lightning_mixprec.MixPrecError) for each in classes)
+    assert issubclass(lightning_mixprec.MixPrecError, ValueError)
+
+
+def test_importing_warns_nobody_and_configures_nothing():
+    script = (
+        "import logging, sys, torch, lightning\n"
+        "before = (torch.get_default_dtype(), list(logging.root.handlers), torch.no_grad, torch.autocast)\n"
+        "import lightning_mixprec\n"
+        "after = (torch.get_default_dtype(), list(logging.root.handlers), torch.no_grad, torch.autocast)\n"
+        "assert before == after, (before, after)\n"
+        "assert not {'sklearn', 'torchvision', 'hypothesis', 'matplotlib'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", script]
+    folder = Path(lightning_mixprec.__file__).parents[1]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == run.stderr == ""
