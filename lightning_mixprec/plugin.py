@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -28,6 +29,7 @@ from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.table import show
 
 _LIGHTNING_NAMES = {"fp64": "64-true", "fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_BEFORE_BACKWARD = ("on_before_zero_grad", "optimizer_zero_grad")
 
 
 class PerLayerPrecision(Precision):
@@ -57,10 +59,10 @@ class PerLayerPrecision(Precision):
 
     def __init__(
         self,
-        policy: str | dict[str, Any] | PrecisionPolicy = "auto",
-        loss_scaling: str | bool | float | dict[str, Any] | LossScaling = "auto",
+        policy: str | PrecisionPolicy | dict[str, Any] = "auto",
+        loss_scaling: bool | float | LossScaling | dict[str, Any] | str = "auto",
         skip_nonfinite: bool = True,
-        eval_policy: str | dict[str, Any] | PrecisionPolicy | None = None,
+        eval_policy: str | PrecisionPolicy | dict[str, Any] | None = None,
         on_policy_change: Literal["raise", "accept", "checkpoint"] = "raise",
     ) -> None:
         checks.check_choice("on_policy_change", on_policy_change, ("raise", "accept", "checkpoint"))
@@ -163,7 +165,7 @@ class PerLayerPrecision(Precision):
                 "The policy of a running model was to change, but none is running; pass the policy to "
                 "PerLayerPrecision(policy=...), or change it from a callback during fit."
             )
-        if self._in_step:
+        if self._in_step or model._current_fx_name in _BEFORE_BACKWARD:
             raise PolicyError(
                 "The policy was to change in the middle of a step, where backward would recompute in other formats; "
                 "change it between steps, for example in on_train_batch_start or on_train_batch_end."
@@ -213,14 +215,14 @@ class PerLayerPrecision(Precision):
             if self.scaler.is_active or self.scaler.guards:
                 self._buffers = BufferGuard(pl_module, self._optimizers)
             if pl_module.automatic_optimization and any(config.interval == "step" for config in lr_schedulers):
-                pl_module.lr_scheduler_step = SchedulerGate(pl_module, self._ledger)  # type: ignore[method-assign]
+                SchedulerGate(pl_module, self._ledger)
         return model, optimizers, lr_schedulers
 
     @override
     def teardown(self) -> None:
         model = self._model() if self._model is not None else None
-        if model is not None and isinstance(vars(model).get("lr_scheduler_step"), SchedulerGate):
-            del model.lr_scheduler_step
+        if model is not None and isinstance(gate := vars(model).get("lr_scheduler_step"), SchedulerGate):
+            gate.remove()
         try:
             if self._attachment is not None:
                 self._attachment.detach()
@@ -323,9 +325,10 @@ class PerLayerPrecision(Precision):
             torch.clear_autocast_cache()
             self._ledger.note(optimizer, skipped=False, at_minimum=False)
             return result
-        self._ledger.settle_earlier_batches()
         with torch.enable_grad():
             closure_result = closure()
+        # Only now, when the device has this batch's work: waiting for the last batch's outcome leaves it no gap.
+        self._ledger.settle_earlier_batches()
         self.scaler.unscale_(optimizer)
         self._after_closure(model, optimizer)
         skipped = self.scaler.step(optimizer, **kwargs)
@@ -378,7 +381,7 @@ class PerLayerPrecision(Precision):
         model = self._model() if self._model is not None else None
         if model is None or self._assignment is None:
             raise MixPrecError("The state of PerLayerPrecision can only be loaded while its Trainer is set up.")
-        state = PluginState.from_dict(state_dict)
+        state = PluginState.from_dict(state_dict, whole=self.state_dict())
         is_resume = model.trainer.state.fn == TrainerFn.FITTING
         on_change = self._on_policy_change if is_resume else "accept"
         policy = state.policy_to_resume(self._configured, on_change)
@@ -389,7 +392,7 @@ class PerLayerPrecision(Precision):
             return
         self.history = list(state.history)
         if policy is None and self._configured != state.configured:
-            written_under = PrecisionPolicy.from_dict(state.policy).resolve(model)
+            written_under = replace(PrecisionPolicy.from_dict(state.policy), allow_unmatched=True).resolve(model)
             self.history += history_entries(
                 written_under, self._assignment, self._resumed_step, "resumed with another configured policy"
             )

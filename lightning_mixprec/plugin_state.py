@@ -36,8 +36,12 @@ class PluginState:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> "PluginState":
+    def from_dict(cls, state: Mapping[str, Any], whole: Mapping[str, Any]) -> "PluginState":
         """Reads :meth:`to_dict`.
+
+        Args:
+            state: What was saved.
+            whole: A state that lacks nothing, to compare with.
 
         Raises:
             MixPrecError: The state is of a later version, or not whole.
@@ -49,7 +53,13 @@ class PluginState:
                 f"reads up to {_VERSION}; upgrade lightning_mixprec, or load the weights alone."
             )
         names = {field.name for field in fields(cls)}
-        if missing := sorted(names - state.keys()):
+        missing = sorted(names - state.keys()) + [
+            f"{part}.{key}"
+            for part in ("scaler", "steps")
+            for key in whole[part]
+            if key not in state.get(part, whole[part])
+        ]
+        if missing:
             raise MixPrecError(
                 f"The checkpoint's PerLayerPrecision state lacks {', '.join(missing)}; it was not written whole. "
                 "Resume from another checkpoint, or load the weights alone."

@@ -7,6 +7,7 @@ optimizer step of the next batch (always exactly then, so that all ranks agree),
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -30,6 +31,22 @@ class _Late(NamedTuple):
     arrived: torch.cuda.Event | None
 
 
+@dataclass
+class _Tally:
+    """Steps of a schedule's optimizer: tried since the schedule was last due, taken and not yet spent on moving it."""
+
+    tried: int = 0
+    taken: int = 0
+
+    def spend(self) -> bool:
+        """Whether the schedule moves: as many steps were taken as were tried for it."""
+        moves = self.taken >= self.tried
+        if moves:
+            self.taken -= self.tried
+        self.tried = 0
+        return moves
+
+
 class StepLedger:
     """Which optimizer steps were skipped, and what follows from it.
 
@@ -44,7 +61,7 @@ class StepLedger:
         self._unowned_holds = 0
         self._last_skipped: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._in_a_row: dict[int, int] = {}
-        self._credits: dict[int, int] = {}
+        self._tallies: list[_Tally] = []
         self._warned_at_minimum = False
         self._disconnect()
 
@@ -59,6 +76,8 @@ class StepLedger:
     ) -> None:
         """Names the training that is about to start."""
         self._model, self._optimizers, self._schedulers = model, list(optimizers), list(schedulers)
+        self._tallies = [_Tally() for _ in self._schedulers]
+        self._in_a_row = {}
 
     def disconnect(self) -> None:
         """Takes in what is still on its way and lets go of the training."""
@@ -80,16 +99,18 @@ class StepLedger:
         self._hold_global_step(self._unowned_holds)
         self._unowned_holds = 0
         if isinstance(skipped, Tensor):
-            self._credit(optimizer, 1)
+            self._tally(optimizer, tried=1, taken=1)
             self._late.append(_send(optimizer, self._batch(), skipped, at_minimum))
             if self._is_last_step():
                 self.settle()
         else:
-            self._credit(optimizer, 0 if skipped else 1)
+            self._tally(optimizer, tried=1, taken=0 if skipped else 1)
             self._take_in(optimizer, skipped, skipped and bool(at_minimum))
 
     def settle_earlier_batches(self) -> None:
         """Takes in the outcomes of earlier batches, which the device has long left behind."""
+        if not self._late:
+            return
         batch = self._batch()
         self._settle(sum(outcome.batch != batch for outcome in self._late))
 
@@ -104,7 +125,7 @@ class StepLedger:
                 outcome.arrived.synchronize()
             skipped, at_minimum = outcome.values.tolist()
             if skipped:
-                self._credit(outcome.optimizer, -1)
+                self._tally(outcome.optimizer, taken=-1)
             self._take_in(outcome.optimizer, bool(skipped), bool(skipped and at_minimum))
 
     @property
@@ -119,14 +140,10 @@ class StepLedger:
         return self._last_skipped.get(optimizer, False)
 
     def lets_step(self, scheduler: Any) -> bool:
-        """Whether a learning-rate schedule may advance: per epoch always, per step if a step was taken since it did."""
-        is_per_step = any(c.scheduler is scheduler and c.interval == "step" for c in self._schedulers)
-        if not is_per_step:
-            return True
-        may = self._credits.get(id(scheduler), 0) > 0
-        if may:
-            self._credits[id(scheduler)] = 0
-        return may
+        """Whether a learning-rate schedule that is due may move: per epoch always, per step after real steps only."""
+        tallies = zip(self._schedulers, self._tallies, strict=False)
+        mine = (tally for config, tally in tallies if config.scheduler is scheduler and config.interval == "step")
+        return all(tally.spend() for tally in mine)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters as plain numbers. A skip that comes in only now is not in the loops' saved progress: it is owed."""
@@ -136,6 +153,7 @@ class StepLedger:
             "skipped_steps": self._skipped_steps,
             "in_a_row": [self._in_a_row.get(index, 0) for index in range(max(self._in_a_row, default=-1) + 1)],
             "owed_holds": self._skipped_steps - before,
+            "schedules": [[tally.tried, tally.taken] for tally in self._tallies],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,6 +161,8 @@ class StepLedger:
         self._skipped_steps = int(state["skipped_steps"])
         self._in_a_row = dict(enumerate(state["in_a_row"]))
         self._unowned_holds = int(state["owed_holds"])
+        if len(state["schedules"]) == len(self._tallies):
+            self._tallies = [_Tally(*counts) for counts in state["schedules"]]
 
     def _take_in(self, optimizer: Optimizer, skipped: bool, at_minimum: bool) -> None:
         index = self._index(optimizer)
@@ -184,10 +204,11 @@ class StepLedger:
         ]
         return list(dict.fromkeys(names))
 
-    def _credit(self, optimizer: Optimizer, amount: int) -> None:
-        for config in self._schedulers:
+    def _tally(self, optimizer: Optimizer, tried: int = 0, taken: int = 0) -> None:
+        for config, tally in zip(self._schedulers, self._tallies, strict=False):
             if config.scheduler.optimizer is optimizer:
-                self._credits[id(config.scheduler)] = self._credits.get(id(config.scheduler), 0) + amount
+                tally.tried += tried
+                tally.taken += taken
 
     def _batch(self) -> int:
         return self._model.trainer.fit_loop.epoch_loop.total_batch_idx if self._model is not None else 0
@@ -227,15 +248,28 @@ class SchedulerGate:
 
     def __init__(self, model: pl.LightningModule, ledger: StepLedger) -> None:
         self._model = model
+        self._of_instance = vars(model).get("lr_scheduler_step")
         self._ledger: StepLedger | None = ledger
+        model.lr_scheduler_step = self  # type: ignore[method-assign]
 
     def __call__(self, scheduler: Any, metric: Any) -> None:
         """Steps the schedule if it may."""
-        if self._ledger is None or self._ledger.lets_step(scheduler):
+        if self._ledger is not None and not self._ledger.lets_step(scheduler):
+            return
+        if self._of_instance is not None:
+            self._of_instance(scheduler, metric)
+        else:
             type(self._model).lr_scheduler_step(self._model, scheduler, metric)
 
+    def remove(self) -> None:
+        """Gives the module back the ``lr_scheduler_step`` it had."""
+        if self._of_instance is not None:
+            self._model.lr_scheduler_step = self._of_instance  # type: ignore[method-assign]
+        else:
+            del self._model.lr_scheduler_step
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_model": self._model, "_ledger": None}
+        return {**vars(self), "_ledger": None}
 
 
 def _send(optimizer: Optimizer, batch: int, skipped: Tensor, at_minimum: bool | Tensor) -> _Late:

@@ -140,7 +140,7 @@ class Border:
         else:
             if output == "input":
                 output = _arrived(args, kwargs)
-            args, kwargs = cast(args, into), cast(kwargs, into)
+            args, kwargs = cast((args, kwargs), into)
         if own is caller and self.caches:
             result = self._compute(args, kwargs)
         else:
@@ -200,8 +200,9 @@ class Border:
         output = _arrived(args, kwargs) if self.output == "input" else self.output
         dtype = own if self.is_half else None
         caches = is_autocast_cache_enabled() and self.caches
+        args, kwargs = cast((args, kwargs), into)
         with torch.autocast(device, dtype=dtype, enabled=self.is_half, cache_enabled=caches):
-            result = self._compute(cast(args, into), cast(kwargs, into))
+            result = self._compute(args, kwargs)
         return _handed_on(result, output, caller, back)
 
 

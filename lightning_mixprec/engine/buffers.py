@@ -25,10 +25,11 @@ class _Slot(NamedTuple):
 class BufferGuard:
     """The buffers of a model as they were when each optimizer's accumulation window opened.
 
-    Which buffers training changes is learned: the first window copies all of them, later windows only those whose
-    module was seen to change one, by their values after the first window, by their version counters ever after (the
-    kernels of BatchNorm write statistics without a new version, but it counts its batches). A buffer belongs to the optimizer of its module's parameters; one
-    without parameters follows the nearest module around it that has some.
+    Which buffers training changes is learned: the first window copies all of them, later windows only those of modules
+    that were seen to change one. The first window is judged by values, later ones by version counters alone, which
+    cost nothing; the kernels of BatchNorm write statistics without a new version, but BatchNorm counts its batches. A
+    buffer belongs to the optimizer of its module's parameters; one without parameters follows the nearest module
+    around it that has some.
 
     Args:
         model: The model whose buffers are guarded.
@@ -103,7 +104,8 @@ class _Window:
         for slot, old in self._saved:
             new = slot.tensor
             if new is None or new.shape != old.shape:
-                slot.module._buffers[slot.name] = old.clone()
+                if skipped:  # nothing on the device chooses between two shapes, so here a flag is read
+                    slot.module._buffers[slot.name] = old.clone()
             elif isinstance(skipped, Tensor):
                 new.copy_(torch.where(skipped.to(new.device) > 0, old, new))
             else:

@@ -46,7 +46,7 @@ def cast(value: Any, casts: Casts) -> Any:
 
     Goes through tuples (named, packed sequences and torch's return types included), lists, dicts, their subclasses and
     dataclasses. A container is rebuilt only if a tensor in it changed, and then with its own class and attributes; the
-    caller's is never written to.
+    caller's is never written to. A tensor that occurs several times stays one tensor.
 
     Args:
         value: anything.
@@ -58,20 +58,29 @@ def cast(value: Any, casts: Casts) -> Any:
     >>> cast(pair, {torch.float64: torch.float32}) is pair
     True
     """
+    return _cast(value, casts, {})[0]
+
+
+def _cast(value: Any, casts: Casts, done: dict[int, Tensor]) -> tuple[Any, bool]:
+    """The value as cast, and whether it changed; Dynamo compares no tuples by identity."""
     if isinstance(value, Tensor):
         target = casts.get(value.dtype)
-        return value if target is None else value.to(target)
+        if target is None:
+            return value, False
+        # Attention tells by identity that query, key and value are one tensor.
+        if id(value) not in done:
+            done[id(value)] = value.to(target)
+        return done[id(value)], True
     if isinstance(value, _ATOMS):
-        return value
-    if isinstance(value, tuple):
-        return _cast_tuple(value, casts)
-    if isinstance(value, (list, UserList)):
-        return _cast_list(value, casts)
+        return value, False
+    if isinstance(value, (tuple, list, UserList)):
+        return _cast_sequence(value, casts, done)
     if isinstance(value, (dict, UserDict)):
-        return _cast_dict(value, casts)
+        return _cast_dict(value, casts, done)
     if dataclasses.is_dataclass(value) and not isinstance(value, (type, torch.nn.Module)):
-        return _with_attributes(value, None, _changed_fields(value, casts))
-    return value
+        changed = _changed_fields(value, casts, done)
+        return (_with_changes(value, {}, changed), True) if changed else (value, False)
+    return value, False
 
 
 def first_floating(value: Any) -> Tensor | None:
@@ -104,11 +113,22 @@ def _items(value: Any) -> Iterable[Any]:
     return ()
 
 
-def _cast_tuple(value: tuple[Any, ...], casts: Casts) -> Any:
-    items = [cast(item, casts) for item in value]
-    if _all_same(items, value):
-        return value
-    cls = type(value)
+def _cast_sequence(value: Any, casts: Casts, done: dict[int, Tensor]) -> tuple[Any, bool]:
+    results = [_cast(item, casts, done) for item in value]
+    if not any(changed for _, changed in results):
+        return value, False
+    items = [item for item, _ in results]
+    if type(value) is list:
+        return items, True
+    if isinstance(value, tuple):
+        return _rebuilt_tuple(value, items), True
+    new = copy.copy(value)
+    new[:] = items
+    return new, True
+
+
+def _rebuilt_tuple(value: tuple[Any, ...], items: list[Any]) -> Any:
+    cls: Any = type(value)
     if cls is tuple:
         return tuple(items)
     if hasattr(cls, "n_sequence_fields"):
@@ -121,51 +141,41 @@ def _cast_tuple(value: tuple[Any, ...], casts: Casts) -> Any:
     return new
 
 
-def _cast_list(value: Any, casts: Casts) -> Any:
-    items = [cast(item, casts) for item in value]
-    if _all_same(items, value):
-        return value
-    if type(value) is list:
-        return items
-    new = copy.copy(value)
-    new[:] = items
-    return new
-
-
-def _cast_dict(value: Any, casts: Casts) -> Any:
-    items = {key: cast(item, casts) for key, item in value.items()}
-    attributes = {}
+def _cast_dict(value: Any, casts: Casts, done: dict[int, Tensor]) -> tuple[Any, bool]:
+    results = {key: _cast(item, casts, done) for key, item in value.items()}
+    items = {key: item for key, (item, changed) in results.items() if changed}
+    fields = {}
     if dataclasses.is_dataclass(type(value)):
+        # A field that is an item too becomes what the item became.
         recast = {id(value[key]): item for key, item in items.items()}
-        attributes = _changed_fields(value, casts, recast)
-    changed = {key: item for key, item in items.items() if item is not value[key]}
-    if not changed and not attributes:
-        return value
-    return items if type(value) is dict else _with_attributes(value, changed, attributes)
+        fields = _changed_fields(value, casts, done, recast)
+    if not items and not fields:
+        return value, False
+    if type(value) is dict:
+        return {key: item for key, (item, _) in results.items()}, True
+    return _with_changes(value, items, fields), True
 
 
-def _changed_fields(value: Any, casts: Casts, recast: Mapping[int, Any] | None = None) -> dict[str, Any]:
-    """The fields whose value changes; a value that is also an item becomes what the item became."""
-    changed = {}
+def _changed_fields(
+    value: Any, casts: Casts, done: dict[int, Tensor], recast: Mapping[int, Any] | None = None
+) -> dict[str, Any]:
+    fields = {}
     for field in dataclasses.fields(value):
         old = getattr(value, field.name, None)
-        new = recast[id(old)] if recast and id(old) in recast else cast(old, casts)
-        if new is not old:
-            changed[field.name] = new
-    return changed
+        if recast and id(old) in recast:
+            fields[field.name] = recast[id(old)]
+            continue
+        new, changed = _cast(old, casts, done)
+        if changed:
+            fields[field.name] = new
+    return fields
 
 
-def _with_attributes(value: Any, items: Mapping[Any, Any] | None, attributes: Mapping[str, Any]) -> Any:
-    if not items and not attributes:
-        return value
+def _with_changes(value: Any, items: Mapping[Any, Any], fields: Mapping[str, Any]) -> Any:
     new = copy.copy(value)
-    for key, item in (items or {}).items():
+    for key, item in items.items():
         new[key] = item
-    for name, attribute in attributes.items():
+    for name, field in fields.items():
         # A frozen dataclass refuses its own setattr, and only the copy that is handed on is written to.
-        object.__setattr__(new, name, attribute)
+        object.__setattr__(new, name, field)
     return new
-
-
-def _all_same(items: list[Any], value: Iterable[Any]) -> bool:
-    return all(new is old for new, old in zip(items, value, strict=True))

@@ -24,18 +24,14 @@ def stay_off(module: nn.Module, args: Any, output: Any) -> None:
 def arrive_cast(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A hook that casts attention's inputs as its first projection would; its fused path takes only what is not cast.
-
-    Self-attention is recognised by identity, so what was one tensor stays one.
-    """
+    """A hook that casts attention's inputs as its first projection would; the fused path takes none that were cast."""
     query = args[0] if args else kwargs.get("query")
     if module.training or not isinstance(query, torch.Tensor) or not torch.is_autocast_enabled(query.device.type):
         return None
     casts = {torch.float32: torch.get_autocast_dtype(query.device.type)}
     names = [name for name in ("query", "key", "value") if name in kwargs]
-    done = {id(tensor): cast(tensor, casts) for tensor in (*args[:3], *(kwargs[name] for name in names))}
-    cast_kwargs = {name: done[id(kwargs[name])] for name in names}
-    return (*(done[id(arg)] for arg in args[:3]), *args[3:]), kwargs | cast_kwargs
+    cast_args, cast_kwargs = cast((args[:3], {name: kwargs[name] for name in names}), casts)
+    return (*cast_args, *args[3:]), kwargs | cast_kwargs
 
 
 class FastPaths:

@@ -89,7 +89,9 @@ def survey(model: nn.Module) -> list[Site]:
 
 
 def _has_no_forward(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward and "forward" not in module.__dict__
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    return type(module).forward is nn.Module.forward
 
 
 class Plan(NamedTuple):

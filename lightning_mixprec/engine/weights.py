@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 _HALF = (torch.bfloat16, torch.float16)
 _STORABLE = (torch.float64, torch.float32, *_HALF)
@@ -104,7 +104,7 @@ def _swap_in(slot: Slot, swaps: list[_Swap]) -> None:
     tensors = slot.tensors
     stored = tensors.get(slot.name)
     # A weight that an enclosing call has swapped already, or that a lazy module has not made yet, is left.
-    if stored is None or stored.dtype == slot.dtype or is_lazy(stored):
+    if stored is None or stored.dtype == slot.dtype or isinstance(stored, UninitializedTensorMixin):
         return
     seen = stored.to(slot.dtype)
     swaps.append(_Swap(slot, stored, seen))
@@ -120,8 +120,9 @@ def _swap_out(swap: _Swap) -> None:
         return
     if now is not seen:
         tensors[slot.name] = now if now is None else now.to(stored.dtype)
-    elif is_compiling() or seen.is_inference() or seen._version:
-        # What forward did not change keeps all its bits.
+    else:
+        # BatchNorm's statistics change without a count in their version, so each forward may have changed them. What it
+        # did not change keeps all its bits.
         with torch.no_grad():
             stored.copy_(torch.where(seen == stored.to(seen.dtype), stored, seen.to(stored.dtype)))
 

@@ -12,17 +12,18 @@ by 1/S before the optimizer sees them; S is searched for while training runs [1]
 .. [1] Micikevicius et al., Mixed Precision Training, ICLR 2018, section 3.2.
 """
 
+import functools
 import inspect
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from lightning_mixprec.errors import ScalingError
 
@@ -163,17 +164,17 @@ class LossScaler:
         """
         if optimizer in self._unscaled or not (self.is_active or self.guards):
             return self._unscaled.get(optimizer)
-        groups = self._gradients(optimizer)
-        device = self._scale.device if self._scale is not None else next(iter(groups), (torch.device("cpu"),))[0]
+        grads = _grads(_params(optimizer))
+        device = self._scale.device if self._scale is not None else grads[0].device if grads else torch.device("cpu")
         found_inf = _scalar(0.0, device)
-        for (grad_device, _, divisor_is_one), grads in groups.items():
-            flag = found_inf if grad_device == device else _scalar(0.0, grad_device)
-            factor = _scalar(1.0, device) if divisor_is_one else self._tensors(device)[0].double().reciprocal().float()
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, flag, factor.to(grad_device, non_blocking=True))
-            if flag is not found_inf:
-                found_inf = torch.maximum(found_inf, flag.to(device, non_blocking=True))
+        fresh, done = self._split(grads)
+        if fresh:
+            divisor = self._tensors(device)[0].double().reciprocal().float() if self.is_active else _scalar(1.0, device)
+            found_inf = _check_and_unscale(fresh, divisor, found_inf)
+        if done:
+            found_inf = _check_and_unscale(done, _scalar(1.0, device), found_inf)
         self._unscaled[optimizer] = found_inf
-        if groups:
+        if grads:
             self._flags.append(found_inf)
         return found_inf
 
@@ -297,31 +298,30 @@ class LossScaler:
             overflows.masked_fill_((found_inf == 0) & (tracker == 0), 0)
         scale.clamp_(options.min_scale, options.max_scale)
 
-    def _gradients(self, optimizer: Optimizer) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:
-        groups: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = defaultdict(list)
-        for param in _params(optimizer):
-            if param.grad is not None:
-                values = _values(param)
-                divisor_is_one = not self.is_active or id(param.grad) in self._unscaled_grads
-                groups[values.device, values.dtype, divisor_is_one].append(values)
-                self._unscaled_grads.add(id(param.grad))
-        return groups
+    def _split(self, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those to unscale, and those that another optimizer with the same parameters has unscaled."""
+        shared = self._unscaled_grads.copy()
+        self._unscaled_grads.update(map(id, grads))
+        if not shared:
+            return grads, []
+        return [grad for grad in grads if id(grad) not in shared], [grad for grad in grads if id(grad) in shared]
 
     def _rescale(self, optimizers: Iterable[Optimizer], ratio: Tensor | float, stepped: list[Optimizer]) -> None:
         stepped_params = {id(param) for optimizer in stepped for param in _params(optimizer)}
-        grads = {
-            id(param.grad): _values(param)
-            for optimizer in optimizers
-            for param in _params(optimizer)
-            if param.grad is not None and id(param) not in stepped_params and id(param.grad) not in self._unscaled_grads
-        }
+        waiting = (param for optimizer in optimizers for param in _params(optimizer) if id(param) not in stepped_params)
+        grads = {id(grad): grad for grad in _grads(waiting) if id(grad) not in self._unscaled_grads}
         if grads:
-            torch._foreach_mul_(list(grads.values()), ratio)
+            torch._foreach_mul_(_dense(list(grads.values())), ratio)
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether the optimizer evaluates the loss itself, several times per step (LBFGS)."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return _class_needs_closure(type(optimizer))
+
+
+@functools.cache
+def _class_needs_closure(cls: type[Optimizer]) -> bool:
+    closure = inspect.signature(cls.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
@@ -363,15 +363,30 @@ def _params(optimizer: Optimizer) -> Iterable[Tensor]:
     return (param for group in optimizer.param_groups for param in group["params"])
 
 
-def _values(param: Tensor) -> Tensor:
-    """The gradient as a dense real tensor that shares its memory.
+def _grads(params: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters' gradients; sparse fp16 ones are added up by index first, because the sums may overflow."""
+    grads = []
+    for param in params:
+        grad = param.grad
+        if grad is not None:
+            if grad.is_sparse and grad.dtype == torch.float16:
+                param.grad = grad = grad.coalesce()
+            grads.append(grad)
+    return grads
 
-    Values of a sparse fp16 gradient that share an index are added up first: their sum may overflow where they do not.
-    """
-    grad = param.grad
-    assert grad is not None
-    if grad.is_sparse:
-        if grad.dtype == torch.float16:
-            param.grad = grad = grad.coalesce()
-        grad = grad._values()
-    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+def _dense(grads: list[Tensor]) -> list[Tensor]:
+    return [grad._values() if grad.is_sparse else grad for grad in grads]
+
+
+def _check_and_unscale(grads: list[Tensor], factor: Tensor, found_inf: Tensor) -> Tensor:
+    """Multiplies gradients in place; ``found_inf``, or 1 if a gradient is not finite."""
+    lists: list[list[Tensor | None]] = [list(_dense(grads))]
+    for (device, dtype), ((group,), _) in _group_tensors_by_device_and_dtype(lists).items():
+        flag = found_inf if device == found_inf.device else _scalar(0.0, device)
+        same_kind = cast(list[Tensor], group)
+        real = [torch.view_as_real(grad) for grad in same_kind] if dtype.is_complex else same_kind
+        torch._amp_foreach_non_finite_check_and_unscale_(real, flag, factor.to(device, non_blocking=True))
+        if flag is not found_inf:
+            found_inf = torch.maximum(found_inf, flag.to(found_inf.device, non_blocking=True))
+    return found_inf

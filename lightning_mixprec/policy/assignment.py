@@ -110,7 +110,7 @@ class Assignment(Mapping[str, LayerPrecision]):
     @property
     def is_uniform(self) -> bool:
         """Whether all layers compute in one format and none hands on in another."""
-        return len(self.compute_formats) == 1 and all(layer.output is None for layer in self.values())
+        return len(self.compute_formats) <= 1 and all(layer.output is None for layer in self.values())
 
     def changes_to(self, other: "Assignment") -> dict[str, tuple[LayerPrecision, LayerPrecision]]:
         """The layers, each under its first name, whose formats differ in another assignment of the same model."""

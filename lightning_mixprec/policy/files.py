@@ -14,7 +14,7 @@ import yaml
 from lightning_mixprec.errors import PolicyError
 
 _MAX_DEPTH = 6
-_UNQUOTED_STAR = re.compile(r"(?:^|[\s,\[{])(\*(?:[^\s:,#\]}]|\[[^\]\s]*\]|:(?=\S))*)")
+_UNQUOTED_STAR = re.compile(r"(?:^|[\s,\[{])(\*(?:\[[^\]\s]*\]|[^\s:,#\]}]|:(?=\S))*)")
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def read(path: str | os.PathLike[str]) -> Document:
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a YAML file: what stood there before stays whole until the new content is complete."""
+    """Write a YAML file, its folder too: what stood there before stays whole until the new content is complete."""
     target = Path(os.path.realpath(Path(path).expanduser()))
     text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with draft.open("x", encoding="utf-8", newline="\n") as file:

@@ -193,7 +193,7 @@ def _cut(branch: _Branch, depth: int) -> _Branch:
         return _summary(branch.label, [branch])
     children = [_cut(child, depth - 1) for child in branch.children[:_MAX_SIBLINGS]]
     if rest := branch.children[_MAX_SIBLINGS:]:
-        children[-1:] = [_summary(f"... {len(rest) + 1} more", branch.children[_MAX_SIBLINGS - 1 :])]
+        children[-1:] = [_summary(f"* ({len(rest) + 1} more)", branch.children[_MAX_SIBLINGS - 1 :])]
     return replace(branch, children=children)
 
 

@@ -24,7 +24,7 @@ class Inventory:
     layer_at: list[int]
     modules: list[nn.Module]
     names: list[list[str]]
-    children: list[list[int]]
+    children: list[tuple[int, ...]]
     has_forward: list[bool]
     unit: dict[int, int]
 
@@ -42,14 +42,14 @@ def take(model: nn.Module) -> Inventory:
     layer_at = [number.setdefault(id(node.module), len(number)) for node in nodes]
     modules: list[nn.Module] = []
     names: list[list[str]] = [[] for _ in number]
-    children: list[dict[int, None]] = [{} for _ in number]
+    children: dict[int, dict[int, None]] = {}
     for node, layer in zip(nodes, layer_at, strict=True):
         if layer == len(modules):
             modules.append(node.module)
         names[layer].append(node.name)
         if node.parent is not None:
-            children[number[id(node.parent)]][layer] = None
-    kids = [list(below) for below in children]
+            children.setdefault(number[id(node.parent)], {})[layer] = None
+    kids = [tuple(children.get(layer, ())) for layer in range(len(number))]
     return Inventory(
         tree=NameTree([node.name for node in nodes]),
         layer_at=layer_at,
@@ -65,7 +65,7 @@ def _has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
-def _units(modules: list[nn.Module], children: list[list[int]], number: dict[int, int]) -> dict[int, int]:
+def _units(modules: list[nn.Module], children: list[tuple[int, ...]], number: dict[int, int]) -> dict[int, int]:
     unit: dict[int, int] = {}
     for layer, module in enumerate(modules):
         if isinstance(module, nn.MultiheadAttention):

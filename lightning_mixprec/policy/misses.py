@@ -54,6 +54,9 @@ def _with_segment_corrected(pattern: Pattern, tree: NameTree) -> list[str]:
             options = sorted({child for place in found for child in tree.children[place]})
             near = difflib.get_close_matches(texts[position], options, n=_MAX_SHOWN)
             corrected = [".".join([*texts[:position], word, *texts[position + 1 :]]) for word in near]
+            if not options and position == len(texts) - 1:
+                # A layer without children: the last part is the name of a parameter, perhaps.
+                corrected = [".".join(texts[:-1])]
             return [text for text in corrected if tree.find(_parse_literally(text))]
         found = further
     return []

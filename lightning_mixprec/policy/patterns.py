@@ -150,7 +150,7 @@ def _check_class(body: str, segment: str, whole: str) -> None:
             f"pattern {whole!r}: [{body}] is no slice; a slice is a segment of its own with integers: blocks.[0:4]"
         )
     is_wrong = "," in members or ";" in members or members.startswith("-") or _WRONG_RANGE.search(members)
-    if is_wrong or (is_segment and (body != members or re.search(r"\d\d", members))):
+    if is_wrong or (is_segment and (body != members or re.fullmatch(r"[1-9]\d+", members))):
         raise PolicyError(
             f"pattern {whole!r}: the character class [{body}] stands for one character and would match the wrong "
             f"blocks; {_meant(body, segment, whole)}"

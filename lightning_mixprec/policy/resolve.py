@@ -57,7 +57,8 @@ def decide(policy: "PrecisionPolicy", model: nn.Module) -> Decision:
     for layer, sources in enumerate(reach):
         if layer not in first and len(sources) > 1 and layer not in inventory.unit:
             _check_agreement(policy, inventory, layer, sources, stored[layer])
-    layers = [_precision(policy, rule, stored[layer]) for layer, rule in enumerate(decided_by)]
+    kinds = {kind: _precision(policy, *kind) for kind in set(zip(decided_by, stored, strict=True))}
+    layers = [kinds[kind] for kind in zip(decided_by, stored, strict=True)]
     return Decision(policy, inventory, classes, matched, decided_by, layers)
 
 
@@ -103,7 +104,8 @@ def _first_matches(rules: Sequence[Rule], matched: list[set[int]], recursive_onl
 
 def _reach(rules: Sequence[Rule], matched: list[set[int]], inventory: Inventory) -> list[_Sources]:
     heads = _first_matches(rules, matched, recursive_only=True)
-    reach: list[_Sources] = [{} for _ in inventory.modules]
+    nothing: _Sources = {}
+    reach = [nothing] * len(inventory.modules)
     frontier = {layer: {rule: layer} for layer, rule in heads.items()}
     reached = set(frontier)
     while frontier:
@@ -112,7 +114,7 @@ def _reach(rules: Sequence[Rule], matched: list[set[int]], inventory: Inventory)
             reach[layer] = sources
             for child in inventory.children[layer]:
                 if child not in reached:
-                    further[child] = sources | further.get(child, {})
+                    further[child] = sources if child not in further else sources | further[child]
         reached.update(further)
         frontier = further
     return reach

@@ -35,9 +35,7 @@ def active_rules(decision: Decision) -> set[int]:
     return {
         number
         for layer, number in enumerate(decision.decided_by)
-        if number is not None
-        and layer not in inventory.unit
-        and _concerned(decision.policy.rules[number], inventory, layer)
+        if number is not None and _concerned(decision.policy.rules[number], inventory, layer)
     }
 
 

@@ -179,6 +179,18 @@ def test_writing_is_all_or_nothing(monkeypatch):
     assert PrecisionPolicy.from_file("policy.yaml") == PrecisionPolicy("fp16")
 
 
+def test_who_reads_while_it_is_written_reads_the_whole_old_policy():
+    PrecisionPolicy("fp16").to_file("policy.yaml")
+    with open("policy.yaml") as reader:
+        PrecisionPolicy("bf16").to_file("policy.yaml")
+        assert reader.read() == "default: fp16\nrules: []\n"
+
+
+def test_writing_makes_the_folder():
+    PrecisionPolicy("fp16").to_file("logs/run 1/policy.yaml")
+    assert PrecisionPolicy.from_file("logs/run 1/policy.yaml") == PrecisionPolicy("fp16")
+
+
 def test_writing_through_a_link_keeps_the_link():
     PrecisionPolicy("fp16").to_file("real.yaml")
     os.symlink("real.yaml", "link.yaml")

@@ -117,7 +117,7 @@ def test_a_character_class_that_would_match_the_wrong_blocks_shows_what_to_write
 
 
 @pytest.mark.parametrize(
-    "pattern", ["layer[12]", "layer[1-4].conv", "[ab]*", "blocks.[0-9]", "x[a-f0-9]", "a[]]", "a[*]"]
+    "pattern", ["layer[12]", "blocks.[012]", "layer[1-4].conv", "[ab]*", "blocks.[0-9]", "x[a-f0-9]", "a[]]", "a[*]"]
 )
 def test_character_classes_that_are_right_are_accepted(pattern):
     assert parse(pattern).text == pattern
