@@ -192,8 +192,8 @@ class StepLedger:
         named = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
         return (
             f"{what}; layers with non-finite gradients: {named or 'none any more'}. Try: (1) compute these layers, or "
-            "the loss ('' in a policy), in bf16 or fp32; (2) lower the learning rate or clip gradients; (3) look for "
-            "inf or NaN in the batch and in the loss itself (Trainer(detect_anomaly=True), precision fp32)."
+            "the loss (layers: '', recurse: false), in bf16 or fp32; (2) lower the learning rate or clip gradients; "
+            "(3) look for inf or NaN in the batch and in the loss itself (Trainer(detect_anomaly=True), precision fp32)."
         )
 
     def _nonfinite_layers(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Border modules: what is cast, and which autocast state holds, where one format meets another."""
 
+import inspect
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -121,6 +122,11 @@ class Border:
                 if key in hooks:
                     hooks.move_to_end(key)  # type: ignore[attr-defined]
             self.hooks = {}
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the module's own forward, for code that asks what it takes."""
+        return inspect.signature(self.inner or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward. Written out flat: this is what a border costs."""

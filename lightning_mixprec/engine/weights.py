@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 _HALF = (torch.bfloat16, torch.float16)
+_LAZY = (UninitializedParameter, UninitializedBuffer)
 _STORABLE = (torch.float64, torch.float32, *_HALF)
 
 
@@ -78,9 +79,8 @@ def with_seen(slots: Iterable[Slot], gate: Gate, call: Callable[[], Any]) -> Any
 
     One thread at a time: another one would find the casts of the first, or lose them halfway.
     """
-    compiling = is_compiling()
-    if not compiling:
-        gate.acquire()
+    # A recomputation in backward may be what the thread in here is waiting for, and then it finds that one's casts.
+    locked = not is_compiling() and gate.acquire(blocking=torch._C._current_graph_task_id() == -1)
     swaps: list[_Swap] = []
     flat_weights: list[tuple[nn.RNNBase, list[Any]]] = []
     try:
@@ -96,7 +96,7 @@ def with_seen(slots: Iterable[Slot], gate: Gate, call: Callable[[], Any]) -> Any
             module._flat_weights = flat
         for swap in swaps:
             _swap_out(swap)
-        if not compiling:
+        if locked:
             gate.release()
 
 
@@ -104,7 +104,7 @@ def _swap_in(slot: Slot, swaps: list[_Swap]) -> None:
     tensors = slot.tensors
     stored = tensors.get(slot.name)
     # A weight that an enclosing call has swapped already, or that a lazy module has not made yet, is left.
-    if stored is None or stored.dtype == slot.dtype or isinstance(stored, UninitializedTensorMixin):
+    if stored is None or stored.dtype == slot.dtype or isinstance(stored, _LAZY):
         return
     seen = stored.to(slot.dtype)
     swaps.append(_Swap(slot, stored, seen))

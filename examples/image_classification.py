@@ -1,0 +1,142 @@
+"""Train torchvision's ResNet-18 with a number format for every layer, on a CPU or on a GPU.
+
+    python examples/image_classification.py fit --config examples/configs/image_classification.yaml
+
+Any option of the Trainer, the model or the data can follow, for example --trainer.max_epochs=5, or
+
+    --trainer.precision=bf16-mixed --trainer.plugins=null              Lightning's own mixed precision, to compare
+    --trainer.plugins=PerLayerPrecision --trainer.plugins.policy=p.yaml         the same run under your own policy
+    --config examples/configs/cifar10.yaml --data.path=/path/to/cifar10                   other data, after --config
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.models import resnet18
+
+from lightning_mixprec import MixPrecError, PerLayerPrecision
+
+# What a user of this script could not act on.
+QUIET = (
+    ".*does not have many workers",  # the digits lie in memory, where loader processes (num_workers) only cost time
+    ".*treespec, LeafSpec",  # between Lightning 2.6 and torch 2.15
+    ".*not supported by the model summary",  # it counts the weights as 4 bytes each, as they are stored here
+)
+
+
+def small_image_resnet18(num_classes: int) -> nn.Module:
+    """ResNet-18 whose first layers keep the size of the image, where torchvision's divide it by four."""
+    model = resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+class ImageClassifier(LightningModule):
+    """ResNet-18 trained by SGD with Nesterov momentum and one cycle of the learning rate.
+
+    Args:
+        num_classes: how many labels there are; the CLI asks the data.
+        small_images: whether the first layers keep the size of the image; the CLI asks the data.
+        learning_rate: peak of the cycle.
+        weight_decay: L2 penalty on every parameter.
+    """
+
+    def __init__(
+        self, num_classes: int, small_images: bool, learning_rate: float = 0.05, weight_decay: float = 5e-4
+    ) -> None:
+        super().__init__()
+        model = small_image_resnet18(num_classes) if small_images else resnet18(num_classes=num_classes)
+        # 16-bit convolutions are fastest on this layout, on tensor cores as on CPUs.
+        self.model = model.to(memory_format=torch.channels_last)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a batch of images and labels."""
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self.model(images), labels)
+        self.log("train_loss", loss)  # not on the progress bar: that would wait for the GPU after every batch
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure loss and accuracy."""
+        images, labels = batch
+        logits = self.model(images)
+        self.val_acc(logits, labels)
+        self.log("val_loss", nn.functional.cross_entropy(logits, labels), prog_bar=True)
+        self.log("val_acc", self.val_acc, prog_bar=True)
+
+    def configure_optimizers(self) -> dict:
+        """Return SGD and a schedule that moves with every optimizer step."""
+        optimizer = torch.optim.SGD(
+            self.parameters(), self.learning_rate, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ImageCLI(LightningCLI):
+    """LightningCLI that lets the data size the model and closes a fit with a summary."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link what the data knows to what the model asks."""
+        for name in ("num_classes", "small_images"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def after_fit(self) -> None:
+        """Say how well it went, what was skipped and where things were written."""
+        if self.trainer.is_global_zero:
+            print("\n".join(f"{name + ':':22}{value}" for name, value in summary(self.trainer).items()))
+
+
+def summary(trainer) -> dict[str, object]:
+    """Return the lines that close a fit."""
+    plugin, checkpoint = trainer.precision_plugin, trainer.checkpoint_callback
+    lines = {"validation accuracy": f"{trainer.callback_metrics.get('val_acc', torch.nan):.2%} at the end"}
+    if checkpoint is not None and checkpoint.best_model_score is not None:
+        lines["validation accuracy"] += f", {checkpoint.best_model_score:.2%} at best"
+    lines["optimizer steps"] = f"{trainer.global_step}"
+    if isinstance(plugin, PerLayerPrecision):
+        lines["optimizer steps"] += f", and {plugin.skipped_steps} skipped for non-finite gradients"
+        if any(layer.compute == "fp16" for layer in plugin.assignment.values()):
+            lines["loss scale"] = f"{plugin.scaler.get_scale():g}"
+    if trainer.log_dir is None or trainer.fast_dev_run:
+        lines["written"] = "nothing (fast_dev_run)" if trainer.fast_dev_run else "nothing (no logger)"
+        return lines
+    log_dir = Path(trainer.log_dir).resolve()
+    lines["metrics and config"] = f"{log_dir} (metrics.csv, config.yaml)"
+    if checkpoint is not None:
+        lines["best checkpoint"] = str(Path(checkpoint.best_model_path).resolve())
+    return lines
+
+
+def main(args: list[str] | None = None) -> ImageCLI:
+    """Run what the command line, or ``args``, asks for."""
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    return ImageCLI(ImageClassifier, Images, subclass_mode_data=True, auto_configure_optimizers=False, args=args)
+
+
+def user_error(error: BaseException | None) -> BaseException | None:
+    """Return the error meant for the user among an exception and its causes: the CLI wraps what a class raises."""
+    while error is not None and not isinstance(error, (DataError, MixPrecError)):
+        error = error.__cause__
+    return error
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:
+        if (known := user_error(error)) is None:
+            raise
+        sys.exit(f"error: {known}")

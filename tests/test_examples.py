@@ -1,0 +1,266 @@
+"""The examples run as their first lines say, in every form of the command line, and say clearly what is missing."""
+
+import importlib
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_mixprec import MixPrecError, PrecisionPolicy
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "image_classification.py"
+CONFIGS = ROOT / "examples" / "configs"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's of jsonargparse
+MAIN_CONFIG = f"--config={CONFIGS / 'image_classification.yaml'}"
+TINY_RUN = ["--trainer.fast_dev_run=1", "--data.batch_size=4"]
+POLICY = {"default": "bf16", "model.fc": "fp32"}
+
+
+def run(script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def examples() -> Iterator[None]:
+    """Put the examples on the path, where a script has its own folder."""
+    added = [str(ROOT / "examples"), str(ROOT / "examples" / "benchmarks")]
+    sys.path[:0] = added
+    yield
+    for path in added:
+        sys.path.remove(path)
+
+
+@pytest.fixture
+def classification(examples: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["image_classification.py"])  # LightningCLI warns if pytest's arguments are there
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # seed_everything sets it for good
+    return importlib.import_module("image_classification")
+
+
+@pytest.fixture
+def overhead(examples: None) -> ModuleType:
+    return importlib.import_module("overhead")
+
+
+# The first line of the README, from elsewhere and for two steps
+
+
+def test_the_command_runs_from_anywhere_and_says_what_it_wrote(tmp_path: Path) -> None:
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    done = run(SCRIPT, "fit", MAIN_CONFIG, *limits, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in done.stderr.lower()
+    assert "Error" not in done.stderr
+    assert re.search(r"model\.conv1 .*Conv2d .*fp32", done.stdout), done.stdout
+    assert re.search(r"validation accuracy: +\d+\.\d\d% at the end, \d+\.\d\d% at best", done.stdout)
+    assert re.search(r"optimizer steps: +2, and 0 skipped", done.stdout)
+    log_dir = tmp_path / "lightning_logs" / "version_0"
+    assert str(log_dir) in done.stdout
+    assert {"metrics.csv", "config.yaml"} <= {path.name for path in log_dir.iterdir()}
+    checkpoint = re.search(r"best checkpoint: +(\S+)", done.stdout)
+    assert checkpoint is not None
+    assert Path(checkpoint[1]).is_file()
+
+
+def test_a_missing_folder_of_data_is_one_line(tmp_path: Path) -> None:
+    config = f"--config={CONFIGS / 'cifar10.yaml'}"
+    done = run(SCRIPT, "fit", MAIN_CONFIG, config, "--data.path=/nowhere/at all", cwd=tmp_path)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("Seed set to")]
+    assert line.startswith("error: no CIFAR-10 in '/nowhere/at all'")
+    assert "--data.path" in line
+
+
+# Forms of the command line
+
+
+def policy_file(folder: Path) -> str:
+    path = folder / "policy.yaml"
+    path.write_text("default: bf16\nmodel.fc: fp32\n")
+    return str(path)
+
+
+def as_config(folder: Path, plugins: object) -> str:
+    path = folder / "plugins.yaml"
+    path.write_text(json.dumps({"trainer": {"plugins": plugins}}))  # JSON is YAML
+    return f"--config={path}"
+
+
+def test_class_name_and_policy_file(classification: ModuleType, tmp_path: Path) -> None:
+    arguments = ["--trainer.plugins=PerLayerPrecision", f"--trainer.plugins.policy={policy_file(tmp_path)}"]
+    plugin = classification.main(["fit", "--data=Digits", *TINY_RUN, *arguments]).trainer.precision_plugin
+    assert plugin.policy == PrecisionPolicy.from_dict(POLICY)
+    assert plugin.assignment["model.fc"].compute == "fp32"
+
+
+def test_class_name_over_the_plugin_of_a_config(classification: ModuleType, tmp_path: Path) -> None:
+    arguments = ["--trainer.plugins=PerLayerPrecision", f"--trainer.plugins.policy={policy_file(tmp_path)}"]
+    plugin = classification.main(["fit", MAIN_CONFIG, *TINY_RUN, *arguments]).trainer.precision_plugin
+    assert plugin.policy == PrecisionPolicy.from_dict(POLICY)
+
+
+def test_class_name_and_format_name(classification: ModuleType) -> None:
+    arguments = ["--trainer.plugins=PerLayerPrecision", "--trainer.plugins.policy=fp32"]
+    plugin = classification.main(["fit", "--data=Digits", *TINY_RUN, *arguments]).trainer.precision_plugin
+    assert plugin.policy == PrecisionPolicy("fp32")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_mapping_and_list(classification: ModuleType, tmp_path: Path, as_list: bool) -> None:
+    scaling = {"init_scale": 1024.0, "growth_interval": 7}
+    one = {"class_path": "PerLayerPrecision", "init_args": {"policy": POLICY, "loss_scaling": scaling}}
+    config = as_config(tmp_path, [one] if as_list else one)
+    plugin = classification.main(["fit", "--data=Digits", *TINY_RUN, config]).trainer.precision_plugin
+    assert plugin.policy == PrecisionPolicy.from_dict(POLICY)
+    assert plugin.scaler.get_scale() == 1024.0
+
+
+def test_a_rule_that_fits_nothing_is_one_line(classification: ModuleType, tmp_path: Path) -> None:
+    plugins = {"class_path": "PerLayerPrecision", "init_args": {"policy": {"default": "bf16", "model.fcc": "fp32"}}}
+    with pytest.raises(MixPrecError, match="model.fc") as raised:
+        classification.main(["fit", "--data=Digits", *TINY_RUN, as_config(tmp_path, plugins)])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_malformed_policy_comes_out_of_what_the_cli_wraps_it_in(classification: ModuleType, tmp_path: Path) -> None:
+    plugins = {"class_path": "PerLayerPrecision", "init_args": {"policy": "bf61"}}
+    with pytest.raises(Exception) as raised:
+        classification.main(["fit", "--data=Digits", *TINY_RUN, as_config(tmp_path, plugins)])
+    error = classification.user_error(raised.value)
+    assert isinstance(error, MixPrecError)
+    assert "\n" not in str(error)
+    assert classification.user_error(KeyError("x")) is None
+
+
+def test_lightnings_own_precision_for_comparison(classification: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--trainer.precision=bf16-mixed", "--trainer.plugins=null"]
+    plugin = classification.main(["fit", MAIN_CONFIG, *TINY_RUN, *arguments]).trainer.precision_plugin
+    assert type(plugin).__name__ == "MixedPrecision"
+    assert "skipped" not in capsys.readouterr().out
+
+
+# Configs and data
+
+
+def test_every_config_is_tried_here() -> None:
+    assert {path.stem for path in CONFIGS.iterdir()} == {
+        "image_classification",
+        "image_classification_fp16",
+        "cifar10",
+        "imagenet",
+    }
+
+
+def test_the_main_config_mixes_formats(classification: ModuleType) -> None:
+    assignment = classification.main(["fit", MAIN_CONFIG, *TINY_RUN]).trainer.precision_plugin.assignment
+    assert (assignment["model.conv1"].compute, assignment["model.fc"].compute) == ("fp32", "fp32")
+    assert assignment["model.layer3.0.conv1"].compute == "bf16"
+    norm = assignment["model.layer3.0.bn1"]
+    assert (norm.compute, norm.output) == ("fp32", "input")
+
+
+@pytest.mark.filterwarnings("ignore:.*fp16")
+def test_the_fp16_config_scales_the_loss(classification: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    config = f"--config={CONFIGS / 'image_classification_fp16.yaml'}"
+    cli = classification.main(["fit", config, *TINY_RUN])
+    plugin = cli.trainer.precision_plugin
+    scale = 65536 * 0.5**plugin.skipped_steps
+    assert plugin.scaler.get_scale() == scale
+    assert cli.trainer.global_step + plugin.skipped_steps == 1
+    assert f"loss scale:           {scale:g}\n" in capsys.readouterr().out
+
+
+def test_cifar10_trains(classification: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 2, 3]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    arguments = [f"--config={CONFIGS / 'cifar10.yaml'}", f"--data.path={tmp_path}", "--data.num_workers=0"]
+    with pytest.raises(importlib.import_module("data").DataError, match="incomplete or damaged"):
+        classification.main(["fit", MAIN_CONFIG, *arguments, *TINY_RUN])
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
+    cli = classification.main(["fit", MAIN_CONFIG, *arguments, *TINY_RUN])
+    assert cli.model.model.conv1.stride == (1, 1)
+    assert cli.trainer.global_step == 1
+
+
+def test_imagenet_folders_train(classification: ModuleType, tmp_path: Path) -> None:
+    for part, name in [(p, n) for p in ("train", "val") for n in ("cat", "dog", "eel")]:
+        (tmp_path / part / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (40, 48), (i * 90, 10, 200)).save(tmp_path / part / name / f"{i}.png")
+    arguments = [f"--config={CONFIGS / 'imagenet.yaml'}", f"--data.path={tmp_path}", "--data.num_workers=0"]
+    cli = classification.main(["fit", MAIN_CONFIG, *arguments, *TINY_RUN, "--data.size=32"])
+    assert cli.model.model.fc.out_features == 3
+    assert cli.model.model.conv1.stride == (2, 2)
+    data = importlib.import_module("data")
+    (tmp_path / "val" / "fox").mkdir()
+    with pytest.raises(data.DataError, match="differ between train and val: fox"):
+        data.ImageFolder(str(tmp_path))
+    with pytest.raises(data.DataError, match="no class folders in '/nowhere/train'.*--data.path"):
+        data.ImageFolder("/nowhere")
+
+
+def test_the_digits_are_split_evenly_and_always_alike(examples: None) -> None:
+    data = importlib.import_module("data")
+    (train, val), (again, _) = data.Digits().datasets(), data.Digits().datasets()
+    assert (len(train), len(val)) == (1437, 360)
+    assert torch.equal(train.tensors[0], again.tensors[0])
+    share = torch.bincount(val.tensors[1]) / (torch.bincount(train.tensors[1]) + torch.bincount(val.tensors[1]))
+    assert share.sub(0.2).abs().max() < 0.01
+    assert train.tensors[0].shape[1:] == (3, 8, 8)
+    assert abs(train.tensors[0].mean()) < 1e-5
+    assert abs(train.tensors[0].std() - 1) < 1e-5
+
+
+# The benchmark
+
+
+def test_the_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "overhead.json"
+    script = ROOT / "examples" / "benchmarks" / "overhead.py"
+    options = ["--device", "cpu", "--quick", "--models", "tiny", "--formats", "bf16", "--output", str(output)]
+    done = run(script, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["settings"]["rounds"] == 2
+    rows = {row["kind"]: row for row in report["results"]}
+    assert list(rows) == ["stock", "again", "uniform", "unguarded", "mixed"]
+    assert rows["stock"]["ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert (rows["uniform"]["target"], rows["mixed"]["target"]) == (1.02, 1.10)
+    assert rows["uniform"]["memory_bytes"] == rows["stock"]["memory_bytes"]
+    assert rows["uniform"]["loss_equals_stock"]
+    assert rows["stock"]["host_reads_per_step"] == 0
+    assert all(f"tiny bf16 {kind} " in done.stdout for kind in rows)
+
+
+@pytest.mark.parametrize(("name", "reads"), [("fp32", 0), ("fp16", 1)])
+def test_the_inspector_counts_saved_bytes_and_host_reads(overhead: ModuleType, name: str, reads: int) -> None:
+    options = type("Options", (), {"device": "cpu", "quick": True})
+    inspector = overhead.Inspector(step=1, device="cpu")
+    overhead.fit(overhead.Case("tiny", False, name, "stock"), 2, inspector, options)
+    assert inspector.host_reads == reads  # torch's GradScaler reads found_inf once for each optimizer step
+    if name == "fp32":
+        activations = 32 * 32 * 4  # batch x width x bytes: each layer's input, the last output, the log-softmax
+        assert inspector.memory_bytes == 34 * activations + 32 * 8 + 4  # and the labels and the sum of their weights
+
+
+def test_the_spread_is_that_of_the_ratios(overhead: ModuleType) -> None:
+    assert overhead.spread([2.0, 6.0, 3.0], [1.0, 2.0, 3.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
