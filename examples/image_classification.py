@@ -47,22 +47,28 @@ class ImageClassifier(LightningModule):
         small_images: whether the first layers keep the size of the image; the CLI asks the data.
         learning_rate: peak of the cycle.
         weight_decay: L2 penalty on every parameter.
+        label_smoothing: share of each label that is spread over all classes, in training.
     """
 
     def __init__(
-        self, num_classes: int, small_images: bool, learning_rate: float = 0.05, weight_decay: float = 5e-4
+        self,
+        num_classes: int,
+        small_images: bool,
+        learning_rate: float = 0.05,
+        weight_decay: float = 5e-4,
+        label_smoothing: float = 0.1,
     ) -> None:
         super().__init__()
         model = small_image_resnet18(num_classes) if small_images else resnet18(num_classes=num_classes)
         # 16-bit convolutions are fastest on this layout, on tensor cores as on CPUs.
         self.model = model.to(memory_format=torch.channels_last)
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.learning_rate, self.weight_decay, self.label_smoothing = learning_rate, weight_decay, label_smoothing
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of images and labels."""
         images, labels = batch
-        loss = nn.functional.cross_entropy(self.model(images), labels)
+        loss = nn.functional.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
         self.log("train_loss", loss)  # not on the progress bar: that would wait for the GPU after every batch
         return loss
 

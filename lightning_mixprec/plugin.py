@@ -77,10 +77,10 @@ class PerLayerPrecision(Precision):
         self._ledger = StepLedger(self.scaler)
         self._assignment: Assignment | None = None
         self._eval_assignment: Assignment | None = None
-        self._model: weakref.ref[pl.LightningModule] | None = None
         self._forget_run()
 
     def _forget_run(self) -> None:
+        self._model: weakref.ref[pl.LightningModule] | None = None
         self._attachment: Attachment | None = None
         self._buffers: BufferGuard | None = None
         self._optimizers: list[Optimizer] = []
@@ -227,7 +227,6 @@ class PerLayerPrecision(Precision):
             if self._attachment is not None:
                 self._attachment.detach()
         finally:
-            self._model = None
             self._forget_run()
             self._ledger.disconnect()
 
@@ -242,7 +241,10 @@ class PerLayerPrecision(Precision):
     @override
     def convert_input(self, data: Any) -> Any:
         """Casts a batch for a LightningModule whose own operations compute in fp64; others take it as it comes."""
-        if self._in_force is not None and self._in_force[""].compute == "fp64":
+        model = self._model() if self._model is not None else None
+        trains = model is None or model.trainer.training
+        assignment = self._assignment if trains else self._eval_assignment or self._assignment
+        if assignment is not None and assignment[""].compute == "fp64":
             return cast_floating(data, torch.float64)
         return data
 
@@ -276,18 +278,17 @@ class PerLayerPrecision(Precision):
 
     @contextlib.contextmanager
     def _watched(self, kind: str) -> Generator[None, None, None]:
-        watches = kind in self._to_watch and self._attachment is not None
-        if watches:
-            assert self._attachment is not None
+        watching = self._attachment if kind in self._to_watch else None
+        if watching is not None:
             self._to_watch.discard(kind)
-            self._attachment.begin_watch()
+            watching.begin_watch()
         self._in_step = True
         try:
             yield
         finally:
             self._in_step = False
-            if watches and self._attachment is not None:
-                self._attachment.end_watch()
+            if watching is not None:
+                watching.end_watch()
 
     def _is_automatic(self) -> bool:
         model = self._model() if self._model is not None else None
@@ -383,8 +384,7 @@ class PerLayerPrecision(Precision):
             raise MixPrecError("The state of PerLayerPrecision can only be loaded while its Trainer is set up.")
         state = PluginState.from_dict(state_dict, whole=self.state_dict())
         is_resume = model.trainer.state.fn == TrainerFn.FITTING
-        on_change = self._on_policy_change if is_resume else "accept"
-        policy = state.policy_to_resume(self._configured, on_change)
+        policy = state.policy_to_resume(self._configured, self._on_policy_change if is_resume else "accept")
         if policy is not None:
             self._adopt(policy, "checkpoint")
             self._configured = state.configured

@@ -193,7 +193,7 @@ class StepLedger:
         return (
             f"{what}; layers with non-finite gradients: {named or 'none any more'}. Try: (1) compute these layers, or "
             "the loss (layers: '', recurse: false), in bf16 or fp32; (2) lower the learning rate or clip gradients; "
-            "(3) look for inf or NaN in the batch and in the loss itself (Trainer(detect_anomaly=True), precision fp32)."
+            "(3) look for inf or NaN in the batch and in the loss itself, for example in fp32 with detect_anomaly=True."
         )
 
     def _nonfinite_layers(self) -> list[str]:
@@ -273,8 +273,9 @@ class SchedulerGate:
 
 
 def _send(optimizer: Optimizer, batch: int, skipped: Tensor, at_minimum: bool | Tensor) -> _Late:
-    at_minimum = torch.as_tensor(at_minimum, dtype=skipped.dtype, device=skipped.device)
-    both = torch.stack([skipped, at_minimum])
+    if not isinstance(at_minimum, Tensor):
+        at_minimum = torch.full_like(skipped, at_minimum)
+    both = torch.stack([skipped, at_minimum.to(skipped)])
     if both.device.type != "cuda":
         return _Late(optimizer, batch, both, None)
     values = torch.empty(2, pin_memory=True)

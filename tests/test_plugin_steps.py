@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import INF, SGD, Batches, Line, Manual, fails_on_stock, fit, holds_on_both, ours, slope, stock, trainer_of
@@ -55,6 +56,27 @@ def test_a_schedule_every_two_steps_counts_real_steps(plugin, first):
     assert learning_rate(trainer) == learning_rate(oracles)
 
 
+class Rates(pl.Callback):
+    """The learning rate that the next batch gets."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.seen.append(learning_rate(trainer))
+
+
+@pytest.mark.parametrize("frequency", [1, 2, 3])
+def test_a_schedule_is_never_ahead_of_the_real_steps(frequency):
+    values = [0.25, INF, 0.5, 0.25, INF, 0.125, INF, INF, 0.25, 0.125, 0.25, 0.25]
+    rates = Rates()
+    fit(Line(schedule=partial(halving, frequency=frequency)), ours(), values, callbacks=[rates])
+    for index, rate in enumerate(rates.seen):
+        taken = sum(value != INF for value in values[: index + 1])
+        assert rate >= 0.5 ** (taken // frequency)
+    assert rates.seen[-1] == 0.5 ** (8 // frequency)
+
+
 @pytest.mark.parametrize("frequency", [1, 2, 3])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_without_skips_a_schedule_moves_as_lightning_moves_it(frequency, accumulate):
@@ -75,6 +97,19 @@ def test_a_schedule_moves_with_an_optimizer_that_evaluates_the_loss_itself():
 def test_a_schedule_per_epoch_moves_whatever_happened_to_the_last_step(plugin, last):
     trainer = fit(Line(schedule=partial(halving, interval="epoch")), plugin(), [0.5, last], max_epochs=3)
     assert learning_rate(trainer) == 0.125
+
+
+def test_schedules_per_step_and_per_epoch_live_side_by_side():
+    def configure(model):
+        optimizer = SGD(model.parameters())
+        per_epoch = {"scheduler": ExponentialLR(optimizer, 0.25), "interval": "epoch"}
+        return [optimizer], [halving(optimizer), per_epoch]
+
+    class Both(Line):
+        configure_optimizers = configure
+
+    trainer = fit(Both(), ours(), [0.5, INF, INF], max_epochs=3)
+    assert learning_rate(trainer) == (0.5 * 0.25) ** 3
 
 
 def on_plateau(optimizer, interval):

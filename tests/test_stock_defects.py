@@ -85,58 +85,6 @@ def test_two_optimizers_that_share_parameters_unscale_them_once(plugin):
     assert model.travelled[0] == 1.5
 
 
-def clipped(model, batch, _, **clipping):
-    optimizer, _ = model.optimizers()
-    zero_grads(optimizer)
-    model.manual_backward(slope(model.a, batch))
-    model.clip_gradients(optimizer, **clipping)
-    optimizer.step()
-
-
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-@fails_on_stock("self.clip_gradients clips gradients that are still scaled")
-def test_clipping_by_hand_clips_what_an_fp32_run_clips(plugin, algorithm):
-    body = partial(clipped, gradient_clip_val=0.125, gradient_clip_algorithm=algorithm)
-    model, oracle = Manual(body), Manual(body)
-    fit(model, plugin(), [0.5, INF, 0.0625])
-    fit(oracle, Precision(), [0.5, 0.0625])
-    assert torch.equal(model.a.weight, oracle.a.weight)
-
-
-class GradientSpy(pl.Callback):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.seen.append(next(pl_module.parameters()).grad.flatten()[0].item())
-
-
-@pytest.mark.parametrize("fused", [pytest.param(False, id="plain"), pytest.param(True, id="fused")])
-def test_hooks_before_the_step_see_unscaled_gradients(fused):
-    spy = GradientSpy()
-    fit(Line(partial(SGD, fused=fused)), ours(), [0.5, 0.25], callbacks=[spy])
-    assert spy.seen == [0.5, 0.25]
-
-
-@fails_on_stock("fused optimizers unscale inside their step, after the hooks")
-def test_hooks_before_a_fused_step_see_unscaled_gradients(plugin):
-    spy = GradientSpy()
-    fit(Line(partial(SGD, fused=True)), plugin(), [0.5, 0.25], callbacks=[spy])
-    assert spy.seen == [0.5, 0.25]
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-@fails_on_stock("fused optimizers cannot be clipped", raises=RuntimeError)
-def test_fused_optimizers_are_clipped_as_in_an_fp32_run(plugin, algorithm, kind):
-    optimizer = partial(kind, lr=0.5, fused=True)
-    clipping = {"gradient_clip_val": 0.125, "gradient_clip_algorithm": algorithm}
-    model, oracle = Line(optimizer), Line(optimizer)
-    fit(model, plugin(), [0.5, INF, 0.0625], **clipping)
-    fit(oracle, Precision(), [0.5, 0.0625], **clipping)
-    assert torch.equal(model.layer.weight, oracle.layer.weight)
-
-
 @pytest.fixture
 def _uninitialised_memory_is_nan():
     """Torch fills fresh memory with NaN, so that reading it shows on every run."""

@@ -24,6 +24,9 @@ FLOATING = (
 )
 """The dtypes whose values a cast keeps; block scales and packed formats mean nothing by themselves."""
 
+Done = list[tuple[Tensor, Tensor]]
+"""What has been cast, and to what."""
+
 _ATOMS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 
 
@@ -58,19 +61,21 @@ def cast(value: Any, casts: Casts) -> Any:
     >>> cast(pair, {torch.float64: torch.float32}) is pair
     True
     """
-    return _cast(value, casts, {})[0]
+    return _cast(value, casts, [])[0]
 
 
-def _cast(value: Any, casts: Casts, done: dict[int, Tensor]) -> tuple[Any, bool]:
+def _cast(value: Any, casts: Casts, done: Done) -> tuple[Any, bool]:
     """The value as cast, and whether it changed; Dynamo compares no tuples by identity."""
     if isinstance(value, Tensor):
         target = casts.get(value.dtype)
         if target is None:
             return value, False
-        # Attention tells by identity that query, key and value are one tensor.
-        if id(value) not in done:
-            done[id(value)] = value.to(target)
-        return done[id(value)], True
+        # Attention tells by identity that query, key and value are one tensor; Dynamo knows no id().
+        for old, new in done:
+            if old is value:
+                return new, True
+        done.append((value, value.to(target)))
+        return done[-1][1], True
     if isinstance(value, _ATOMS):
         return value, False
     if isinstance(value, (tuple, list, UserList)):
@@ -113,7 +118,7 @@ def _items(value: Any) -> Iterable[Any]:
     return ()
 
 
-def _cast_sequence(value: Any, casts: Casts, done: dict[int, Tensor]) -> tuple[Any, bool]:
+def _cast_sequence(value: Any, casts: Casts, done: Done) -> tuple[Any, bool]:
     results = [_cast(item, casts, done) for item in value]
     if not any(changed for _, changed in results):
         return value, False
@@ -131,7 +136,7 @@ def _rebuilt_tuple(value: tuple[Any, ...], items: list[Any]) -> Any:
     cls: Any = type(value)
     if cls is tuple:
         return tuple(items)
-    if hasattr(cls, "n_sequence_fields"):
+    if cls.__module__ == "torch.return_types":
         return cls(items)
     if hasattr(cls, "_make"):
         return cls._make(items)
@@ -141,7 +146,7 @@ def _rebuilt_tuple(value: tuple[Any, ...], items: list[Any]) -> Any:
     return new
 
 
-def _cast_dict(value: Any, casts: Casts, done: dict[int, Tensor]) -> tuple[Any, bool]:
+def _cast_dict(value: Any, casts: Casts, done: Done) -> tuple[Any, bool]:
     results = {key: _cast(item, casts, done) for key, item in value.items()}
     items = {key: item for key, (item, changed) in results.items() if changed}
     fields = {}
@@ -156,9 +161,7 @@ def _cast_dict(value: Any, casts: Casts, done: dict[int, Tensor]) -> tuple[Any, 
     return _with_changes(value, items, fields), True
 
 
-def _changed_fields(
-    value: Any, casts: Casts, done: dict[int, Tensor], recast: Mapping[int, Any] | None = None
-) -> dict[str, Any]:
+def _changed_fields(value: Any, casts: Casts, done: Done, recast: Mapping[int, Any] | None = None) -> dict[str, Any]:
     fields = {}
     for field in dataclasses.fields(value):
         old = getattr(value, field.name, None)

@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
@@ -140,9 +140,10 @@ class LossScaler:
         self._growth_tracker: Tensor | None = None
         self._overflows: Tensor | None = None
         self._unscaled: dict[Optimizer, Tensor] = {}
+        self._found_before: dict[Optimizer, Tensor] = {}
         self._flags: list[Tensor] = []
         self._stepped: list[Optimizer] = []
-        self._unscaled_grads: set[int] = set()
+        self._unscaled_params: set[int] = set()
 
     @property
     def is_active(self) -> bool:
@@ -151,7 +152,7 @@ class LossScaler:
 
     def scale(self, loss: Tensor) -> Tensor:
         """``loss`` times the scale; the same tensor if nothing is scaled."""
-        self._unscaled_grads.clear()
+        self._scale_waiting()
         if self.options is None:
             return loss
         return loss * self._tensors(loss.device)[0].to(loss.device, non_blocking=True)
@@ -164,17 +165,19 @@ class LossScaler:
         """
         if optimizer in self._unscaled or not (self.is_active or self.guards):
             return self._unscaled.get(optimizer)
-        grads = _grads(_params(optimizer))
-        device = self._scale.device if self._scale is not None else grads[0].device if grads else torch.device("cpu")
+        params = [param for param in _params(optimizer) if param.grad is not None]
+        device = self._scale.device if self._scale is not None else params[0].device if params else torch.device("cpu")
         found_inf = _scalar(0.0, device)
-        fresh, done = self._split(grads)
+        fresh, done = map(_grads, self._split(params))
         if fresh:
             divisor = self._tensors(device)[0].double().reciprocal().float() if self.is_active else _scalar(1.0, device)
             found_inf = _check_and_unscale(fresh, divisor, found_inf)
         if done:
             found_inf = _check_and_unscale(done, _scalar(1.0, device), found_inf)
+        if optimizer in self._found_before:
+            found_inf = torch.maximum(found_inf, self._found_before.pop(optimizer).to(device, non_blocking=True))
         self._unscaled[optimizer] = found_inf
-        if grads:
+        if params:
             self._flags.append(found_inf)
         return found_inf
 
@@ -298,30 +301,40 @@ class LossScaler:
             overflows.masked_fill_((found_inf == 0) & (tracker == 0), 0)
         scale.clamp_(options.min_scale, options.max_scale)
 
-    def _split(self, grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Those to unscale, and those that another optimizer with the same parameters has unscaled."""
-        shared = self._unscaled_grads.copy()
-        self._unscaled_grads.update(map(id, grads))
+    def _scale_waiting(self) -> None:
+        """Scales anew what was unscaled, to be clipped, and not stepped yet: the coming backward may add to it."""
+        self._unscaled_params.clear()
+        if self._unscaled or self._found_before:
+            found = self._found_before | self._unscaled
+            self._found_before = {optimizer: flag for optimizer, flag in found.items() if _grads(_params(optimizer))}
+            waiting, self._unscaled = [optimizer for optimizer in self._unscaled if optimizer in self._found_before], {}
+            if self._scale is not None:
+                self._rescale(waiting, self._scale, [])
+
+    def _split(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those whose gradients wait to be unscaled, and those that another optimizer shares and has unscaled."""
+        shared = self._unscaled_params.copy()
+        self._unscaled_params.update(map(id, params))
         if not shared:
-            return grads, []
-        return [grad for grad in grads if id(grad) not in shared], [grad for grad in grads if id(grad) in shared]
+            return params, []
+        return [p for p in params if id(p) not in shared], [p for p in params if id(p) in shared]
 
     def _rescale(self, optimizers: Iterable[Optimizer], ratio: Tensor | float, stepped: list[Optimizer]) -> None:
-        stepped_params = {id(param) for optimizer in stepped for param in _params(optimizer)}
-        waiting = (param for optimizer in optimizers for param in _params(optimizer) if id(param) not in stepped_params)
-        grads = {id(grad): grad for grad in _grads(waiting) if id(grad) not in self._unscaled_grads}
-        if grads:
-            torch._foreach_mul_(_dense(list(grads.values())), ratio)
+        done = self._unscaled_params | {id(param) for optimizer in stepped for param in _params(optimizer)}
+        params = (param for optimizer in optimizers for param in _params(optimizer))
+        waiting = {id(param): param for param in params if id(param) not in done}
+        if grads := _grads(waiting.values()):
+            torch._foreach_mul_(_dense(grads), ratio)
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether the optimizer evaluates the loss itself, several times per step (LBFGS)."""
-    return _class_needs_closure(type(optimizer))
+    return _requires_closure(type(optimizer).step)
 
 
 @functools.cache
-def _class_needs_closure(cls: type[Optimizer]) -> bool:
-    closure = inspect.signature(cls.step).parameters.get("closure")
+def _requires_closure(step: Callable[..., Any]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 

@@ -132,7 +132,8 @@ def _covered(decision: Decision, number: int) -> set[int]:
 
 
 def _concerned(rule: Rule, inventory: Inventory, layer: int) -> bool:
-    speaks_of_forward = rule.compute is not None or rule.output is not None
+    is_root = layer == 0
+    speaks_of_forward = rule.compute is not None or (rule.output is not None and not is_root)
     stores = rule.param is not None and next(inventory.own_parameters(layer), None) is not None
     return stores or (speaks_of_forward and inventory.has_forward[layer])
 

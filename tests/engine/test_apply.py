@@ -120,6 +120,15 @@ def test_change_equals_attaching_afresh(attached):
             assert borders(model) == borders(copy.deepcopy(model)) != {""}
 
 
+def test_buffers_that_follow_their_layer_leave_no_border_behind(attached):
+    model = nn.Sequential(nn.BatchNorm1d(2, affine=False))
+    for before, after in (("fp64", "bf16"), ("bf16", "fp64")):
+        with attached(model, before) as attachment:
+            assert borders(model) == set()
+            attachment.change(as_policy(after).resolve(model))
+            assert borders(model) == set()
+
+
 def test_changing_back_brings_the_same_wrappers_back(attached):
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     mixed, uniform = ({"default": "bf16", "1": "fp32"}, "bf16")

@@ -118,3 +118,9 @@ def test_compiled_parts_are_not_watched(attached):
         assert not any(module._forward_pre_hooks for module in model.modules())
         model(torch.ones(1, 2))
         attachment.end_watch()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_border_entered_in_a_compiled_function_is_no_error(attached):
+    compiled = torch.compile(lambda v, x: v(x), backend="eager")
+    step(Root(lambda m, x: compiled(m.v, x)), {"default": "bf16", "v": "fp32"}, attached)

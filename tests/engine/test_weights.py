@@ -203,16 +203,20 @@ def test_a_thread_does_not_take_the_weights_from_under_another(attached):
     """The first waits inside for the second, which then waits inside for the first to have left."""
     second_is_inside, first_has_left = threading.Event(), threading.Event()
 
-    class Pause(nn.Module):
+    class Pausing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(2))
+
         def forward(self, x):
             if threading.current_thread().name == "first":
                 second_is_inside.wait(0.5)
             elif threading.current_thread().name == "second":
                 second_is_inside.set()
                 first_has_left.wait(0.5)
-            return x
+            return x @ self.weight
 
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), Pause(), nn.Linear(2, 2)))
+    model = nn.Sequential(Pausing())
     x, results = torch.ones(1, 2), {}
 
     def work():
@@ -229,7 +233,7 @@ def test_a_thread_does_not_take_the_weights_from_under_another(attached):
             time.sleep(0.1)
         for thread in threads:
             thread.join()
-        assert model[0][2].weight.dtype == torch.float64
+        assert model[0].weight.dtype == torch.float64
     assert all(torch.equal(results[name], expected) for name in ("first", "second"))
 
 

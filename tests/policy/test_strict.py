@@ -160,3 +160,11 @@ def test_other_children_of_an_attention_subclass_are_ordinary_layers():
 
     policy = PrecisionPolicy("bf16", [Rule("attn.rotate", compute="fp32")])
     assert policy.resolve(Box(attn=Rotary()))["attn.rotate"].compute == "fp32"
+
+
+def test_an_output_for_the_root_alone_is_refused_because_nobody_takes_it():
+    model = nn.Sequential(nn.Linear(2, 2))
+    policy = PrecisionPolicy("bf16", [Rule("", output="fp32", recurse=False)])
+    with pytest.raises(PolicyError, match="does nothing"):
+        policy.resolve(model)
+    PrecisionPolicy("bf16", [Rule("", output="fp32")]).resolve(model)
