@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec import plugin_checks as checks
-from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.buffers import BufferGuard
-from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.numerics.scaling import LossScaler, LossScaling, needs_closure
+from lightning_mixprec.numerics.gradients import needs_closure
+from lightning_mixprec.numerics.scaling import LossScaler, LossScaling
+from lightning_mixprec.plugin_formats import FormatsInForce
 from lightning_mixprec.plugin_state import PluginState, history_entries
-from lightning_mixprec.plugin_steps import SchedulerGate, StepLedger
+from lightning_mixprec.plugin_steps import SchedulerGate, StepLedger, StepSparedError, evaluations
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.table import show
@@ -68,43 +68,47 @@ class PerLayerPrecision(Precision):
         checks.check_choice("on_policy_change", on_policy_change, ("raise", "accept", "checkpoint"))
         checks.check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         self._configured = checks.configured_form(policy)
-        self._policy = None if self._configured == "auto" else as_policy(policy)
-        self._eval_policy = None if eval_policy is None else as_policy(eval_policy)
+        self._formats = FormatsInForce(
+            None if self._configured == "auto" else as_policy(policy),
+            None if eval_policy is None else as_policy(eval_policy),
+        )
         self._loss_scaling = checks.as_loss_scaling(loss_scaling)
         self._on_policy_change = on_policy_change
         self.history: list[dict[str, Any]] = []
         self.scaler = LossScaler(guards=skip_nonfinite)
         self._ledger = StepLedger(self.scaler)
-        self._assignment: Assignment | None = None
-        self._eval_assignment: Assignment | None = None
         self._forget_run()
 
     def _forget_run(self) -> None:
         self._model: weakref.ref[pl.LightningModule] | None = None
-        self._attachment: Attachment | None = None
         self._buffers: BufferGuard | None = None
         self._optimizers: list[Optimizer] = []
-        self._in_force: Assignment | None = None
-        self._to_watch = {"train", "eval"}
-        self._in_step = self._in_eval = False
         self._resumed_step = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy takes along what was configured and learned, and nothing of the run."""
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self))
+        copy._forget_run()
+        return vars(copy)
 
     # What others read
 
     @property
     def precision(self) -> str:  # type: ignore[override]
         """Lightning's name for the default format, for its model summary and others that ask the Trainer."""
-        return _LIGHTNING_NAMES[self._policy.default] if self._policy is not None else "32-true"
+        policy = self._formats.training
+        return _LIGHTNING_NAMES[policy.default] if policy is not None else "32-true"
 
     @property
     def policy(self) -> PrecisionPolicy | None:
         """The policy in force, changes made during the run included; None for ``"auto"`` before the device is known."""
-        return self._eval_policy if self._in_eval and self._eval_policy is not None else self._policy
+        return self._formats.policy
 
     @property
     def assignment(self) -> Assignment | None:
         """The policy in force resolved against the model: module name to param, compute, output and rule."""
-        return self._eval_assignment if self._in_eval and self._eval_assignment is not None else self._assignment
+        return self._formats.assignment
 
     @property
     def skipped_steps(self) -> int:
@@ -114,7 +118,8 @@ class PerLayerPrecision(Precision):
     def step_was_skipped(self, optimizer: Optimizer | LightningOptimizer) -> bool:
         """Whether the optimizer's latest step was skipped. May wait for the device.
 
-        In manual optimization, ask this before calling ``scheduler.step()``.
+        In manual optimization, ask this before calling ``scheduler.step()``; under DDP on every rank, because
+        ``global_step`` is put right when the outcome is asked for.
         """
         return self._ledger.was_skipped(checks.raw(optimizer))
 
@@ -143,39 +148,36 @@ class PerLayerPrecision(Precision):
             PolicyError: As in :meth:`set_policy`.
         """
         model = self._running_model()
-        assert self._policy is not None
-        self._adopt(self._policy.amend(edits, model), reason)
+        assert self._formats.training is not None
+        self._adopt(self._formats.training.amend(edits, model), reason)
 
     def _adopt(self, policy: PrecisionPolicy, reason: str) -> None:
         model = self._running_model()
         assignment = policy.resolve(model)
-        assert self._assignment is not None and self._attachment is not None
-        checks.check_storage_unchanged(self._assignment, assignment)
-        checks.check_optimizers(self._optimizers, checks.scaling_for(self._loss_scaling, assignment))
+        before = self._formats.training_assignment
+        assert before is not None
+        options = checks.scaling_for(self._loss_scaling, assignment)
+        checks.check_storage_unchanged(before, assignment)
+        checks.check_optimizers(self._optimizers, options)
         checks.warn_of_emulation(assignment, model.trainer.strategy.root_device)
-        self.history += history_entries(self._assignment, assignment, model.trainer.global_step, reason)
-        self._policy, self._assignment = policy, assignment
-        self.scaler.configure(checks.scaling_for(self._loss_scaling, assignment), self._optimizers)
-        self._bring_in_force(assignment)
+        self._ledger.settle()
+        self.history += history_entries(before, assignment, model.trainer.global_step, reason)
+        self.scaler.configure(options, self._optimizers)
+        self._formats.replace(policy, assignment)
 
     def _running_model(self) -> pl.LightningModule:
         model = self._model() if self._model is not None else None
-        if model is None or self._attachment is None:
+        if model is None or not self._formats.is_attached:
             raise PolicyError(
                 "The policy of a running model was to change, but none is running; pass the policy to "
                 "PerLayerPrecision(policy=...), or change it from a callback during fit."
             )
-        if self._in_step or model._current_fx_name in _BEFORE_BACKWARD:
+        if self._formats.in_step or model._current_fx_name in _BEFORE_BACKWARD:
             raise PolicyError(
                 "The policy was to change in the middle of a step, where backward would recompute in other formats; "
                 "change it between steps, for example in on_train_batch_start or on_train_batch_end."
             )
         return model
-
-    def _bring_in_force(self, assignment: Assignment) -> None:
-        if self._attachment is not None and self._in_force is not assignment:
-            self._attachment.change(assignment)
-            self._in_force = assignment
 
     # Set-up and teardown
 
@@ -186,21 +188,16 @@ class PerLayerPrecision(Precision):
         strategy = model.trainer.strategy
         checks.check_strategy(strategy)
         chosen = ""
-        if self._policy is None:
+        if self._formats.training is None:
             default, chosen = checks.choose_format(strategy.root_device)
-            self._policy = PrecisionPolicy(default)
-        self._assignment = self._policy.resolve(model)
-        self._eval_assignment = None if self._eval_policy is None else self._eval_policy.resolve(model)
-        for assignment in filter(None, (self._assignment, self._eval_assignment)):
-            checks.warn_of_emulation(assignment, strategy.root_device)
-        if self._eval_assignment is not None:
-            checks.check_storage_unchanged(self._assignment, self._eval_assignment)
-        checks.warn_of_narrow_weights(model, self._assignment)
-        self.scaler.configure(checks.scaling_for(self._loss_scaling, self._assignment))
-        self._attachment = attach(model, self._assignment, strategy.root_device.type)
-        self._in_force, self._model = self._assignment, weakref.ref(model)
+            self._formats.choose(PrecisionPolicy(default))
+        training, evaluation = self._formats.resolve(model)
+        checks.check_assignments(model, training, evaluation)
+        self.scaler.configure(checks.scaling_for(self._loss_scaling, training))
+        self._formats.attach(model, strategy.root_device.type)
+        self._model = weakref.ref(model)
         if model.trainer.state.fn == TrainerFn.FITTING and strategy.is_global_zero and not model.trainer.barebones:
-            show(self._assignment, title=f"policy 'auto': {chosen}" if chosen else None)
+            show(training, title=f"policy 'auto': {chosen}" if chosen else None)
         return module
 
     @override
@@ -224,38 +221,31 @@ class PerLayerPrecision(Precision):
         if model is not None and isinstance(gate := vars(model).get("lr_scheduler_step"), SchedulerGate):
             gate.remove()
         try:
-            if self._attachment is not None:
-                self._attachment.detach()
+            self._formats.detach()
         finally:
             self._forget_run()
             self._ledger.disconnect()
+            self.scaler.forget_steps()
 
     # The steps
 
     @override
-    @contextlib.contextmanager
-    def forward_context(self) -> Generator[None, None, None]:
-        with self._attachment.context() if self._attachment is not None else contextlib.nullcontext():
-            yield
+    def forward_context(self) -> contextlib.AbstractContextManager[None]:
+        return self._formats.forward()
 
     @override
     def convert_input(self, data: Any) -> Any:
         """Casts a batch for a LightningModule whose own operations compute in fp64; others take it as it comes."""
         model = self._model() if self._model is not None else None
         trains = model is None or model.trainer.training
-        assignment = self._assignment if trains else self._eval_assignment or self._assignment
-        if assignment is not None and assignment[""].compute == "fp64":
-            return cast_floating(data, torch.float64)
-        return data
+        return self._formats.cast_batch(data, "train" if trains else "eval")
 
     @override
     @contextlib.contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
-        if self._assignment is not None:
-            self._bring_in_force(self._assignment)
-        if self._buffers is not None:
-            self._buffers.open()
-        with self._watched("train"), self.forward_context():
+        with self._formats.train_step():
+            if self._buffers is not None:
+                self._buffers.open()
             yield
         if not self._is_automatic():
             self.scaler.update(self._optimizers)
@@ -263,32 +253,11 @@ class PerLayerPrecision(Precision):
     @override
     @contextlib.contextmanager
     def val_step_context(self) -> Generator[None, None, None]:
-        assignment = self._eval_assignment or self._assignment
-        if assignment is not None:
-            self._bring_in_force(assignment)
-        self._in_eval = True
-        try:
-            with self._watched("eval"), self.forward_context():
-                yield
-        finally:
-            self._in_eval = False
+        with self._formats.eval_step():
+            yield
 
     test_step_context = val_step_context
     predict_step_context = val_step_context
-
-    @contextlib.contextmanager
-    def _watched(self, kind: str) -> Generator[None, None, None]:
-        watching = self._attachment if kind in self._to_watch else None
-        if watching is not None:
-            self._to_watch.discard(kind)
-            watching.begin_watch()
-        self._in_step = True
-        try:
-            yield
-        finally:
-            self._in_step = False
-            if watching is not None:
-                watching.end_watch()
 
     def _is_automatic(self) -> bool:
         model = self._model() if self._model is not None else None
@@ -297,7 +266,7 @@ class PerLayerPrecision(Precision):
     @override
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
         """Shows the hooks the loss as the user knows it, and hands on the scaled one."""
-        self._in_step = True
+        self._formats.in_step = True
         return self.scaler.scale(super().pre_backward(tensor, module))
 
     @override
@@ -305,16 +274,13 @@ class PerLayerPrecision(Precision):
         self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Runs backward outside autocast, so that in manual optimization, too, fp32 layers have fp32 gradients."""
-        device_type = model.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                super().backward(tensor, model, optimizer, *args, **kwargs)
-        else:
+        is_on = torch.is_autocast_enabled(model.device.type)
+        with torch.autocast(model.device.type, enabled=False) if is_on else contextlib.nullcontext():
             super().backward(tensor, model, optimizer, *args, **kwargs)
 
     @override
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
-        self._in_step = not self._is_automatic()
+        self._formats.in_step = not self._is_automatic()
         return super().post_backward(tensor, module)
 
     @override
@@ -322,17 +288,20 @@ class PerLayerPrecision(Precision):
         self, optimizer: Optimizer, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         if needs_closure(optimizer):
-            result = super().optimizer_step(optimizer, model, closure, **kwargs)
-            torch.clear_autocast_cache()
-            self._ledger.note(optimizer, skipped=False, at_minimum=False)
-            return result
-        with torch.enable_grad():
-            closure_result = closure()
-        # Only now, when the device has this batch's work: waiting for the last batch's outcome leaves it no gap.
-        self._ledger.settle_earlier_batches()
-        self.scaler.unscale_(optimizer)
-        self._after_closure(model, optimizer)
-        skipped = self.scaler.step(optimizer, **kwargs)
+            evaluate = evaluations(optimizer, closure, guards=self.scaler.guards)
+            skipped: bool | Tensor = False
+            try:
+                closure_result = super().optimizer_step(optimizer, model, evaluate, **kwargs)
+            except StepSparedError as spared:
+                closure_result, skipped = spared.result, True
+        else:
+            with torch.enable_grad():
+                closure_result = closure()
+            # Only now that the device has this batch's work: waiting for the last one's outcome leaves it no gap.
+            self._ledger.settle_earlier_batches()
+            self.scaler.unscale_(optimizer)
+            self._after_closure(model, optimizer)
+            skipped = self.scaler.step(optimizer, **kwargs)
         torch.clear_autocast_cache()
         at_minimum = self.scaler.is_at_minimum() if skipped is not False else False
         if self._buffers is not None:
@@ -361,7 +330,7 @@ class PerLayerPrecision(Precision):
     def state_dict(self) -> dict[str, Any]:
         return PluginState(
             configured=self._configured,
-            policy=self._policy.to_dict() if self._policy is not None else {},
+            policy=self._formats.training.to_dict() if self._formats.training is not None else {},
             history=self.history,
             steps=self._ledger.state_dict(),
             scaler=self.scaler.state_dict(),
@@ -373,28 +342,28 @@ class PerLayerPrecision(Precision):
         self._resumed_step = checkpoint.get("global_step", 0)
         if type(self).__qualname__ not in checkpoint:
             self.scaler.load_state_dict(checks.stock_scaler_state(checkpoint))
-        if self._attachment is not None:
-            weights = checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))
-            self._attachment.restore_precise(weights)
+        self._formats.restore_precise(checkpoint.get("current_model_state", checkpoint.get("state_dict", {})))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         model = self._model() if self._model is not None else None
-        if model is None or self._assignment is None:
+        if model is None or not self._formats.is_attached:
             raise MixPrecError("The state of PerLayerPrecision can only be loaded while its Trainer is set up.")
         state = PluginState.from_dict(state_dict, whole=self.state_dict())
         is_resume = model.trainer.state.fn == TrainerFn.FITTING
-        policy = state.policy_to_resume(self._configured, self._on_policy_change if is_resume else "accept")
-        if policy is not None:
-            self._adopt(policy, "checkpoint")
+        taken = state.policy_to_resume(self._configured, self._on_policy_change if is_resume else "accept")
+        if taken is not None:
+            self._adopt(taken, "checkpoint")
             self._configured = state.configured
         if not is_resume:
             return
+        if taken is None and self._formats.configured is not None:  # moves of an earlier run are none of this one's
+            self._adopt(self._formats.configured, "checkpoint")
         self.history = list(state.history)
-        if policy is None and self._configured != state.configured:
+        resolved = self._formats.training_assignment
+        if taken is None and self._configured != state.configured and resolved is not None:
             written_under = replace(PrecisionPolicy.from_dict(state.policy), allow_unmatched=True).resolve(model)
-            self.history += history_entries(
-                written_under, self._assignment, self._resumed_step, "resumed with another configured policy"
-            )
+            reason = "resumed with another configured policy"
+            self.history += history_entries(written_under, resolved, self._resumed_step, reason)
         self.scaler.load_state_dict(state.scaler)
         self._ledger.load_state_dict(state.steps)

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
 from lightning_mixprec.numerics.formats import format_of, native_support
-from lightning_mixprec.numerics.scaling import LossScaling, needs_closure
+from lightning_mixprec.numerics.gradients import needs_closure
+from lightning_mixprec.numerics.scaling import LossScaling
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.rules import as_policy
 
@@ -92,6 +93,15 @@ def choose_format(device: torch.device) -> tuple[str, str]:
     if bf16.native:
         return "bf16", f"bf16, which {_device_name(device)} computes natively ({bf16.reason})"
     return "fp16", f"fp16 with loss scaling, because {_device_name(device)} does not compute bf16 ({bf16.reason})"
+
+
+def check_assignments(model: pl.LightningModule, training: Assignment, evaluation: Assignment | None) -> None:
+    """Raises if evaluation would store weights otherwise, and warns of what costs speed or accuracy."""
+    for assignment in filter(None, (training, evaluation)):
+        warn_of_emulation(assignment, model.trainer.strategy.root_device)
+    if evaluation is not None:
+        check_storage_unchanged(training, evaluation)
+    warn_of_narrow_weights(model, training)
 
 
 def warn_of_emulation(assignment: Assignment, device: torch.device) -> None:

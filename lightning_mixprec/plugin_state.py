@@ -73,14 +73,15 @@ class PluginState:
     ) -> PrecisionPolicy | None:
         """The policy to go on with; None for the one configured now.
 
-        Moves made during the run are no change of configuration: they are resumed.
+        Moves made during the run are no change of configuration: they are resumed. What ``"auto"`` chose is not, it is
+        chosen anew for the present device.
 
         Raises:
             PolicyError: Another policy is configured now, and ``on_policy_change`` is ``"raise"``.
         """
         in_force = PrecisionPolicy.from_dict(self.policy)
         if configured == self.configured:
-            return in_force if self.history else None
+            return None if configured == "auto" and not self.history else in_force
         if on_policy_change == "raise":
             raise PolicyError(
                 f"The checkpoint was written under another policy than the one configured now: "

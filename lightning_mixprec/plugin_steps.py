@@ -6,7 +6,7 @@ optimizer step of the next batch (always exactly then, so that all ranks agree),
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec.errors import ScalingError
+from lightning_mixprec.numerics.gradients import params_of
 from lightning_mixprec.numerics.scaling import LossScaler, LossScaling
 
 
@@ -71,6 +72,17 @@ class StepLedger:
         self._schedulers: list[LRSchedulerConfig] = []
         self._may_give_up = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy counts on from here, in no training; references to optimizers that may die cannot be copied."""
+        self.settle()
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self))
+        copy._disconnect()
+        return {name: value for name, value in vars(copy).items() if name != "_last_skipped"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _last_skipped=weakref.WeakKeyDictionary())
+
     def connect(
         self, model: pl.LightningModule, optimizers: Sequence[Optimizer], schedulers: Sequence[LRSchedulerConfig]
     ) -> None:
@@ -108,7 +120,7 @@ class StepLedger:
             self._take_in(optimizer, skipped, skipped and bool(at_minimum))
 
     def settle_earlier_batches(self) -> None:
-        """Takes in the outcomes of earlier batches, which the device has long left behind."""
+        """Takes in the outcomes of earlier batches. Once the device has this batch's work, waiting leaves it no gap."""
         if not self._late:
             return
         batch = self._batch()
@@ -238,6 +250,35 @@ class StepLedger:
         for tracker in (progress.total, progress.current):
             tracker.ready -= steps
             tracker.completed -= steps
+
+
+class StepSparedError(Exception):
+    """Leaves an optimizer's step before it moved anything; carries what its closure returned."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self.result = result
+
+
+def evaluations(optimizer: Optimizer, closure: Callable[[], Any], guards: bool) -> Callable[[], Any]:
+    """The closure of an optimizer that evaluates the loss itself and moves the weights between two evaluations.
+
+    Raises:
+        StepSparedError: The step is guarded, its first gradients are not finite, and nothing has moved yet.
+    """
+    unguarded = not guards
+
+    def evaluate() -> Any:
+        nonlocal unguarded
+        torch.clear_autocast_cache()  # within one training_step it would give back the weights of the last evaluation
+        result = closure()
+        grads = (param.grad for param in params_of(optimizer) if param.grad is not None)
+        if not unguarded and not all(map(_is_finite, grads)):
+            raise StepSparedError(result)
+        unguarded = True
+        return result
+
+    return evaluate
 
 
 class SchedulerGate:

@@ -69,6 +69,15 @@ class Evaluable(Task):
         return self(batch[0])
 
 
+class Scheduled(Task):
+    """The learning rate halves at every step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 class TwoOptimizers(Task):
     """Manual optimization: the body and the head have an optimizer each, and step in turn."""
 

@@ -85,7 +85,7 @@ def test_every_other_argument_on_the_command_line():
         "--trainer.plugins.on_policy_change=accept",
     )
     assert plugin.scaler.guards is False
-    assert plugin._eval_policy == RESOLVED
+    assert plugin._formats.evaluation == RESOLVED
     assert plugin._on_policy_change == "accept"
 
 
@@ -175,7 +175,7 @@ def test_loss_scaling_in_a_config_file(loss_scaling, options):
 def test_every_other_argument_in_a_config_file():
     arguments = {"eval_policy": POLICY, "skip_nonfinite": False, "on_policy_change": "checkpoint"}
     plugin = run(config={"plugins": {"class_path": CLASS, "init_args": arguments}})
-    assert plugin._eval_policy == RESOLVED
+    assert plugin._formats.evaluation == RESOLVED
     assert plugin.scaler.guards is False
     assert plugin._on_policy_change == "checkpoint"
 
@@ -213,7 +213,7 @@ def test_a_saved_config_runs_again(arguments, as_list):
     [saved] = Path("lightning_logs").rglob("config.yaml")
     again = main(f"--config={saved}")
     assert again.policy == first.policy
-    assert again._eval_policy == first._eval_policy
+    assert again._formats.evaluation == first._formats.evaluation
     assert again.scaler.options == first.scaler.options
 
 

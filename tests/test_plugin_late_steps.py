@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import INF, SGD, Line, Manual, Saving, fit, ours, slope, stock
 from lightning.pytorch.callbacks import WeightAveraging
+from plugin_models import Call
 from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_mixprec import plugin_steps
@@ -31,7 +32,7 @@ RUNS = {
 @pytest.fixture
 def late(monkeypatch):
     """Fused optimizers obey the flag on the device, as on CUDA."""
-    monkeypatch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling._obeys_found_inf(optimizer))
+    monkeypatch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling.obeys_found_inf(optimizer))
 
 
 def halving(optimizer, frequency=1):
@@ -131,6 +132,14 @@ def test_whoever_asks_hears_of_the_step_just_taken():
     values = [0.5, INF, INF, 0.25]
     fit(Manual(asks, lambda model: [FUSED(model.a.parameters()), FUSED(model.b.parameters())]), plugin, values)
     assert seen == [(False, 0, 1), (True, 1, 1), (True, 2, 1), (False, 2, 2)]
+
+
+@pytest.mark.usefixtures("late")
+def test_a_change_of_the_policy_is_written_down_at_its_real_step():
+    plugin = ours()
+    change = Call("on_train_batch_end", lambda *_: plugin.set_policy("bf16"), at=1)
+    fit(Line(FUSED), plugin, [0.5, INF, 0.25], callbacks=[change])
+    assert [entry["step"] for entry in plugin.history] == [1]
 
 
 @pytest.mark.usefixtures("late")

@@ -56,6 +56,21 @@ def test_moves_made_during_the_run_are_resumed_with_their_history():
     assert again.policy == plugin.policy
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("policy", ["auto", "fp16"])
+@pytest.mark.parametrize("on_policy_change", ["raise", "accept"])
+def test_a_plugin_that_goes_back_to_a_checkpoint_takes_back_the_moves_made_since(policy, on_policy_change):
+    plugin = ours(policy, on_policy_change=on_policy_change)
+    early = Call("on_train_batch_end", lambda run, model: run.save_checkpoint("run.ckpt"), at=0)
+    move = Call("on_train_batch_end", lambda run, model: plugin.edit_policy({"net.4": "fp32"}), at=1)
+    fit(task(), plugin, callbacks=[early, move])
+    assert plugin.assignment["net.4"].compute == "fp32"
+    resume(plugin)
+    assert plugin.history == []
+    assert plugin.policy.rules == ()
+    assert plugin.assignment["net.4"].compute == plugin.assignment[""].compute
+
+
 def test_a_resumed_run_with_moves_is_bit_for_bit_the_uninterrupted_one():
     def move():
         return Call("on_train_batch_end", lambda run, model: run.precision_plugin.edit_policy({"net.4": "bf16"}), at=1)

@@ -40,7 +40,7 @@ class Case:
     @property
     def target(self) -> float | None:
         """Return the largest ratio aimed at; a mixed ResNet-18 computes more in fp32, so it has none."""
-        if self.kind == "uniform":
+        if self.kind in ("uniform", "unguarded"):
             return UNIFORM_TARGET
         return MIXED_TARGET if (self.kind, self.model) == ("mixed", "tiny") else None
 

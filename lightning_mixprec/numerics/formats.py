@@ -192,9 +192,26 @@ def get_format(name: str) -> Format | FormatPair:
     """
     if isinstance(name, str) and name in FORMATS:
         return FORMATS[name]
-    meant = _meant_by(name)
+    meant = meant_by(name)
     hint = f", did you mean {meant!r}?" if meant else ";"
     raise FormatError(f"unknown format {name!r}{hint} the formats are {', '.join(FORMATS)}")
+
+
+def meant_by(name: object) -> str | None:
+    """The format that was probably meant by a name, a number of bits or a dtype, None if nothing is near.
+
+    >>> meant_by("half"), meant_by(torch.bfloat16), meant_by("int8")
+    ('fp16', 'bf16', None)
+    """
+    if isinstance(name, bool) or not isinstance(name, str | int | torch.dtype):
+        return None
+    text = str(name).strip().lower().removeprefix("torch.").split("-")[0]
+    for exact in ("e4m3", "e5m2"):
+        if exact in text:
+            return exact
+    names = {known: known for known in FORMATS} | _OTHER_NAMES
+    close = difflib.get_close_matches(text, names, n=1, cutoff=0.7)
+    return names[close[0]] if close else None
 
 
 def format_of(dtype: torch.dtype) -> str | None:
@@ -287,18 +304,6 @@ def _rounded_magnitude(magnitude: Tensor, target: Format) -> Tensor:
         rounded = torch.where(magnitude < target.smallest_normal, (magnitude + shifter) - shifter, rounded)
     rounded = torch.where(rounded > target.max, math.inf if target.overflow == "inf" else math.nan, rounded)
     return torch.where(magnitude.isnan(), math.nan, rounded)
-
-
-def _meant_by(name: object) -> str | None:
-    if isinstance(name, bool) or not isinstance(name, str | int | torch.dtype):
-        return None
-    text = str(name).strip().lower().removeprefix("torch.").split("-")[0]
-    for exact in ("e4m3", "e5m2"):
-        if exact in text:
-            return exact
-    names = {known: known for known in FORMATS} | _OTHER_NAMES
-    close = difflib.get_close_matches(text, names, n=1, cutoff=0.7)
-    return names[close[0]] if close else None
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

@@ -12,21 +12,27 @@ by 1/S before the optimizer sees them; S is searched for while training runs [1]
 .. [1] Micikevicius et al., Mixed Precision Training, ICLR 2018, section 3.2.
 """
 
-import functools
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from lightning_mixprec.errors import ScalingError
+from lightning_mixprec.numerics.gradients import (
+    check_and_unscale,
+    grads_of,
+    obeys_found_inf,
+    params_of,
+    scalar,
+    step_fused,
+)
 
+_FP32 = torch.finfo(torch.float32)
 _INTEGERS = ("growth_interval", "hysteresis", "max_consecutive_skips")
 
 
@@ -116,8 +122,10 @@ def _check_number(name: str, value: object) -> None:
     allowed = int if name in _INTEGERS else (int, float)
     kind = "a positive integer" if name in _INTEGERS else "a positive finite number"
     is_number = isinstance(value, allowed) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 < value <= torch.finfo(torch.float32).max:  # type: ignore[arg-type,operator]
-        raise ScalingError(f"loss_scaling: {name} is {value!r}; it has to be {kind} that fp32 can hold.")
+    if not is_number or not math.isfinite(value) or not _FP32.tiny <= value <= _FP32.max:  # type: ignore[arg-type,operator]
+        raise ScalingError(
+            f"loss_scaling: {name} is {value!r}; it has to be {kind} that fp32 holds as a normal number."
+        )
 
 
 class LossScaler:
@@ -143,7 +151,7 @@ class LossScaler:
         self._found_before: dict[Optimizer, Tensor] = {}
         self._flags: list[Tensor] = []
         self._stepped: list[Optimizer] = []
-        self._unscaled_params: set[int] = set()
+        self._unscaled_since_backward: list[Optimizer] = []
 
     @property
     def is_active(self) -> bool:
@@ -165,19 +173,19 @@ class LossScaler:
         """
         if optimizer in self._unscaled or not (self.is_active or self.guards):
             return self._unscaled.get(optimizer)
-        params = [param for param in _params(optimizer) if param.grad is not None]
-        device = self._scale.device if self._scale is not None else params[0].device if params else torch.device("cpu")
-        found_inf = _scalar(0.0, device)
-        fresh, done = map(_grads, self._split(params))
+        fresh, done = self._gradients(optimizer)
+        device = self._scale.device if self._scale is not None else next(iter(fresh + done), torch.zeros(())).device
+        found_inf = scalar(0.0, device)
         if fresh:
-            divisor = self._tensors(device)[0].double().reciprocal().float() if self.is_active else _scalar(1.0, device)
-            found_inf = _check_and_unscale(fresh, divisor, found_inf)
+            divisor = self._tensors(device)[0].double().reciprocal().float() if self.is_active else scalar(1.0, device)
+            found_inf = check_and_unscale(fresh, divisor, found_inf)
         if done:
-            found_inf = _check_and_unscale(done, _scalar(1.0, device), found_inf)
+            found_inf = check_and_unscale(done, scalar(1.0, device), found_inf)
         if optimizer in self._found_before:
             found_inf = torch.maximum(found_inf, self._found_before.pop(optimizer).to(device, non_blocking=True))
         self._unscaled[optimizer] = found_inf
-        if params:
+        self._unscaled_since_backward.append(optimizer)
+        if fresh or done:
             self._flags.append(found_inf)
         return found_inf
 
@@ -194,7 +202,7 @@ class LossScaler:
         self._unscaled.pop(optimizer, None)
         self._stepped.append(optimizer)
         if found_inf is not None and not _is_read(optimizer, found_inf):
-            _step_fused(optimizer, found_inf, kwargs)
+            step_fused(optimizer, found_inf, kwargs)
             return found_inf
         skipped = found_inf is not None and bool(found_inf.item())
         if not skipped:
@@ -234,6 +242,11 @@ class LossScaler:
         ratio = self._start["scale"] / before
         if ratio != 1:
             self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio, [])
+
+    def forget_steps(self) -> None:
+        """Drops what is left of a step that an exception cut short."""
+        for steps in (self._unscaled, self._found_before, self._flags, self._stepped, self._unscaled_since_backward):
+            steps.clear()
 
     def get_scale(self) -> float:
         """The present scale. Waits for the device."""
@@ -282,7 +295,7 @@ class LossScaler:
 
     def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if self._scale is None or self._growth_tracker is None or self._overflows is None:
-            self._scale = _scalar(self._start["scale"], device)
+            self._scale = scalar(self._start["scale"], device)
             self._growth_tracker = torch.full((), int(self._start["growth_tracker"]), dtype=torch.int32, device=device)
             self._overflows = torch.full((), int(self._start["overflows"]), dtype=torch.int32, device=device)
         return self._scale, self._growth_tracker, self._overflows
@@ -303,103 +316,35 @@ class LossScaler:
 
     def _scale_waiting(self) -> None:
         """Scales anew what was unscaled, to be clipped, and not stepped yet: the coming backward may add to it."""
-        self._unscaled_params.clear()
+        self._unscaled_since_backward.clear()
         if self._unscaled or self._found_before:
             found = self._found_before | self._unscaled
-            self._found_before = {optimizer: flag for optimizer, flag in found.items() if _grads(_params(optimizer))}
+            self._found_before = {
+                optimizer: flag for optimizer, flag in found.items() if grads_of(params_of(optimizer))
+            }
             waiting, self._unscaled = [optimizer for optimizer in self._unscaled if optimizer in self._found_before], {}
             if self._scale is not None:
                 self._rescale(waiting, self._scale, [])
 
-    def _split(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Those whose gradients wait to be unscaled, and those that another optimizer shares and has unscaled."""
-        shared = self._unscaled_params.copy()
-        self._unscaled_params.update(map(id, params))
-        if not shared:
-            return params, []
-        return [p for p in params if id(p) not in shared], [p for p in params if id(p) in shared]
+    def _gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+        """Those to unscale, and those of parameters that another optimizer shares and has unscaled."""
+        params = params_of(optimizer)
+        if not self._unscaled_since_backward:
+            return grads_of(params), []
+        unscaled = self._unscaled_params()
+        fresh = [param for param in params if id(param) not in unscaled]
+        return grads_of(fresh), grads_of([param for param in params if id(param) in unscaled])
+
+    def _unscaled_params(self) -> set[int]:
+        return {id(param) for optimizer in self._unscaled_since_backward for param in params_of(optimizer)}
 
     def _rescale(self, optimizers: Iterable[Optimizer], ratio: Tensor | float, stepped: list[Optimizer]) -> None:
-        done = self._unscaled_params | {id(param) for optimizer in stepped for param in _params(optimizer)}
-        params = (param for optimizer in optimizers for param in _params(optimizer))
+        done = self._unscaled_params() | {id(param) for optimizer in stepped for param in params_of(optimizer)}
+        params = (param for optimizer in optimizers for param in params_of(optimizer))
         waiting = {id(param): param for param in params if id(param) not in done}
-        if grads := _grads(waiting.values()):
-            torch._foreach_mul_(_dense(grads), ratio)
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether the optimizer evaluates the loss itself, several times per step (LBFGS)."""
-    return _requires_closure(type(optimizer).step)
-
-
-@functools.cache
-def _requires_closure(step: Callable[..., Any]) -> bool:
-    closure = inspect.signature(step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def _scalar(value: float, device: torch.device) -> Tensor:
-    return torch.full((), value, dtype=torch.float32, device=device)
+        if grads := grads_of(list(waiting.values())):
+            torch._foreach_mul_(grads, ratio)
 
 
 def _is_read(optimizer: Optimizer, found_inf: Tensor) -> bool:
-    return found_inf.device.type == "cpu" or not _obeys_found_inf(optimizer)
-
-
-def _obeys_found_inf(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's own kernel leaves weights and state alone when told of a non-finite gradient.
-
-    Fused SGD is the exception on its first step: it allocates its momentum and, told to skip, leaves it uninitialised.
-    """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return False
-    if not isinstance(optimizer, torch.optim.SGD):
-        return True
-    return all(
-        "momentum_buffer" in optimizer.state.get(param, {})
-        for group in optimizer.param_groups
-        if group["momentum"]
-        for param in group["params"]
-        if param.grad is not None
-    )
-
-
-def _step_fused(optimizer: Any, found_inf: Tensor, kwargs: dict[str, Any]) -> None:
-    optimizer.grad_scale, optimizer.found_inf = None, found_inf
-    try:
-        optimizer.step(**kwargs)
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf
-
-
-def _params(optimizer: Optimizer) -> Iterable[Tensor]:
-    return (param for group in optimizer.param_groups for param in group["params"])
-
-
-def _grads(params: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters' gradients; sparse fp16 ones are added up by index first, because the sums may overflow."""
-    grads = []
-    for param in params:
-        grad = param.grad
-        if grad is not None:
-            if grad.is_sparse and grad.dtype == torch.float16:
-                param.grad = grad = grad.coalesce()
-            grads.append(grad)
-    return grads
-
-
-def _dense(grads: list[Tensor]) -> list[Tensor]:
-    return [grad._values() if grad.is_sparse else grad for grad in grads]
-
-
-def _check_and_unscale(grads: list[Tensor], factor: Tensor, found_inf: Tensor) -> Tensor:
-    """Multiplies gradients in place; ``found_inf``, or 1 if a gradient is not finite."""
-    lists: list[list[Tensor | None]] = [list(_dense(grads))]
-    for (device, dtype), ((group,), _) in _group_tensors_by_device_and_dtype(lists).items():
-        flag = found_inf if device == found_inf.device else _scalar(0.0, device)
-        same_kind = cast(list[Tensor], group)
-        real = [torch.view_as_real(grad) for grad in same_kind] if dtype.is_complex else same_kind
-        torch._amp_foreach_non_finite_check_and_unscale_(real, flag, factor.to(device, non_blocking=True))
-        if flag is not found_inf:
-            found_inf = torch.maximum(found_inf, flag.to(found_inf.device, non_blocking=True))
-    return found_inf
+    return found_inf.device.type == "cpu" or not obeys_found_inf(optimizer)

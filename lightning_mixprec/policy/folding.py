@@ -3,6 +3,7 @@
 Repeated blocks are folded first, then layers that get what the layer around them gets, and whatever is deepest last.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 MAX_UNFOLDED = 20
 MAX_ROWS = 45
 _MAX_SIBLINGS = 20
+_NUMBERED = re.compile(r"(.*?)(\d*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,19 @@ def _walk(branch: _Branch) -> Iterator[_Branch]:
 
 
 def _merge_repeated(root: _Branch) -> _Branch:
-    """Consecutive numbered siblings that are alike all the way down become one, ``0`` to ``11`` as ``[0:12]``."""
-    return _merge(root, lambda run, label: int(run[-1]) + 1 == int(label))
+    """Consecutive numbered siblings that are alike all the way down become one.
+
+    ``0`` to ``11`` become ``[0:12]``, and blocks ``layer_0`` to ``layer_11`` become ``layer_{0..11}``.
+    """
+    return _merge(root, lambda last, number: last + 1 == number)
 
 
 def _merge_scattered(root: _Branch) -> _Branch:
     """Any numbered siblings that are alike become one: every second as ``[0:12:2]``, irregular ones as a list."""
-    return _merge(root, lambda run, label: True)
+    return _merge(root, lambda last, number: True)
 
 
-def _merge(root: _Branch, belongs: Callable[[list[str], str], bool]) -> _Branch:
+def _merge(root: _Branch, belongs: Callable[[int, int], bool]) -> _Branch:
     known: dict[object, int] = {}
 
     def visit(branch: _Branch) -> tuple[_Branch, int]:
@@ -120,26 +125,41 @@ def _merge(root: _Branch, belongs: Callable[[list[str], str], bool]) -> _Branch:
     return visit(root)[0]
 
 
-def _merge_siblings(visited: list[tuple[_Branch, int]], belongs: Callable[[list[str], str], bool]) -> list[_Branch]:
+def _merge_siblings(visited: list[tuple[_Branch, int]], belongs: Callable[[int, int], bool]) -> list[_Branch]:
     runs: list[list[_Branch]] = []
-    latest: dict[int, list[_Branch]] = {}
+    latest: dict[tuple[int, str], list[_Branch]] = {}
     for branch, signature in visited:
-        run = latest.get(signature)
-        is_numbered = branch.label.isdecimal()
-        if run and is_numbered and belongs([member.label for member in run[-1:]], branch.label):
+        stem, number = _stem_and_number(branch)
+        run = latest.get((signature, stem))
+        if run and number is not None and belongs(_numbers(run)[-1], number):
             run.append(branch)
         else:
             runs.append([branch])
-            if is_numbered:
-                latest[signature] = runs[-1]
-    return [_merged(run, _label([int(branch.label) for branch in run])) if len(run) > 1 else run[0] for run in runs]
+            if number is not None:
+                latest[signature, stem] = runs[-1]
+    return [
+        _merged(run, _label(_stem_and_number(run[0])[0], _numbers(run))) if len(run) > 1 else run[0] for run in runs
+    ]
 
 
-def _label(numbers: list[int]) -> str:
+def _stem_and_number(branch: _Branch) -> tuple[str, int | None]:
+    """A label apart. One that is not a number altogether counts only for a block: ``conv1`` and ``conv2`` are two."""
+    stem, digits = _NUMBERED.fullmatch(branch.label).groups()  # type: ignore[union-attr]
+    return stem, int(digits) if digits and (not stem or branch.layers > 1 or branch.children) else None
+
+
+def _numbers(run: list[_Branch]) -> list[int]:
+    return [number for branch in run if (number := _stem_and_number(branch)[1]) is not None]
+
+
+def _label(stem: str, numbers: list[int]) -> str:
     step = numbers[1] - numbers[0]
-    if numbers == list(range(numbers[0], numbers[-1] + 1, step)):
+    is_regular = numbers == list(range(numbers[0], numbers[-1] + 1, step))
+    if is_regular and not stem:
         return f"[{numbers[0]}:{numbers[-1] + 1}{f':{step}' if step > 1 else ''}]"
-    return f"{{{', '.join(map(str, numbers[:3]))}{', ...' if len(numbers) > 3 else ''}}}"
+    if is_regular and step == 1:
+        return f"{stem}{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{stem}{{{', '.join(map(str, numbers[:3]))}{', ...' if len(numbers) > 3 else ''}}}"
 
 
 def _merged(run: list[_Branch], label: str) -> _Branch:

@@ -96,18 +96,25 @@ def _read_short(mapping: Mapping[str, Any]) -> Parts:
     for key, value in mapping.items():
         if key == "default":
             continue
-        if not isinstance(value, str) and (near := did_you_mean(key, POLICY_KEYS)):
-            raise FieldError(
-                f"{key} is {value!r}, which is no format{near} the full form is {{default: bf16, rules: [...], "
-                "allow_unmatched: false}",
-                key,
-            )
+        if not isinstance(value, str):
+            _check_key(key, value)
         try:
             rules.append(Rule(layers=key, **parse_value(value)))
         except FieldError as error:
             raise FieldError(f"{key!r}: {error}" if error.path[:1] != ("layers",) else str(error), key) from None
         paths.append((key,))
     return Parts(mapping["default"], tuple(rules), False, tuple(paths))
+
+
+def _check_key(key: str, value: object) -> None:
+    """Refuse a key of the full form, or what is nearly one, in the short form."""
+    if key == "rules":
+        raise FieldError(f"rules is a {type(value).__name__}; write a list of rules, each beginning with a dash", key)
+    full = "the full form is {default: bf16, rules: [...], allow_unmatched: false}"
+    if key == "allow_unmatched":
+        raise FieldError(f"allow_unmatched goes beside rules, not beside patterns; {full}", key)
+    if near := did_you_mean(key, POLICY_KEYS):
+        raise FieldError(f"{key} is {value!r}, which is no format{near} {full}", key)
 
 
 def check_flag(given: object) -> bool:

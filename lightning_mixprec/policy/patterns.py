@@ -7,6 +7,7 @@ A pattern is checked when it is written, without a model, because most mistakes 
 import fnmatch
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -141,7 +142,9 @@ def _segment(segment: str, whole: str) -> Segment:
 
 def _check_class(body: str, segment: str, whole: str) -> None:
     members, is_segment = body.removeprefix("!"), segment == f"[{body}]"
-    if any(low > high for low, high in re.findall(r"(?=(.)-(.))", members) if "-" not in (low, high)):
+    is_backwards = any(low > high for low, high in re.findall(r"(?=(.)-(.))", members) if "-" not in (low, high))
+    # [8-11] is the range 8 to 1 for fnmatch, but whoever wrote it meant blocks 8 to 11.
+    if is_backwards and not _is_ascending(members):
         raise PolicyError(f"pattern {whole!r}: a range in [{body}] runs backwards; write the smaller end first")
     if not _NUMERIC_CLASS.fullmatch(members):
         return
@@ -157,11 +160,19 @@ def _check_class(body: str, segment: str, whole: str) -> None:
         )
 
 
+def _is_ascending(members: str) -> bool:
+    low, _, high = members.partition("-")
+    return low.isdecimal() and high.isdecimal() and int(low) <= int(high)
+
+
 def _meant(body: str, segment: str, whole: str) -> str:
-    numbers = [int(number) for number in re.findall(r"\d+", body)]
+    numbers: Sequence[int] = [int(number) for number in re.findall(r"\d+", body)]
+    is_range = re.fullmatch(r"\d+-\d+", body) is not None
+    if is_range:
+        numbers = range(min(numbers), max(numbers) + 1)
     if segment != f"[{body}]":
-        names = (segment.replace(f"[{body}]", str(number), 1) for number in numbers)
-        return f"list the layers instead: {', '.join(names)}" if numbers else "list the layers instead"
+        names = ", ".join(segment.replace(f"[{body}]", str(number), 1) for number in numbers[:12])
+        return f"list the layers instead{': ' if names else ''}{names}{', ...' if len(numbers) > 12 else ''}"
     if body.startswith("!"):
         return "write a slice of the blocks that are meant, as in [1:]"
     if re.fullmatch(r"-\d+", body):
@@ -169,6 +180,6 @@ def _meant(body: str, segment: str, whole: str) -> str:
         return f"write the slice {whole.replace(segment, f'[-{numbers[0]}:{stop}]', 1)}"
     if re.fullmatch(r"\d\d+", body):
         return f"write {whole.replace(segment, body, 1)}, or a slice as in [0:4]"
-    if re.fullmatch(r"\d+-\d+", body) or numbers == list(range(numbers[0], numbers[-1] + 1)):
+    if is_range or numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"write the slice {whole.replace(segment, f'[{numbers[0]}:{numbers[-1] + 1}]', 1)}"
     return f"list the layers: {', '.join(whole.replace(segment, str(number), 1) for number in numbers)}"

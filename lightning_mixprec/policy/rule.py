@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.numerics.formats import FORMATS, get_format
+from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.numerics.formats import FORMATS, meant_by
 from lightning_mixprec.policy.classes import check_type_pattern
 from lightning_mixprec.policy.patterns import parse
 
@@ -147,12 +147,14 @@ def check_format(name: str, value: object) -> None:
     if isinstance(value, str) and value in allowed:
         return
     options = f"{name} takes {', '.join(allowed)}"
+    meant = meant_by(value)
+    hint = f", did you mean {meant!r}?" if meant in allowed else did_you_mean(str(value), allowed) or ";"
     if not isinstance(value, str):
-        raise FieldError(f"{name} is {value!r} ({type(value).__name__}), but {options}, in quotes", name)
+        raise FieldError(f"{name} is {value!r} ({type(value).__name__}){hint} {options}", name)
     if value == "input":
         raise FieldError(f"{name} is 'input', which only output can be; {options}", name)
     if value not in FORMATS:
-        raise FieldError(f"{name}: {_unknown_format(value)}; {options}", name)
+        raise FieldError(f"{name}: unknown format {value!r}{hint} {options}", name)
     if name == "param":
         raise FieldError(f"param is {value!r}, but weights narrower than fp32 are not stored for now; {options}", name)
     raise FieldError(f"{name} is {value!r}, which is not computed in yet; {options}", name)
@@ -195,14 +197,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {near[0]}?" if near else ""
-
-
-def _unknown_format(value: str) -> str:
-    try:
-        get_format(value)
-    except MixPrecError as error:
-        return str(error).split("; the formats are")[0].split(" the formats are")[0].rstrip(";")
-    raise AssertionError(value)
 
 
 def _as_tuple(given: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -67,8 +67,17 @@ def _why_unmatched(decision: Decision, rule: Rule) -> str:
     if found:
         names = _listed(inventory.names[layer][0] or '""' for layer in found)
         return f"matches no layer of {root}: {names} has another type; one layer must match both layers and types"
-    accept = "allow_unmatched accepts it"
-    return f"matches no layer of {root}; {no_such_layer(decision, rule.patterns[0])} ({accept})"
+    hint = _type_hint(decision, rule) or no_such_layer(decision, rule.patterns[0])
+    return f"matches no layer of {root}; {hint} (allow_unmatched accepts it)"
+
+
+def _type_hint(decision: Decision, rule: Rule) -> str:
+    """What to write where ``layers`` has the name of a type."""
+    for pattern in rule.patterns:
+        last = pattern.rpartition(".")[2]
+        if last.strip("*?") and "[" not in last and decision.classes.matching(last):
+            return f"{last} is a type of layers, not a name; in a rule of the full form write types: {last!r}"
+    return ""
 
 
 def _check_parts(decision: Decision, number: int) -> None:

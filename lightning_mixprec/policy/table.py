@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _COLUMNS = ("layer", "type", "parameters", "param/compute/output", "rule")
 _MAX_RULES = 10
 _MAX_RULE_WIDTH = 44
+_LEAST_TERMINAL = 80
+_LEAST_WIDTH = 12
 
 
 def render(assignment: "Assignment", *, rich: bool = False, width: int | None = None) -> str:
@@ -21,7 +23,7 @@ def render(assignment: "Assignment", *, rich: bool = False, width: int | None = 
     Args:
         assignment: What to show.
         rich: Whether to draw it with rich, if that is installed, for a terminal.
-        width: The terminal's width in characters, for rich.
+        width: The terminal's width in characters, for rich; on less than 80 the table is plain.
 
     >>> from torch import nn
     >>> from lightning_mixprec.policy.rules import as_policy
@@ -35,7 +37,8 @@ def render(assignment: "Assignment", *, rich: bool = False, width: int | None = 
     """
     cells = [_cells(row) for row in fold(assignment)]
     notes = _rule_lines(assignment)
-    if rich and (drawn := _draw(cells, notes, width)) is not None:
+    is_wide = width is None or width >= _LEAST_TERMINAL
+    if rich and is_wide and (drawn := _draw(cells, notes, width)) is not None:
         return drawn
     return "\n".join([*_align([_COLUMNS, *cells]), *notes])
 
@@ -99,16 +102,34 @@ def _shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
+def _most_widths(rows: Sequence[Sequence[str]], width: int | None) -> tuple[int | None, ...]:
+    """How wide each column may be: on a narrow terminal types and rules are cut, then layer names broken."""
+    if width is None or not rows:
+        return (None,) * len(_COLUMNS)
+    layer, type_name, parameters, formats, rule = (max(map(len, column)) for column in zip(*rows, strict=True))
+    fixed = max(parameters, len("parameters")) + max(formats, len("param/compute")) + 2 * (len(_COLUMNS) - 1)
+    spare = max(width - fixed - layer, 2 * _LEAST_WIDTH)
+    most_rule = min(rule, max(_LEAST_WIDTH, spare - type_name))
+    return max(width - fixed - spare, _LEAST_WIDTH), spare - most_rule, None, None, most_rule
+
+
 def _draw(rows: Sequence[Sequence[str]], notes: Sequence[str], width: int | None) -> str | None:
     try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
         return None
-    table = Table()
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name == "parameters" else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
+    for name, most in zip(_COLUMNS, _most_widths(rows, width), strict=True):
+        table.add_column(
+            name.replace("/output", "\n/output"),
+            justify="right" if name == "parameters" else "left",
+            overflow="fold" if name == "layer" else "ellipsis",
+            no_wrap=name != "layer",
+            max_width=most,
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(force_terminal=True, width=width)

@@ -185,6 +185,19 @@ def test_two_optimizers_that_share_a_parameter_unscale_it_once() -> None:
     assert shared.tolist() == [0.5] * 3
 
 
+def test_gradients_that_another_optimizer_has_unscaled_follow_no_scale() -> None:
+    shared, own, other = (parameter(0.0) for _ in range(3))
+    first, second, third = sgd(shared), sgd(shared, own), sgd(other)
+    scaler = LossScaler(LossScaling(init_scale=1024.0))
+    scaler.scale(shared.sum() + own.sum() + other.sum() * math.inf).backward()
+    scaler.step(first)
+    scaler.step(third)
+    scaler.update([first, second, third])
+    scaler.step(second)
+    assert shared.tolist() == [-2.0] * 3
+    assert own.tolist() == [-1.0] * 3
+
+
 def test_an_optimizer_may_step_several_times_before_an_update() -> None:
     scaler = LossScaler(LossScaling(init_scale=4.0))
     optimizer = sgd(param := parameter())
@@ -272,7 +285,7 @@ def test_guarding_leaves_every_bit_of_the_gradients() -> None:
 
 def fused_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes fused optimizers obey the flag on the device, as on CUDA, instead of reading it."""
-    monkeypatch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling._obeys_found_inf(optimizer))
+    monkeypatch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling.obeys_found_inf(optimizer))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.Adagrad, torch.optim.SGD])
@@ -374,7 +387,9 @@ def test_scaling_that_is_turned_off_or_on_takes_waiting_gradients_along() -> Non
         ({"init_scale": math.inf}, "init_scale is inf"),
         ({"init_scale": True}, "init_scale is True"),
         ({"init_scale": "65536"}, "init_scale is '65536'"),
-        ({"init_scale": 1e39}, "fp32 can hold"),
+        ({"init_scale": 1e39}, "fp32 holds"),
+        ({"init_scale": 1e-46, "min_scale": 1e-46}, "fp32 holds"),
+        ({"backoff_factor": 1e-320}, "fp32 holds"),
         ({"growth_interval": 0}, "growth_interval is 0"),
         ({"growth_interval": 1.5}, "positive integer"),
         ({"hysteresis": 0}, "hysteresis is 0"),
@@ -388,6 +403,7 @@ def test_scaling_that_is_turned_off_or_on_takes_waiting_gradients_along() -> Non
         (True, "loss_scaling is True"),
         (0, "a static scale is 0"),
         (-2.0, "a static scale is -2.0"),
+        (1e-45, "a static scale is 1e-45"),
         ("big", "loss_scaling is 'big'"),
         (None, "loss_scaling is None"),
     ],
@@ -401,6 +417,18 @@ def test_invalid_options_are_refused_in_one_line(value: object, message: str) ->
 
 def test_options_go_round_as_a_mapping() -> None:
     assert LossScaling.from_value(asdict(EVERY_OPTION_OFF_ITS_DEFAULT)) == EVERY_OPTION_OFF_ITS_DEFAULT
+
+
+def test_a_step_cut_short_leaves_no_evidence_behind() -> None:
+    scaler = LossScaler(LossScaling(init_scale=8.0))
+    optimizer = sgd(param := parameter())
+    scaler.scale(torch.zeros(()))
+    param.grad = torch.full((3,), math.inf)
+    scaler.unscale_(optimizer)
+    scaler.forget_steps()
+    a_step(scaler, optimizer, 1.0)
+    assert scaler.get_scale() == 8.0
+    assert param.tolist() == [0.0] * 3
 
 
 @pytest.mark.gpu

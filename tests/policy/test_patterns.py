@@ -99,13 +99,16 @@ def test_globs_are_those_of_fnmatch_segment_by_segment(pattern, names):
     [
         ("model.blocks.[20-23]", "write the slice model.blocks.[20:24]"),
         ("model.blocks.[0-11].norm", "write the slice model.blocks.[0:12].norm"),
+        ("blocks.[8-11]", "write the slice blocks.[8:12]"),
+        ("model.blocks.[9-12].norm", "write the slice model.blocks.[9:13].norm"),
+        ("layer[8-11]", "list the layers instead: layer8, layer9, layer10, layer11"),
         ("blocks.[10,11]", "write the slice blocks.[10:12]"),
         ("blocks.[3,7]", "list the layers: blocks.3, blocks.7"),
         ("blocks.[-1]", "write the slice blocks.[-1:]"),
         ("blocks.[-4]", "write the slice blocks.[-4:-3]"),
         ("blocks.[12]", "write blocks.12, or a slice"),
         ("blocks.[!0]", "write a slice of the blocks that are meant"),
-        ("layer[10-12]", "list the layers instead: layer10, layer12"),
+        ("layer[10-12]", "list the layers instead: layer10, layer11, layer12"),
     ],
 )
 def test_a_character_class_that_would_match_the_wrong_blocks_shows_what_to_write(pattern, advice):
@@ -130,6 +133,7 @@ def test_character_classes_that_are_right_are_accepted(pattern):
         ("blocks.3]", "closes ']' without opening it"),
         ("blocks.[]", "opens '[' and does not close it"),
         ("blocks.[4-2]", "runs backwards"),
+        ("blocks.[11-8]", "would match the wrong blocks; write the slice blocks.[8:12]"),
         ("blocks.[::0]", "the step of slice [::0] is 0"),
         ("blocks.[0:1:2:3]", "no slice"),
         ("blocks[0:4]", "no slice"),

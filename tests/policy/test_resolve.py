@@ -352,7 +352,7 @@ def hundred_rules():
             Rule(f"**.{number + 50}.norm", compute="fp32", output="input"),
             Rule(f"model.blocks.[{number * 20 + 200}:{number * 20 + 220}]", compute="fp16"),
             Rule(rf"re:model\.blocks\.1{number + 10}\d\.attn", compute="fp32"),
-            Rule("model.**.mlp.*" if number else "head", types="ReLU" if number else "Linear", compute="fp32"),
+            Rule(f"model.blocks.1{number + 10}?.mlp.*", types="ReLU", compute="fp32"),
         ]
     return rules[:100]
 
@@ -361,8 +361,8 @@ def test_ten_thousand_layers_against_a_hundred_rules():
     model, rules = big_model(), hundred_rules()
     assert len(list(model.modules())) > 10_000
     start = time.perf_counter()
-    decide(PrecisionPolicy("bf16", rules), model)
-    # Measured at 0.15 s; the bound allows for a machine shared with others.
+    PrecisionPolicy("bf16", rules).resolve(model)
+    # Measured at 0.2 s; the bound allows for a machine shared with others.
     assert time.perf_counter() - start < 5
 
 

@@ -53,6 +53,18 @@ def test_a_rule_that_matches_nothing_names_near_misses(layers, near):
 
 
 @pytest.mark.parametrize(
+    ("layers", "last"),
+    [("Linear", "Linear"), ("*Norm*", "*Norm*"), ("**.LayerNorm", "LayerNorm"), ("torch.nn.Linear", "Linear")],
+)
+def test_a_type_given_as_a_layer_says_where_types_go(layers, last):
+    message = error_of(Rule(layers, compute="fp32"))
+    assert f"{last} is a type of layers, not a name; in a rule of the full form write types: '{last}'" in message
+    PrecisionPolicy("bf16", [Rule(types=last, compute="fp32", recurse=False)]).resolve(
+        Box(fc=nn.Linear(2, 2), n=nn.LayerNorm(2))
+    )
+
+
+@pytest.mark.parametrize(
     ("types", "near"),
     [
         ("LayerNrom", "did you mean LayerNorm?"),

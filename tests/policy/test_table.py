@@ -93,6 +93,29 @@ def test_repeated_blocks_become_one_line_with_what_is_in_them():
     assert counted(text) == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_blocks_numbered_within_their_names_become_one_line_too():
+    model = Box(layers=nn.Sequential())
+    for number in range(12):
+        model.layers.add_module(f"layer_{number}", Box(conv1=block(), conv2=nn.Linear(2, 2), conv3=nn.Linear(2, 2)))
+    policy = PrecisionPolicy("bf16", [Rule("layers.layer_1*.conv2", compute="fp32"), Rule("**.norm", compute="fp32")])
+    table = rows(text := str(policy.resolve(model)))
+    assert [name for name in table if re.fullmatch(r"layers\.[^.]+(\.\.\d+})?", name)] == [
+        "layers.layer_0",
+        "layers.layer_1",
+        "layers.layer_{2..9}",
+        "layers.layer_{10..11}",
+    ]
+    assert table["layers.layer_{2..9}"]["type"] == "Box x 8"
+    assert table["layers.layer_{2..9}.conv2"] == {
+        "type": "Linear x 8",
+        "parameters": "48",
+        "param/compute/output": "fp32/bf16/-",
+        "rule": "default",
+    }
+    assert table["layers.layer_{10..11}.conv3"]["type"] == "Linear x 2"
+    assert counted(text) == sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_blocks_that_differ_anywhere_are_not_merged():
     blocks = nn.ModuleList(block() for _ in range(12))
     blocks[5].fc = nn.Linear(2, 2, bias=False)
@@ -108,12 +131,12 @@ def test_blocks_that_differ_anywhere_are_not_merged():
 
 
 def test_every_second_block_becomes_a_slice_with_a_step():
-    blocks = nn.ModuleList(Box(**{f"part{number}": block() for number in range(4)}) for _ in range(30))
+    blocks = nn.ModuleList(Box(**{f"part_{letter}": block() for letter in "abcd"}) for _ in range(30))
     policy = PrecisionPolicy("bf16", [Rule("blocks.[::2]", compute="fp32"), Rule("**.norm", compute="fp32")])
     table = rows(str(policy.resolve(Box(blocks=blocks))))
     assert "blocks.[0:29:2]" in table
-    assert "blocks.[1:30:2].part0.norm" in table
-    assert table["blocks.[1:30:2].part0"]["type"] == "Box x 15 (45 layers)"
+    assert "blocks.[1:30:2].part_a.norm" in table
+    assert table["blocks.[1:30:2].part_a"]["type"] == "Box x 15 (45 layers)"
 
 
 def big_model():
@@ -192,6 +215,24 @@ def test_show_draws_with_rich_on_a_terminal():
     assert "─" in file.getvalue()
     assert "[0:1]" in file.getvalue(), "a slice is no markup"
     assert "rule 1: [0:1] -> c=fp32: matched 1, decided 1" in file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_a_drawn_table_keeps_a_layer_to_a_line_with_its_formats_whole(width):
+    pytest.importorskip("rich")
+    model = Box(layer1=nn.Sequential(*(Box(conv1=nn.Conv2d(8, 8, 3), batch_norm1=nn.BatchNorm2d(8)) for _ in range(2))))
+    assignment = PrecisionPolicy("bf16", [Rule(types="*Norm*", compute="fp32", output="input")]).resolve(model)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", render(assignment, rich=True, width=width))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    for name, layer in assignment.items():
+        [line] = [line for line in lines if line.startswith(f"{name or chr(34) * 2} ")]
+        assert f" {layer} " in line
+
+
+def test_on_a_very_narrow_terminal_the_table_is_plain():
+    assignment = as_policy("bf16").resolve(block())
+    assert render(assignment, rich=True, width=60) == str(assignment)
 
 
 def test_show_is_plain_on_a_terminal_without_rich(monkeypatch):

@@ -1,0 +1,90 @@
+"""What optimizers hold: their gradients, unscaled and checked in place, and how their step is skipped on the device."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether the optimizer evaluates the loss itself, several times per step (LBFGS)."""
+    return _requires_closure(type(optimizer).step)
+
+
+@functools.cache
+def _requires_closure(step: Callable[..., Any]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def scalar(value: float, device: torch.device) -> Tensor:
+    """An fp32 number on a device."""
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def obeys_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's own kernel leaves weights and state alone when told of a non-finite gradient.
+
+    Fused SGD is the exception on its first step: it allocates its momentum and, told to skip, leaves it uninitialised.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    if not isinstance(optimizer, torch.optim.SGD):
+        return True
+    return all(
+        "momentum_buffer" in optimizer.state.get(param, {})
+        for group in optimizer.param_groups
+        if group["momentum"]
+        for param in group["params"]
+        if param.grad is not None
+    )
+
+
+def step_fused(optimizer: Any, found_inf: Tensor, kwargs: dict[str, Any]) -> None:
+    """Steps a fused optimizer, whose kernel leaves everything as it is where the flag is set."""
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf
+    try:
+        optimizer.step(**kwargs)
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of all groups."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def grads_of(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of those parameters that have one, sparse ones as their values."""
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if any(map(attrgetter("is_sparse"), grads)):
+        return [_values(param) if grad.is_sparse else grad for param in params if (grad := param.grad) is not None]
+    return grads
+
+
+def _values(param: Tensor) -> Tensor:
+    """A sparse gradient's values; in fp16 those of one index are added up first, because the sum may overflow."""
+    grad = param.grad
+    assert grad is not None
+    if grad.dtype == torch.float16:
+        param.grad = grad = grad.coalesce()
+    return grad._values()
+
+
+def check_and_unscale(grads: list[Tensor], factor: Tensor, found_inf: Tensor) -> Tensor:
+    """Multiplies gradients in place; ``found_inf``, or 1 if a gradient is not finite."""
+    lists: list[list[Tensor | None]] = [list(grads)]
+    for (device, dtype), ((group,), _) in _group_tensors_by_device_and_dtype(lists).items():
+        flag = found_inf if device == found_inf.device else scalar(0.0, device)
+        same_kind = cast(list[Tensor], group)
+        real = [torch.view_as_real(grad) for grad in same_kind] if dtype.is_complex else same_kind
+        torch._amp_foreach_non_finite_check_and_unscale_(real, flag, factor.to(device, non_blocking=True))
+        if flag is not found_inf:
+            found_inf = torch.maximum(found_inf, flag.to(found_inf.device, non_blocking=True))
+    return found_inf

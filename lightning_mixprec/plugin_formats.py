@@ -1,0 +1,150 @@
+"""Which policy holds when: the one of training and the one of evaluation, brought in force on the model that runs."""
+
+import contextlib
+from collections.abc import Generator, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_mixprec.engine.apply import Attachment, attach
+from lightning_mixprec.engine.casting import cast_floating
+from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.rules import PrecisionPolicy
+
+
+class FormatsInForce:
+    """The policies of a plugin, and what they mean for the model that runs.
+
+    Without an evaluation policy the one of training holds in evaluation, too. What was resolved can still be read
+    after :meth:`detach`.
+
+    Args:
+        training: Policy of training; None until the device is known.
+        evaluation: Policy of validate, test and predict, if they have one of their own.
+    """
+
+    def __init__(self, training: PrecisionPolicy | None, evaluation: PrecisionPolicy | None) -> None:
+        self.configured = self.training = training
+        self.evaluation = evaluation
+        self.training_assignment: Assignment | None = None
+        self.evaluation_assignment: Assignment | None = None
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self._attachment: Attachment | None = None
+        self._in_force: Assignment | None = None
+        self._to_watch = {"train", "eval"}
+        self._in_evaluation = False
+        self.in_step = False
+
+    @property
+    def policy(self) -> PrecisionPolicy | None:
+        """The policy in force."""
+        return self.evaluation if self._in_evaluation and self.evaluation is not None else self.training
+
+    @property
+    def assignment(self) -> Assignment | None:
+        """The policy in force, resolved."""
+        return self._assignment_of("eval" if self._in_evaluation else "train")
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a model runs."""
+        return self._attachment is not None
+
+    def choose(self, training: PrecisionPolicy) -> None:
+        """The policy of training, now that the device is known."""
+        self.configured = self.training = training
+
+    def resolve(self, model: pl.LightningModule) -> tuple[Assignment, Assignment | None]:
+        """Resolves both policies against the model that is about to run."""
+        assert self.training is not None
+        self.training_assignment = self.training.resolve(model)
+        self.evaluation_assignment = None if self.evaluation is None else self.evaluation.resolve(model)
+        return self.training_assignment, self.evaluation_assignment
+
+    def attach(self, model: pl.LightningModule, device_type: str) -> None:
+        """Makes the model obey the policy of training."""
+        assert self.training_assignment is not None
+        self._attachment = attach(model, self.training_assignment, device_type)
+        self._in_force = self.training_assignment
+
+    def detach(self) -> None:
+        """Gives the model back as it was."""
+        try:
+            if self._attachment is not None:
+                self._attachment.detach()
+        finally:
+            self._forget_run()
+
+    def replace(self, policy: PrecisionPolicy, assignment: Assignment) -> None:
+        """Another policy for training; holds at once."""
+        self.training, self.training_assignment = policy, assignment
+        self._bring_in_force(assignment)
+
+    def restore_precise(self, weights: Mapping[str, Any]) -> None:
+        """Takes over weights that are stored wider than the model that loaded them."""
+        if self._attachment is not None:
+            self._attachment.restore_precise(weights)
+
+    def cast_batch(self, data: Any, stage: Literal["train", "eval"]) -> Any:
+        """A batch, cast if the LightningModule's own operations compute in fp64; others take it as it comes."""
+        assignment = self._assignment_of(stage)
+        is_wide = assignment is not None and assignment[""].compute == "fp64"
+        return cast_floating(data, torch.float64) if is_wide else data
+
+    def forward(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes in the formats in force."""
+        return self._attachment.context() if self._attachment is not None else contextlib.nullcontext()
+
+    def train_step(self) -> contextlib.AbstractContextManager[None]:
+        """A step of training."""
+        return self._step("train")
+
+    @contextlib.contextmanager
+    def eval_step(self) -> Generator[None, None, None]:
+        """A step of validate, test or predict."""
+        self._in_evaluation = True
+        try:
+            with self._step("eval"):
+                yield
+        finally:
+            self._in_evaluation = False
+
+    @contextlib.contextmanager
+    def _step(self, stage: Literal["train", "eval"]) -> Generator[None, None, None]:
+        """Watches the first step of its kind: every border has to be entered, unless the step fails by itself."""
+        self._bring_in_force(self._assignment_of(stage))
+        watching = self._attachment if stage in self._to_watch else None
+        if watching is not None:
+            self._to_watch.discard(stage)
+            watching.begin_watch()
+        self.in_step, failed = True, True
+        try:
+            with self.forward():
+                yield
+            failed = False
+        finally:
+            self.in_step = False
+            if watching is not None:
+                with contextlib.suppress(PolicyError) if failed else contextlib.nullcontext():
+                    watching.end_watch()
+
+    def _assignment_of(self, stage: Literal["train", "eval"]) -> Assignment | None:
+        if stage == "eval" and self.evaluation_assignment is not None:
+            return self.evaluation_assignment
+        return self.training_assignment
+
+    def _bring_in_force(self, assignment: Assignment | None) -> None:
+        if self._attachment is not None and assignment is not None and self._in_force is not assignment:
+            self._attachment.change(assignment)
+            self._in_force = assignment
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no run."""
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self))
+        copy._forget_run()
+        return vars(copy)
