@@ -134,7 +134,7 @@ def draw(sites: list[Site], assignment: Mapping[str, Precision]) -> Plan:
     root = sites[0]
     crossings = {}
     for site in sites[1:]:
-        output = assignment[site.name].output
+        output = _output(assignment, site.name)
         differs = any(formats[parent] != formats[site] for parent in site.parents)
         is_top = differs or (root in site.parents and formats[root] == formats[site])
         seen = _region_slots(site, formats, slots) if slots and (is_top or output or site in slots) else ()
@@ -163,6 +163,11 @@ def _is_all_fp32(site: Site, plan: Plan) -> bool:
         plan.formats[inner] == "fp32" and (inner not in plan.crossings or plan.crossings[inner].output is None)
         for inner in site.below()
     )
+
+
+def _output(assignment: Mapping[str, Precision], name: str) -> str | None:
+    hands_on = getattr(assignment, "hands_on", None)
+    return assignment[name].output if hands_on is None else hands_on(name)
 
 
 def _checked(name: str, format: str) -> str:

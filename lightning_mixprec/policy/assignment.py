@@ -46,7 +46,8 @@ class LayerFacts:
 
     ``parameters`` counts its own parameters, each of the model's parameters once, at the first layer that has it;
     None if they are not initialised yet. ``is_tied`` says that it has parameters that were counted elsewhere,
-    ``first_name`` is the layer's first name, ``has_forward`` whether it has operations of its own.
+    ``first_name`` is the layer's first name, ``has_forward`` whether it has operations of its own, ``is_matched``
+    whether the rule that decided matches the layer itself and not one around it.
     """
 
     type_name: str
@@ -54,6 +55,7 @@ class LayerFacts:
     parameters: int | None
     is_tied: bool
     has_forward: bool
+    is_matched: bool
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ class Assignment(Mapping[str, LayerPrecision]):
     def __len__(self) -> int:
         """The number of names."""
         return len(self._layers)
+
+    def hands_on(self, name: str) -> str | None:
+        """In what a layer hands its output on. A rule says this of the layers it matches, not of those inside them."""
+        return self._layers[name].output if self.facts[name].is_matched else None
 
     @property
     def compute_formats(self) -> frozenset[str]:

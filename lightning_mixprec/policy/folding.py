@@ -77,7 +77,7 @@ def _grow(assignment: "Assignment") -> _Branch:
             type_name=f"= {facts.first_name}" if is_alias else facts.type_name,
             parameters=0 if is_alias else facts.parameters,
             is_tied=facts.is_tied and not is_alias,
-            formats=str(layer),
+            formats=str(replace(layer, output=assignment.hands_on(name))),
             rule="default" if layer.rule is None else layer.rule.label,
         )
         prefix, _, label = name.rpartition(".")

@@ -68,8 +68,14 @@ def assign(decision: Decision) -> Assignment:
     names = inventory.tree.names
     counts = count_parameters(inventory)
     facts = [
-        LayerFacts(type(module).__name__, inventory.names[layer][0], *counts[layer], inventory.has_forward[layer])
-        for layer, module in enumerate(inventory.modules)
+        LayerFacts(
+            type(module).__name__,
+            inventory.names[layer][0],
+            *counts[layer],
+            inventory.has_forward[layer],
+            rule is not None and layer in decision.matched[rule],
+        )
+        for layer, (module, rule) in enumerate(zip(inventory.modules, decision.decided_by, strict=True))
     ]
     return Assignment(
         decision.policy,

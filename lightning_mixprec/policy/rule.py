@@ -46,7 +46,8 @@ class Rule:
             included. With both, one layer must match both.
         param: The format the weights are stored in: fp64 or fp32.
         compute: The format that the layers' own operations are autocast to: fp64, fp32, bf16 or fp16.
-        output: The format the output is handed on in: one of those, or ``"input"`` for the one that came in.
+        output: The format in which the matched layers hand their output on: one of those, or ``"input"`` for the one
+            that came in. Layers inside them hand on as computed.
         recurse: Whether the layers below are covered too, and not only the matched layers' own operations.
 
     Raises:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.policy.rules import PrecisionPolicy
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -632,3 +633,22 @@ def test_results_that_are_no_tensors_pass(attached):
     with attached(model, {"default": "fp32", "layers.0": "bf16"}):
         out = model(torch.ones(1))
     assert out["loss"].dtype == out["items"][0].dtype == torch.float32 and out["n"] == 3 and out["items"][1] is None
+
+
+def test_an_output_is_said_of_the_matched_layer_and_not_of_those_inside_it():
+    """The oracle is the encoder in fp32, its result rounded once."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 2))
+    assignment = PrecisionPolicy.from_dict({"default": "bf16", "0": "c=fp32,o=bf16"}).resolve(model)
+    x = torch.randn(4, 8)
+    expected = model[0](x).bfloat16()
+    attachment = attach(model, assignment, "cpu")
+    seen = []
+    handle = model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with attachment.context():
+        model(x)
+    handle.remove()
+    attachment.detach()
+    assert assignment["0.0"].output == "bf16"
+    assert assignment.hands_on("0.0") is None
+    assert seen[0].dtype == torch.bfloat16
+    assert torch.equal(seen[0], expected)
