@@ -151,7 +151,7 @@ class LossScaler:
         self._found_before: dict[Optimizer, Tensor] = {}
         self._flags: list[Tensor] = []
         self._stepped: list[Optimizer] = []
-        self._unscaled_since_backward: list[Optimizer] = []
+        self._unscaled_since_backward: dict[Optimizer, None] = {}
 
     @property
     def is_active(self) -> bool:
@@ -184,7 +184,7 @@ class LossScaler:
         if optimizer in self._found_before:
             found_inf = torch.maximum(found_inf, self._found_before.pop(optimizer).to(device, non_blocking=True))
         self._unscaled[optimizer] = found_inf
-        self._unscaled_since_backward.append(optimizer)
+        self._unscaled_since_backward[optimizer] = None
         if fresh or done:
             self._flags.append(found_inf)
         return found_inf
