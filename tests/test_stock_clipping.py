@@ -111,6 +111,23 @@ def test_hooks_before_a_fused_step_see_unscaled_gradients(plugin):
     assert spy.seen == [0.5, 0.25]
 
 
+class LossSpy(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.seen.append(loss.item())
+
+
+@fails_on_stock("hooks before backward are handed the scaled loss")
+def test_hooks_before_backward_see_the_loss_as_the_user_computed_it(plugin):
+    spy = LossSpy()
+    model = Line()
+    torch.nn.init.ones_(model.layer.weight)
+    fit(model, plugin(), [0.5], callbacks=[spy])
+    assert spy.seen == [1.0]
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @fails_on_stock("fused optimizers cannot be clipped", raises=RuntimeError)

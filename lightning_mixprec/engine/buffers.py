@@ -74,10 +74,12 @@ class _Window:
         self._is_first = True
 
     def open(self) -> None:
+        self.is_open = True
         slots = self._unchanging if self._is_first else self._changing
+        if not slots and not self._unchanging:
+            return
         self._save([slot for slot in slots if slot.tensor is not None])
         self._versions = [_version(slot) for slot in self._unchanging]
-        self.is_open = True
 
     def close(self) -> None:
         self._is_first = self.is_open = False
@@ -99,17 +101,20 @@ class _Window:
 
     @torch.no_grad()
     def restore(self, skipped: bool | Tensor) -> None:
-        if not self.is_open:
+        if not self.is_open or not self._saved:
             return
+        news, olds = [], []
         for slot, old in self._saved:
             new = slot.tensor
-            if new is None or new.shape != old.shape:
-                if skipped:  # nothing on the device chooses between two shapes, so here a flag is read
-                    slot.module._buffers[slot.name] = old.clone()
-            elif isinstance(skipped, Tensor):
-                new.copy_(torch.where(skipped.to(new.device) > 0, old, new))
-            else:
-                new.copy_(old)
+            if new is not None and new.shape == old.shape:
+                news.append(new)
+                olds.append(old)
+            elif skipped:  # nothing on the device chooses between two shapes, so here a flag is read
+                slot.module._buffers[slot.name] = old.clone()
+        if isinstance(skipped, Tensor):
+            _copy_where(skipped, olds, news)
+        elif news:
+            torch._foreach_copy_(news, olds)
         self._versions = [_version(slot) for slot in self._unchanging]
 
     @torch.no_grad()
@@ -122,6 +127,23 @@ class _Window:
         else:
             saved = [tensor.clone() for tensor in tensors]
         self._saved = list(zip(slots, saved, strict=True))
+
+
+def _copy_where(flag: Tensor, olds: list[Tensor], news: list[Tensor]) -> None:
+    """Copies old into new where the flag is set: a few kernels for all of them, and no NaN of the new ones is left."""
+    kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for old, new in zip(olds, news, strict=True):
+        pair = kinds.setdefault((new.dtype, new.device), ([], []))
+        pair[0].append(old.to(new))
+        pair[1].append(new)
+    for (_, device), (before, after) in kinds.items():
+        flat = torch.where(flag.to(device) > 0, _flat(before), _flat(after))
+        chosen = flat.split([new.numel() for new in after])
+        torch._foreach_copy_(after, [part.view_as(new) for part, new in zip(chosen, after, strict=True)])
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _version(slot: _Slot) -> tuple[int, int]:

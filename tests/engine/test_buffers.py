@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mixprec.engine.buffers import BufferGuard
 
@@ -260,3 +261,28 @@ def test_on_cuda_a_flag_is_obeyed_without_being_read() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert values(model) == expected
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that move data."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not any(word in str(func) for word in ("view", "split", "detach"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [2, 30])
+def test_a_flag_on_the_device_is_obeyed_by_as_many_kernels_however_many_buffers_there_are(layers):
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(layers)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = BufferGuard(model, [optimizer])
+    for _ in range(2):
+        guard.open()
+        model(torch.randn(4, 3))
+        with Operations() as operations:
+            guard.close(optimizer, torch.zeros(()))
+    assert operations.count <= 12
