@@ -12,7 +12,7 @@
 """
 
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.numerics.scaling import LossScaling
+from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
 

@@ -4,6 +4,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,11 +20,11 @@ from typing_extensions import override
 from lightning_mixprec import plugin_checks as checks
 from lightning_mixprec.engine.buffers import BufferGuard
 from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.numerics.gradients import needs_closure
-from lightning_mixprec.numerics.scaling import LossScaler, LossScaling
+from lightning_mixprec.numerics.loss_scaling import LossScaling
+from lightning_mixprec.numerics.scaling import LossScaler
 from lightning_mixprec.plugin_formats import FormatsInForce
 from lightning_mixprec.plugin_state import PluginState, history_entries
-from lightning_mixprec.plugin_steps import SchedulerGate, StepLedger, StepSparedError, evaluations
+from lightning_mixprec.plugin_steps import SchedulerGate, StepLedger
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.table import show
@@ -287,21 +288,15 @@ class PerLayerPrecision(Precision):
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        if needs_closure(optimizer):
-            evaluate = evaluations(optimizer, closure, guards=self.scaler.guards)
-            skipped: bool | Tensor = False
-            try:
-                closure_result = super().optimizer_step(optimizer, model, evaluate, **kwargs)
-            except StepSparedError as spared:
-                closure_result, skipped = spared.result, True
-        else:
+        evaluate, prepare = partial(self._evaluate, closure), partial(self._after_closure, model, optimizer)
+        if self.scaler.is_active:
             with torch.enable_grad():
-                closure_result = closure()
-            # Only now that the device has this batch's work: waiting for the last one's outcome leaves it no gap.
-            self._ledger.settle_earlier_batches()
+                closure_result = evaluate()
             self.scaler.unscale_(optimizer)
-            self._after_closure(model, optimizer)
+            prepare()
             skipped = self.scaler.step(optimizer, **kwargs)
+        else:
+            closure_result, skipped = self.scaler.step_by_closure(optimizer, evaluate, prepare, **kwargs)
         torch.clear_autocast_cache()
         at_minimum = self.scaler.is_at_minimum() if skipped is not False else False
         if self._buffers is not None:
@@ -312,6 +307,13 @@ class PerLayerPrecision(Precision):
             self.scaler.update()
         self._ledger.note(optimizer, skipped, at_minimum)
         return closure_result
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        torch.clear_autocast_cache()  # it would give a second evaluation in one training_step the weights of the first
+        result = closure()
+        # Only now that the device has this batch's work: waiting for the last one's outcome leaves it no gap.
+        self._ledger.settle_earlier_batches()
+        return result
 
     @override
     def clip_gradients(

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
 from lightning_mixprec.numerics.formats import format_of, native_support
 from lightning_mixprec.numerics.gradients import needs_closure
-from lightning_mixprec.numerics.scaling import LossScaling
+from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.rules import as_policy
 

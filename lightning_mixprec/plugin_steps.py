@@ -6,7 +6,7 @@ optimizer step of the next batch (always exactly then, so that all ranks agree),
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec.errors import ScalingError
-from lightning_mixprec.numerics.gradients import params_of
-from lightning_mixprec.numerics.scaling import LossScaler, LossScaling
+from lightning_mixprec.numerics.loss_scaling import LossScaling
+from lightning_mixprec.numerics.scaling import LossScaler
 
 
 class _Late(NamedTuple):
@@ -250,35 +250,6 @@ class StepLedger:
         for tracker in (progress.total, progress.current):
             tracker.ready -= steps
             tracker.completed -= steps
-
-
-class StepSparedError(Exception):
-    """Leaves an optimizer's step before it moved anything; carries what its closure returned."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__()
-        self.result = result
-
-
-def evaluations(optimizer: Optimizer, closure: Callable[[], Any], guards: bool) -> Callable[[], Any]:
-    """The closure of an optimizer that evaluates the loss itself and moves the weights between two evaluations.
-
-    Raises:
-        StepSparedError: The step is guarded, its first gradients are not finite, and nothing has moved yet.
-    """
-    unguarded = not guards
-
-    def evaluate() -> Any:
-        nonlocal unguarded
-        torch.clear_autocast_cache()  # within one training_step it would give back the weights of the last evaluation
-        result = closure()
-        grads = (param.grad for param in params_of(optimizer) if param.grad is not None)
-        if not unguarded and not all(map(_is_finite, grads)):
-            raise StepSparedError(result)
-        unguarded = True
-        return result
-
-    return evaluate
 
 
 class SchedulerGate:

@@ -77,3 +77,42 @@ def test_by_hand_every_evaluation_sees_the_weights_and_another_optimizers_skip_t
     assert torch.equal(model.a[1].weight, oracle.a[1].weight)
     for name, value in oracle.a.state_dict().items():
         assert torch.equal(model.a.state_dict()[name], value), name
+
+
+class Sharpness(torch.optim.SGD):
+    """Steps by the gradients at a point uphill of the weights, as SAM does: it cannot do without its closure."""
+
+    def step(self, closure=None):
+        assert closure is not None
+        with torch.enable_grad():
+            loss = closure()
+        params = [param for group in self.param_groups for param in group["params"]]
+        here = [param.detach().clone() for param in params]
+        with torch.no_grad():
+            torch._foreach_add_(params, [param.grad for param in params], alpha=0.1)
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            torch._foreach_copy_(params, here)
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize(("policy", "precision"), [("fp32", "32-true"), ("bf16", "bf16-mixed")])
+def test_an_optimizer_that_wants_its_closure_gets_it_as_from_lightnings_own_plugin(policy, precision):
+    models = []
+    for plugin in (ours(policy), stock(precision)):
+        torch.manual_seed(0)
+        model = Parabola(lambda params: Sharpness(params, lr=0.05))
+        fit(model, plugin, [1.0, 2.0, 3.0])
+        models.append(model)
+    assert all(torch.equal(one, other) for one, other in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_a_skipped_step_of_such_an_optimizer_moves_nothing():
+    model = Parabola(lambda params: Sharpness(params, lr=0.05))
+    before = [param.detach().clone() for param in model.parameters()]
+    plugin = ours("bf16")
+    fit(model, plugin, [INF])
+    assert plugin.skipped_steps == 1
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

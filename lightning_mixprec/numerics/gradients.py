@@ -46,13 +46,16 @@ def obeys_found_inf(optimizer: Optimizer) -> bool:
     )
 
 
-def step_fused(optimizer: Any, found_inf: Tensor, kwargs: dict[str, Any]) -> None:
-    """Steps a fused optimizer, whose kernel leaves everything as it is where the flag is set."""
-    optimizer.grad_scale, optimizer.found_inf = None, found_inf
-    try:
-        optimizer.step(**kwargs)
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf
+def tell_found_inf(optimizer: Any, found_inf: Tensor | bool) -> None:
+    """Has a fused optimizer's kernel leave everything as it is where the flag is set."""
+    if isinstance(found_inf, Tensor):
+        optimizer.grad_scale, optimizer.found_inf = None, found_inf
+
+
+def untell_found_inf(optimizer: Any) -> None:
+    """Takes the flag back after the step."""
+    vars(optimizer).pop("grad_scale", None)
+    vars(optimizer).pop("found_inf", None)
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Loss scaling: its options, and the scaler that applies them.
+"""Loss scaling.
 
 Gradients in fp16 vanish below 2**-24. The loss is therefore multiplied by a scale S before backward and the gradients
 by 1/S before the optimizer sees them; S is searched for while training runs [1]_::
@@ -14,118 +14,23 @@ by 1/S before the optimizer sees them; S is searched for while training runs [1]
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.numerics.gradients import (
     check_and_unscale,
     grads_of,
     obeys_found_inf,
     params_of,
     scalar,
-    step_fused,
+    tell_found_inf,
+    untell_found_inf,
 )
-
-_FP32 = torch.finfo(torch.float32)
-_INTEGERS = ("growth_interval", "hysteresis", "max_consecutive_skips")
-
-
-@dataclass(frozen=True)
-class LossScaling:
-    """Options of dynamic loss scaling; the defaults are those of ``torch.amp.GradScaler`` where it has the option.
-
-    Args:
-        init_scale: First scale.
-        growth_factor: What the scale is multiplied by after ``growth_interval`` batches without overflow; above 1.
-        backoff_factor: What the scale is multiplied by after an overflow; between 0 and 1.
-        growth_interval: Batches without overflow until the scale grows.
-        min_scale: The scale never falls below this; an overflow at this scale is handled by ``at_min``.
-        max_scale: The scale never grows above this.
-        hysteresis: Overflows until the scale backs off (each later one backs off at once, until the scale has grown).
-        at_min: ``"raise"`` an error or ``"warn"`` once when a step overflows at ``min_scale``.
-        max_consecutive_skips: Steps of one optimizer skipped in a row after which an error is raised, in any format.
-
-    Raises:
-        ScalingError: An option is not a finite positive number, or the options contradict each other.
-
-    >>> LossScaling(init_scale=1024).growth_interval
-    2000
-    """
-
-    init_scale: float = 65536.0
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
-    growth_interval: int = 2000
-    min_scale: float = 2.0**-14
-    max_scale: float = 2.0**24
-    hysteresis: int = 1
-    at_min: Literal["raise", "warn"] = "raise"
-    max_consecutive_skips: int = 100
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "at_min":
-                _check_number(field.name, getattr(self, field.name))
-        if self.at_min not in ("raise", "warn"):
-            raise ScalingError(f"loss_scaling: at_min is {self.at_min!r}; allowed are 'raise' and 'warn'.")
-        if self.growth_factor <= 1:
-            raise ScalingError(f"loss_scaling: growth_factor is {self.growth_factor}; it has to be above 1.")
-        if self.backoff_factor >= 1:
-            raise ScalingError(f"loss_scaling: backoff_factor is {self.backoff_factor}; it has to be below 1.")
-        if not self.min_scale <= self.init_scale <= self.max_scale:
-            raise ScalingError(
-                f"loss_scaling: init_scale {self.init_scale:g} is not between min_scale {self.min_scale:g} "
-                f"and max_scale {self.max_scale:g}; widen the bounds or move init_scale."
-            )
-
-    @property
-    def is_static(self) -> bool:
-        """Whether the scale can never change."""
-        return self.min_scale == self.max_scale
-
-    @classmethod
-    def static(cls, scale: float) -> "LossScaling":
-        """A scale that never changes."""
-        _check_number("a static scale", scale)
-        return cls(init_scale=scale, min_scale=scale, max_scale=scale)
-
-    @classmethod
-    def from_value(cls, value: "float | Mapping[str, Any] | LossScaling") -> "LossScaling":
-        """Options from what a user may write: a number (static scale), a mapping of options, or the options.
-
-        Raises:
-            ScalingError: Anything else, an unknown option or an invalid value.
-        """
-        if isinstance(value, LossScaling):
-            return value
-        if isinstance(value, Mapping):
-            known = [field.name for field in fields(cls)]
-            for key in value:
-                if key not in known:
-                    raise ScalingError(f"loss_scaling: unknown option {key!r}; allowed are {', '.join(known)}.")
-            return cls(**value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return cls.static(value)
-        raise ScalingError(
-            f"loss_scaling is {value!r}; allowed are 'auto', False, a positive number (a static scale), "
-            "a mapping of options, or a LossScaling."
-        )
-
-
-def _check_number(name: str, value: object) -> None:
-    allowed = int if name in _INTEGERS else (int, float)
-    kind = "a positive integer" if name in _INTEGERS else "a positive finite number"
-    is_number = isinstance(value, allowed) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not _FP32.tiny <= value <= _FP32.max:  # type: ignore[arg-type,operator]
-        raise ScalingError(
-            f"loss_scaling: {name} is {value!r}; it has to be {kind} that fp32 holds as a normal number."
-        )
+from lightning_mixprec.numerics.loss_scaling import LossScaling
 
 
 class LossScaler:
@@ -198,16 +103,63 @@ class LossScaler:
         Returns:
             Whether the step was skipped; the flag itself if it was not read.
         """
+        skipped = self._decide(optimizer)
+        if skipped is not True:
+            try:
+                tell_found_inf(optimizer, skipped)
+                optimizer.step(**kwargs)
+            finally:
+                untell_found_inf(optimizer)
+        return skipped
+
+    def step_by_closure(
+        self, optimizer: Optimizer, closure: Callable[[], Any], prepare: Callable[[], None], **kwargs: Any
+    ) -> tuple[Any, bool | Tensor]:
+        """Steps an optimizer that evaluates the loss itself, as any may while nothing is scaled.
+
+        The step is decided about at the first evaluation, before anything has moved. Later ones (LBFGS, SAM) are not
+        guarded: the optimizer has moved the weights to where it evaluates.
+
+        Args:
+            optimizer: The optimizer.
+            closure: Computes the loss and its gradients.
+            prepare: Called after each evaluation, with the gradients checked: hooks, clipping.
+            kwargs: Passed to ``optimizer.step``.
+
+        Returns:
+            What the optimizer returned (its closure, if the step was skipped), and the outcome as in :meth:`step`.
+        """
+        skipped: bool | Tensor | None = None
+
+        def evaluate() -> Any:
+            nonlocal skipped
+            result = closure()
+            if skipped is not None:
+                prepare()
+                return result
+            self.unscale_(optimizer)
+            prepare()
+            skipped = self._decide(optimizer)
+            if skipped is True:
+                raise _SparedError(result)
+            tell_found_inf(optimizer, skipped)
+            return result
+
+        try:
+            result = optimizer.step(closure=evaluate, **kwargs)
+        except _SparedError as spared:
+            result = spared.result
+        finally:
+            untell_found_inf(optimizer)
+        return result, False if skipped is None else skipped
+
+    def _decide(self, optimizer: Optimizer) -> bool | Tensor:
         found_inf = self.unscale_(optimizer)
         self._unscaled.pop(optimizer, None)
         self._stepped.append(optimizer)
-        if found_inf is not None and not _is_read(optimizer, found_inf):
-            step_fused(optimizer, found_inf, kwargs)
-            return found_inf
-        skipped = found_inf is not None and bool(found_inf.item())
-        if not skipped:
-            optimizer.step(**kwargs)
-        return skipped
+        if found_inf is None:
+            return False
+        return bool(found_inf.item()) if _is_read(optimizer, found_inf) else found_inf
 
     def update(self, waiting: Iterable[Optimizer] = ()) -> None:
         """Adapts the scale to what the steps since the last update found. No host synchronisation.
@@ -344,6 +296,14 @@ class LossScaler:
         waiting = {id(param): param for param in params if id(param) not in done}
         if grads := grads_of(list(waiting.values())):
             torch._foreach_mul_(grads, ratio)
+
+
+class _SparedError(Exception):
+    """Leaves an optimizer's step before it has moved anything; carries what its closure returned."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self.result = result
 
 
 def _is_read(optimizer: Optimizer, found_inf: Tensor) -> bool:

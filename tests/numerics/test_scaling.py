@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.numerics import scaling
-from lightning_mixprec.numerics.scaling import LossScaler, LossScaling
+from lightning_mixprec.numerics.loss_scaling import LossScaling
+from lightning_mixprec.numerics.scaling import LossScaler
 
 EVERY_OPTION_OFF_ITS_DEFAULT = LossScaling(
     init_scale=8.0,
