@@ -248,3 +248,9 @@ def resume(plugin: Any, path: str = "run.ckpt", model: Any = None, **options: An
     run = trainer(plugin, **{"max_epochs": 2, **options})
     run.fit(model, Batches(6), ckpt_path=path)
     return model, run
+
+
+def overflowing():
+    """Callbacks that make the second step overflow."""
+    spoil = Call("on_after_backward", lambda run, model: model.net[0].weight.grad.fill_(float("inf")), at=1)
+    return [spoil]

@@ -11,6 +11,7 @@ from plugin_models import (
     fit,
     moved,
     ours,
+    overflowing,
     probes,
     resume,
     same,
@@ -24,12 +25,6 @@ from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPolicy
 
 MIXED = {"default": "fp16", "net.6": "fp32"}
 POLICY = PrecisionPolicy.from_dict(MIXED)
-
-
-def overflowing():
-    """Callbacks that make the second step overflow."""
-    spoil = Call("on_after_backward", lambda run, model: model.net[0].weight.grad.fill_(float("inf")), at=1)
-    return [spoil]
 
 
 # Going on

@@ -14,6 +14,7 @@ from plugin_models import (
     mlp,
     moved,
     ours,
+    overflowing,
     resume,
     same,
     save,
@@ -26,12 +27,6 @@ from lightning_mixprec.plugin_state import PluginState
 
 MIXED = {"default": "fp16", "net.6": "fp32"}
 POLICY = PrecisionPolicy.from_dict(MIXED)
-
-
-def overflowing():
-    """Callbacks that make the second step overflow."""
-    spoil = Call("on_after_backward", lambda run, model: model.net[0].weight.grad.fill_(float("inf")), at=1)
-    return [spoil]
 
 
 def saved_state(path="run.ckpt"):

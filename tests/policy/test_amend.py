@@ -1,20 +1,11 @@
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from policy_models import Box
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
-
-
-class Box(nn.Module):
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return x
 
 
 def example():

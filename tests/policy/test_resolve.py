@@ -10,24 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_models import Box
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.names import walk
 from lightning_mixprec.policy.resolve import decide
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule, as_policy
-
-
-class Box(nn.Module):
-    """A module with a forward and the children it is given."""
-
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return x
 
 
 class Block(Box):

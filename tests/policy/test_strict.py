@@ -1,18 +1,9 @@
 import pytest
+from policy_models import Box
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
-
-
-class Box(nn.Module):
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return x
 
 
 def example():

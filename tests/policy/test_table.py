@@ -5,20 +5,11 @@ import sys
 
 import pytest
 import torch
+from policy_models import Box
 from torch import nn
 
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule, as_policy
 from lightning_mixprec.policy.table import render, show
-
-
-class Box(nn.Module):
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return x
 
 
 def block(width=2):
