@@ -295,8 +295,10 @@ class PerLayerPrecision(Precision):
             self.scaler.unscale_(optimizer)
             prepare()
             skipped = self.scaler.step(optimizer, **kwargs)
-        else:
+        elif self.scaler.guards:
             closure_result, skipped = self.scaler.step_by_closure(optimizer, evaluate, prepare, **kwargs)
+        else:
+            closure_result, skipped = super().optimizer_step(optimizer, model, evaluate, **kwargs), False
         torch.clear_autocast_cache()
         at_minimum = self.scaler.is_at_minimum() if skipped is not False else False
         if self._buffers is not None:
