@@ -29,11 +29,11 @@ class Noting(Evaluable):
 
     def training_step(self, batch, batch_idx):
         self.came["training"].append(batch[0].dtype)
-        return super().training_step((batch[0].float(), batch[1].float()), batch_idx)
+        return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch, batch_idx):
         self.came["validation"].append(batch[0].dtype)
-        super().validation_step((batch[0].float(), batch[1].float()), batch_idx)
+        super().validation_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize(
