@@ -23,6 +23,7 @@ from lightning_mixprec.numerics.formats import format_of, native_support
 from lightning_mixprec.numerics.gradients import needs_closure
 from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.names import walk
 from lightning_mixprec.policy.rules import as_policy
 
 _STOCK_STATES = ("MixedPrecision", "FSDPPrecision", "native_amp_scaling_state")
@@ -120,8 +121,8 @@ def warn_of_narrow_weights(model: nn.Module, assignment: Assignment) -> None:
     """One warning if weights stored in 16 bits are trained by layers that compute in 16 bits."""
     names = [
         name
-        for name, module in model.named_modules()
-        if name in assignment
+        for name, module, _ in walk(model)
+        if assignment.facts[name].first_name == name
         and assignment[name].compute in ("fp16", "bf16")
         and any(
             format_of(param.dtype) in ("fp16", "bf16") for param in module._parameters.values() if param is not None

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec.errors import ScalingError
+from lightning_mixprec.numerics.gradients import grads_of
 from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.numerics.scaling import LossScaler
+from lightning_mixprec.policy.names import walk
 
 
 class _Late(NamedTuple):
@@ -59,7 +61,7 @@ class StepLedger:
         self._scaler = scaler
         self._skipped_steps = 0
         self._late: list[_Late] = []
-        self._unowned_holds = 0
+        self._owed_holds = 0
         self._last_skipped: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._in_a_row: dict[int, int] = {}
         self._tallies: list[_Tally] = []
@@ -108,8 +110,8 @@ class StepLedger:
         Raises:
             ScalingError: Training cannot go on; names the layers and what to try.
         """
-        self._hold_global_step(self._unowned_holds)
-        self._unowned_holds = 0
+        self._hold_global_step(self._owed_holds)
+        self._owed_holds = 0
         if isinstance(skipped, Tensor):
             self._tally(optimizer, tried=1, taken=1)
             self._late.append(_send(optimizer, self._batch(), skipped, at_minimum))
@@ -172,7 +174,7 @@ class StepLedger:
         """Goes on from :meth:`state_dict`."""
         self._skipped_steps = int(state["skipped_steps"])
         self._in_a_row = dict(enumerate(state["in_a_row"]))
-        self._unowned_holds = int(state["owed_holds"])
+        self._owed_holds = int(state["owed_holds"])
         if len(state["schedules"]) == len(self._tallies):
             self._tallies = [_Tally(*counts) for counts in state["schedules"]]
 
@@ -209,12 +211,11 @@ class StepLedger:
         )
 
     def _nonfinite_layers(self) -> list[str]:
-        names = [
-            name.rpartition(".")[0] or "the LightningModule itself"
-            for name, param in (self._model.named_parameters() if self._model is not None else ())
-            if param.grad is not None and not _is_finite(param.grad)
+        return [
+            name or "the LightningModule itself"
+            for name, module, _ in (walk(self._model) if self._model is not None else ())
+            if not all(map(_is_finite, grads_of([param for param in module._parameters.values() if param is not None])))
         ]
-        return list(dict.fromkeys(names))
 
     def _tally(self, optimizer: Optimizer, tried: int = 0, taken: int = 0) -> None:
         for config, tally in zip(self._schedulers, self._tallies, strict=False):
@@ -298,4 +299,4 @@ def _send(optimizer: Optimizer, batch: int, skipped: Tensor, at_minimum: bool | 
 
 
 def _is_finite(grad: Tensor) -> bool:
-    return bool(torch.isfinite(grad.coalesce().values() if grad.is_sparse else grad).all())
+    return bool(torch.isfinite(grad).all())

@@ -254,3 +254,11 @@ def overflowing():
     """Callbacks that make the second step overflow."""
     spoil = Call("on_after_backward", lambda run, model: model.net[0].weight.grad.fill_(float("inf")), at=1)
     return [spoil]
+
+
+def one_line(caught):
+    """The message of an error that a user reads."""
+    message = str(caught.value)
+    assert "\n" not in message
+    assert 20 < len(message) < 600
+    return message

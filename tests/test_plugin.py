@@ -5,20 +5,28 @@ from functools import partial
 
 import pytest
 import torch
-from plugin_models import Batches, Call, Evaluable, Probe, Task, fit, mlp, ours, probes, same, snapshot, stock, trainer
+from plugin_models import (
+    Batches,
+    Call,
+    Evaluable,
+    Probe,
+    Task,
+    fit,
+    mlp,
+    one_line,
+    ours,
+    probes,
+    same,
+    snapshot,
+    stock,
+    trainer,
+)
 from torch import nn
 from torch.optim import SGD
 
 from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPolicy, Rule
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-
-def one_line(caught):
-    message = str(caught.value)
-    assert "\n" not in message
-    assert 20 < len(message) < 600
-    return message
 
 
 FORMS = {
@@ -153,6 +161,13 @@ def test_fp64_weights_resume_bit_for_bit(tmp_path, compute):
     run.fit(Task(probes(), partial(SGD, lr=0.1, momentum=0.9)), Batches(6), ckpt_path="a.ckpt")
     assert whole.results[0]["net.1.weight"].dtype == FP64
     assert same(resumed.results, whole.results)
+
+
+def test_compiled_layers_with_bf16_weights_are_warned_of_too():
+    model = Task(mlp()).bfloat16()
+    model.net = torch.compile(model.net, backend="eager")
+    with pytest.warns(UserWarning, match="net.0 first"):
+        fit(model, PerLayerPrecision("bf16"), Batches(6))
 
 
 def test_a_model_with_bf16_weights_keeps_them_and_one_warning_says_what_it_costs():

@@ -14,19 +14,12 @@ from lightning.pytorch.strategies import (
     SingleDeviceXLAStrategy,
     XLAStrategy,
 )
-from plugin_models import Call, Task, fit, mlp, probes, snapshot, trainer
+from plugin_models import Call, Task, fit, mlp, one_line, probes, snapshot, trainer
 from torch import nn
 
 from lightning_mixprec import LossScaling, MixPrecError, PerLayerPrecision, PrecisionPolicy
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-
-def one_line(caught):
-    message = str(caught.value)
-    assert "\n" not in message
-    assert 20 < len(message) < 600
-    return message
 
 
 # Arguments

@@ -119,3 +119,10 @@ def test_sparse_layers_are_named():
 
     with pytest.raises(ScalingError, match="gradients: table\\."):
         fit(Words(), ours(loss_scaling={"max_consecutive_skips": 1}), [3.0e38])
+
+
+def test_compiled_layers_are_named_as_a_policy_names_them():
+    model = Line()
+    model.layer = torch.compile(model.layer, backend="eager")
+    with pytest.raises(ScalingError, match="gradients: layer\\. Try"):
+        fit(model, ours(loss_scaling={"max_consecutive_skips": 1}), [INF])

@@ -66,6 +66,10 @@ class LossScaling:
         """Whether the scale can never change."""
         return self.min_scale == self.max_scale
 
+    def bounded(self, scale: float) -> float:
+        """The nearest scale within the bounds."""
+        return min(max(scale, self.min_scale), self.max_scale)
+
     @classmethod
     def static(cls, scale: float) -> "LossScaling":
         """A scale that never changes."""

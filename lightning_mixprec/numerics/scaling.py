@@ -48,10 +48,7 @@ class LossScaler:
     def __init__(self, options: LossScaling | None = None, guards: bool = True) -> None:
         self.options = options
         self.guards = guards
-        self._start = {"scale": options.init_scale if options else 1.0, "growth_tracker": 0, "overflows": 0}
-        self._scale: Tensor | None = None
-        self._growth_tracker: Tensor | None = None
-        self._overflows: Tensor | None = None
+        self._start_at(options.init_scale if options else 1.0)
         self._unscaled: dict[Optimizer, Tensor] = {}
         self._found_before: dict[Optimizer, Tensor] = {}
         self._flags: list[Tensor] = []
@@ -189,9 +186,9 @@ class LossScaler:
             return
         before, was_active = self.get_scale(), self.is_active
         self.options = options
-        after = min(max(before, options.min_scale), options.max_scale) if options and was_active else None
-        self._start_at(after if after is not None else options.init_scale if options else 1.0)
-        ratio = self._start["scale"] / before
+        after = 1.0 if options is None else options.bounded(before) if was_active else options.init_scale
+        self._start_at(after)
+        ratio = after / before
         if ratio != 1:
             self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio, [])
 
@@ -234,13 +231,15 @@ class LossScaler:
                 stacklevel=2,
             )
             scale = self.options.init_scale
-        self._start_at(min(max(scale, self.options.min_scale), self.options.max_scale))
+        self._start_at(self.options.bounded(scale))
         self._start["growth_tracker"] = int(state.get("growth_tracker", state.get("_growth_tracker", 0)))
         self._start["overflows"] = int(state.get("overflows", 0))
 
     def _start_at(self, scale: float) -> None:
         self._start = {"scale": scale, "growth_tracker": 0, "overflows": 0}
-        self._scale = self._growth_tracker = self._overflows = None
+        self._scale: Tensor | None = None
+        self._growth_tracker: Tensor | None = None
+        self._overflows: Tensor | None = None
 
     def _state(self, name: str, tensor: Tensor | None) -> float:
         return self._start[name] if tensor is None else tensor.item()
