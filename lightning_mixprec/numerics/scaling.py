@@ -197,6 +197,15 @@ class LossScaler:
         for steps in (self._unscaled, self._found_before, self._flags, self._stepped, self._unscaled_since_backward):
             steps.clear()
 
+    @property
+    def present_scale(self) -> float | Tensor:
+        """The present scale, as the device's own tensor once it is there: never waits, changes with the next update."""
+        return self._start["scale"] if self._scale is None else self._scale
+
+    def found_inf(self, optimizer: Optimizer) -> Tensor | None:
+        """The device's flag of non-finite gradients while the optimizer's step is being prepared."""
+        return self._unscaled.get(optimizer)
+
     def get_scale(self) -> float:
         """The present scale. Waits for the device."""
         return float(self._state("scale", self._scale))
@@ -205,7 +214,7 @@ class LossScaler:
         """Whether the scale can fall no further; on the device, once the scale is there."""
         if self.options is None or self.options.is_static:
             return False
-        return (self._start["scale"] if self._scale is None else self._scale) <= self.options.min_scale
+        return self.present_scale <= self.options.min_scale
 
     def state_dict(self) -> dict[str, float | int]:
         """The scale and its counters as plain numbers. Waits for the device."""

@@ -1,0 +1,150 @@
+"""Drawings: exponents under the ranges of the formats, and values of layers. The one file that knows matplotlib."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_mixprec.errors import SupportError
+from lightning_mixprec.numerics.formats import Format, get_format
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import FigureBase as FigureBase
+
+# The palette of Okabe and Ito (2008), which readers with any of the common colour blindnesses tell apart. Each format
+# is named next to its colour, so that none has to.
+_COLORS = {"bf16": "#0072B2", "fp16": "#D55E00", "e5m2": "#009E73", "e4m3": "#CC79A7"}
+_BARS = "#8C8C8C"
+# The view shows all that fp16 holds, whatever the data; and of wider formats as much as the data asks for.
+_LEAST_VIEW = (-26, 18)
+_MARGIN = 2
+_MOST_LAYERS = 40
+# The ranges lie above the bars, in the upper part of the axes.
+_LANES_FROM, _LANES_TO = 0.74, 0.97
+
+
+def draw_exponents(result: Mapping[str, Tensor], ax: "Axes | None" = None) -> "tuple[FigureBase | None, Axes]":
+    """Draw what ``ExponentHistogram.compute()`` returned: one bar per exponent, and the formats' ranges above.
+
+    A range is a thick line from a format's smallest normal number to its largest, and a thin one below, down to its
+    smallest subnormal number, where precision is lost bit by bit. Dotted lines carry the ends down to the bars. Zeros,
+    infinities and NaNs, which have no exponent, are counted in the title.
+
+    Raises:
+        SupportError: matplotlib is not installed.
+    """
+    figure, ax = _axes(ax, height=4.5)
+    exponents, counts = result["exponent"].tolist(), result["count"].tolist()
+    seen = [(exponent, count) for exponent, count in zip(exponents, counts, strict=True) if count]
+    low = min([_LEAST_VIEW[0], *(exponent - _MARGIN for exponent, _ in seen)])
+    high = max([_LEAST_VIEW[1], *(exponent + 1 + _MARGIN for exponent, _ in seen)])
+    _draw_bars(ax, seen)
+    ax.set_xlim(low, high)
+    for place, name in enumerate(_COLORS):
+        _draw_range(ax, get_format(name).forward, place)
+    ax.set_xlabel("log2 of the magnitude; on top what each format holds, thin where subnormal")
+    ax.set_ylabel("elements")
+    ax.set_title(_title(result), fontsize="medium")
+    return figure, ax
+
+
+def draw_layers(
+    values: Mapping[str, float], label: str, limit: float | None = None, ax: "Axes | None" = None
+) -> "tuple[FigureBase | None, Axes]":
+    """Draw one bar per layer, in the order given, the first on top; of very many only the first.
+
+    Args:
+        values: by the name of the layer.
+        label: what the values are.
+        limit: where to draw a dashed line.
+        ax: the axes to draw in; by default those of a new figure.
+
+    Raises:
+        SupportError: matplotlib is not installed.
+    """
+    shown = dict(list(values.items())[:_MOST_LAYERS])
+    figure, ax = _axes(ax, height=1.2 + 0.22 * max(len(shown), 4))
+    places = range(len(shown))
+    ax.barh(places, list(shown.values()), color=_BARS)
+    ax.set_yticks(places, [name or '""' for name in shown], fontsize="small")
+    ax.set_ylim(len(shown) - 0.4, -0.6)
+    if limit is not None:
+        ax.axvline(limit, color=_COLORS["fp16"], linestyle="--")
+    ax.set_xlabel(label)
+    if len(shown) < len(values):
+        ax.set_title(f"{len(shown)} of {len(values)} layers", fontsize="medium")
+    return figure, ax
+
+
+def _axes(ax: "Axes | None", height: float) -> "tuple[FigureBase | None, Axes]":
+    """The axes given, or those of a new figure."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        message = 'plotting needs matplotlib, which is not installed: pip install "lightning_mixprec[plot]"'
+        raise SupportError(message) from error
+    return plt.subplots(figsize=(9, height), layout="constrained") if ax is None else (ax.get_figure(), ax)
+
+
+def _draw_bars(ax: "Axes", seen: list[tuple[int, int]]) -> None:
+    """Draw bars on a logarithmic axis whose upper quarter stays free."""
+    edges, counts = [exponent for exponent, _ in seen], [count for _, count in seen]
+    ax.bar(edges, counts, width=1.0, align="edge", color=_BARS, edgecolor="white", linewidth=0.5)
+    ax.set_yscale("log")
+    bottom = 0.5
+    decades = math.log10(max([10, *counts]) / bottom)
+    ax.set_ylim(bottom, bottom * 10 ** (decades / (_LANES_FROM - 0.04)))
+
+
+def _draw_range(ax: "Axes", format: Format, place: int) -> None:
+    low, high = ax.get_xlim()
+    subnormal, normal, largest = (
+        math.log2(value) for value in (format.smallest_subnormal, format.smallest_normal, format.max)
+    )
+    height = _LANES_TO - (_LANES_TO - _LANES_FROM) * (place + 0.5) / len(_COLORS)
+    color, where = _COLORS[format.name], ax.get_xaxis_transform()
+    for start, end, width in ((subnormal, normal, 1.5), (normal, largest, 5.0)):
+        ax.plot([start, end], [height] * 2, color=color, linewidth=width, solid_capstyle="butt", transform=where)
+    for end in (subnormal, normal, largest):
+        if low < end < high:
+            ax.plot([end, end], [0, height], color=color, linewidth=1.0, linestyle=":", transform=where)
+    for edge, marker, goes_on in ((low, "<", subnormal < low), (high, ">", largest > high)):
+        if goes_on:
+            ax.plot(edge, height, marker, color=color, markersize=9, clip_on=False, transform=where)
+    ax.text(1.02, height, format.name, color=color, transform=ax.transAxes, va="center", weight="bold")
+
+
+def _title(result: Mapping[str, Tensor]) -> str:
+    elements, zeros, infs, nans = (int(result[name]) for name in ("elements", "zero", "inf", "nan"))
+    return f"{elements:,} elements, of which {zeros:,} zero, {infs:,} infinite, {nans:,} NaN"
+
+
+def draw_steps(
+    scales: "Sequence[Sequence[float]]", steps: int, marks: "Sequence[tuple[int, str]]", ax: "Axes | None" = None
+) -> "tuple[FigureBase | None, Axes]":
+    """Draw a loss scale over the optimizer steps, and marks at steps that failed.
+
+    Args:
+        scales: pairs of the step from which on a scale held, and the scale.
+        steps: how many steps there were.
+        marks: steps, and what is to be said of them.
+        ax: the axes to draw in; by default those of a new figure.
+
+    Raises:
+        SupportError: matplotlib is not installed.
+    """
+    figure, ax = _axes(ax, height=4.5)
+    at, values = [step for step, _ in scales], [scale for _, scale in scales]
+    ax.step([*at, steps], [*values, *values[-1:]], where="post", color=_BARS, linewidth=2)
+    for place, kind in enumerate(dict.fromkeys(kind for _, kind in marks)):
+        where = [step for step, each in marks if each == kind]
+        color = list(_COLORS.values())[place % len(_COLORS)]
+        ax.plot(where, [0.03] * len(where), "^", color=color, label=kind, transform=ax.get_xaxis_transform())
+    ax.set_yscale("log", base=2)
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel("loss scale")
+    if marks:
+        ax.legend(title="failed steps")
+    return figure, ax

@@ -1,0 +1,220 @@
+"""What a cast to a format would do to numbers, told from their histogram alone, for any format and any scale.
+
+With a scale, the numbers are those of the histogram times the scale. Rates refer to the counted elements; where the
+histogram cannot tell, because a limit falls inside a bin, a rate is two bounds. With a power of two as scale, no limit
+that matters for underflow falls inside a bin.
+
+>>> import torch
+>>> from lightning_mixprec.numerics.stats import histogram
+>>> gradient = histogram(torch.tensor([0.0, 2.0**-25, 2.0**-24, 1.0]))
+>>> underflow_rate(gradient, "fp16").middle, underflow_rate(gradient, "fp16", scale=2.0).middle
+(0.3333333333333333, 0.0)
+>>> best_scale(gradient, "fp16"), round(headroom(gradient, "fp16"), 3)
+(16384.0, 15.999)
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+from lightning_mixprec.errors import FormatError
+from lightning_mixprec.numerics.formats import Format, get_format
+from lightning_mixprec.numerics.stats import BINS, LOWEST, Histogram
+
+Direction = Literal["forward", "backward"]
+"""Which of the formats of "fp8" is meant; the others have only one."""
+
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 2.0**24
+
+
+class Bounds(NamedTuple):
+    """A number known to lie in ``[low, high]``."""
+
+    low: float
+    high: float
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether both are the same."""
+        return self.low == self.high
+
+    @property
+    def middle(self) -> float:
+        """The number itself if it is known, otherwise the one with the least possible error."""
+        return (self.low + self.high) / 2
+
+
+def underflow_rate(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> Bounds:
+    """Share of the finite elements other than zero that round to zero; 0 without any.
+
+    Half the smallest subnormal is a tie, which rounds to zero. Exact if the scale is a power of two.
+
+    Args:
+        h: of one group, on any device; reading it waits for the device.
+        format: a format's name.
+        scale: positive factor that comes before the cast.
+        direction: which format "fp8" stands for.
+
+    Raises:
+        FormatError: the format is unknown, the scale not positive and finite, or the histogram one of several groups.
+    """
+    target = _format(h, format, direction)
+    below, up_to = _boundary(target.min_exponent - target.mantissa_bits - 1, scale, inclusive=True)
+    return _share(h, (0, below), (0, up_to))
+
+
+def subnormal_share(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> Bounds:
+    """Share of the finite elements other than zero that lose precision, but not all: too small for normal numbers.
+
+    Their magnitude is below the format's smallest normal number, before rounding, and they do not round to zero. Exact
+    if the scale is a power of two. Arguments and errors are those of :func:`underflow_rate`.
+    """
+    target = _format(h, format, direction)
+    zero_low, zero_high = _boundary(target.min_exponent - target.mantissa_bits - 1, scale, inclusive=True)
+    normal_low, normal_high = _boundary(target.min_exponent, scale, inclusive=False)
+    return _share(h, (zero_high, normal_low), (zero_low, normal_high))
+
+
+def overflow_rate(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> Bounds:
+    """Share of all elements that end as infinity or NaN, those that are so already included; 0 without any elements.
+
+    Exact if no finite element overflows, which ``amax`` tells even of a sampled histogram, or if all that do lie above
+    the format's last power of two by a factor of two or more. If one does, the rate is at least one in all elements,
+    whether that one was counted or not. Arguments and errors are those of :func:`underflow_rate`.
+    """
+    target = _format(h, format, direction)
+    _, sure = _boundary(target.max_exponent + 1, scale, inclusive=False)
+    possible, _ = _boundary(target.max_exponent, scale, inclusive=True)
+    counted, elements = int(h.counted), int(h.elements)
+    if counted == 0:
+        return Bounds(0.0, 0.0)
+    already = int(h.infs + h.nans)
+    if not _overflows(float(h.amax) * scale, target):
+        return Bounds(already / counted, already / counted)
+    low = max((already + int(h.counts[sure:].sum())) / counted, 1 / elements)
+    return Bounds(low, max((already + int(h.counts[possible:].sum())) / counted, low))
+
+
+def headroom(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> float:
+    """Bits by which the largest finite magnitude may still grow: ``log2(max / (amax * scale))``.
+
+    Negative if it is too large already; infinite if there is no finite element other than zero. Arguments and errors
+    are those of :func:`underflow_rate`.
+    """
+    target, amax = _format(h, format, direction), float(h.amax)
+    log2_scale = math.log2(_checked(scale))
+    return math.log2(target.max) - math.log2(amax) - log2_scale if amax else math.inf
+
+
+def footroom(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> float:
+    """Bits by which the smallest counted magnitude may still shrink: ``log2(|x| * scale / smallest_subnormal)``.
+
+    Exact if that magnitude is a power of two, otherwise up to 1 bit too little, the bin's lower end being taken for
+    it. Negative if it is too small already, infinite if there is no finite element other than zero. Arguments and
+    errors are those of :func:`underflow_rate`.
+    """
+    target = _format(h, format, direction)
+    log2_scale = math.log2(_checked(scale))
+    occupied = h.counts.nonzero()
+    if not len(occupied):
+        return math.inf
+    return int(occupied[0]) // 2 + LOWEST + log2_scale - math.log2(target.smallest_subnormal)
+
+
+def best_scale(h: Histogram, format: str, margin: int = 1, direction: Direction = "forward") -> float:
+    """The largest power of two as scale that leaves the largest magnitude ``margin`` bits short of overflow.
+
+    Kept within ``[SMALLEST_SCALE, LARGEST_SCALE]``, and 1 if there is no finite element other than zero. Other
+    arguments and errors are those of :func:`underflow_rate`.
+    """
+    target, amax = _format(h, format, direction), float(h.amax)
+    if not amax:
+        return 1.0
+    exponent = target.max_exponent + 1 - math.frexp(amax)[1]
+    while _overflows(_ldexp(amax, exponent), target):
+        exponent -= 1
+    return min(max(_ldexp(1.0, exponent - margin), SMALLEST_SCALE), LARGEST_SCALE)
+
+
+def fits(h: Histogram, format: str, max_underflow: float = 0.01, direction: Direction = "forward") -> bool:
+    """Whether some scale keeps everything finite and lets at most ``max_underflow`` of the numbers round to zero.
+
+    Scales are the powers of two in ``[SMALLEST_SCALE, LARGEST_SCALE]``, of which the largest without overflow is best.
+    False where something is infinite or NaN already. Other arguments and errors are those of :func:`underflow_rate`.
+    """
+    scale = best_scale(h, format, margin=0, direction=direction)
+    if overflow_rate(h, format, scale, direction).high > 0:
+        return False
+    return underflow_rate(h, format, scale, direction).high <= max_underflow
+
+
+def log_normal_underflow(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> float:
+    """The underflow rate if magnitudes were log-normal, as gradients nearly are: an estimate from two moments.
+
+    ``Phi((log2 u - log2 S - mu) / sigma)`` with u half the smallest subnormal, S the scale, mu and sigma the mean and
+    deviation of ``log2|x|`` (arXiv 2006.08173). Unlike a count it says something of rates below one in all elements.
+    Arguments and errors are those of :func:`underflow_rate`.
+    """
+    target = _format(h, format, direction)
+    log2_limit = math.log2(target.smallest_subnormal) - 1 - math.log2(_checked(scale))
+    if not int(h.finite_nonzero):
+        return 0.0
+    distance, deviation = log2_limit - float(h.log2_mean), math.sqrt(float(h.log2_var))
+    if deviation == 0:
+        return float(distance >= 0)
+    return math.erfc(-distance / deviation / math.sqrt(2)) / 2
+
+
+def _format(h: Histogram, name: str, direction: Direction) -> Format:
+    if h.counts.dim() != 1:
+        raise FormatError(f"this histogram is one of {len(h.counts)} groups: take one of them with select(index)")
+    if direction not in ("forward", "backward"):
+        raise FormatError(f"direction is 'forward' or 'backward', not {direction!r}")
+    format = get_format(name)
+    return format.forward if direction == "forward" else format.backward
+
+
+def _checked(scale: float) -> float:
+    if not (scale > 0 and math.isfinite(scale)):
+        raise FormatError(f"a scale is a positive finite number, not {scale}")
+    return scale
+
+
+def _boundary(exponent: int, scale: float, inclusive: bool) -> tuple[int, int]:
+    """How many bins lie below ``|x| * scale == 2**exponent``, at least and at most; with the limit itself if inclusive.
+
+    The two differ by the bin in which the limit falls, and by the first and the last bin, which have no outer limit.
+    """
+    mantissa, scale_exponent = math.frexp(_checked(scale))
+    place = 2 * (exponent - (scale_exponent - 1) - LOWEST)
+    if mantissa == 0.5:
+        at_least = at_most = place + inclusive
+    else:
+        at_least, at_most = place - 1, place
+    return _within(at_least, 0, BINS - 1), _within(at_most, 1, BINS)
+
+
+def _within(place: int, first: int, last: int) -> int:
+    if place < 1:
+        return first
+    return place if place < BINS else last
+
+
+def _share(h: Histogram, sure: tuple[int, int], possible: tuple[int, int]) -> Bounds:
+    total = int(h.finite_nonzero)
+    if total == 0:
+        return Bounds(0.0, 0.0)
+    low, high = (int(h.counts[start:stop].sum()) / total for start, stop in (sure, possible))
+    return Bounds(low, high)
+
+
+def _overflows(magnitude: float, target: Format) -> bool:
+    """Whether a magnitude rounds to infinity or NaN: beyond half a step above the maximum, or at it if max is odd."""
+    limit = target.max + math.ldexp(target.epsilon, target.max_exponent - 1)
+    return magnitude > limit or (magnitude == limit and target.overflow == "inf")
+
+
+def _ldexp(number: float, exponent: int) -> float:
+    try:
+        return math.ldexp(number, exponent)
+    except OverflowError:
+        return math.inf
