@@ -14,6 +14,7 @@ that matters for underflow falls inside a bin.
 """
 
 import math
+from bisect import bisect_right
 from typing import Literal, NamedTuple
 
 from lightning_mixprec.errors import FormatError
@@ -84,14 +85,14 @@ def overflow_rate(h: Histogram, format: str, scale: float = 1.0, direction: Dire
     target = _format(h, format, direction)
     _, sure = _boundary(target.max_exponent + 1, scale, inclusive=False)
     possible, _ = _boundary(target.max_exponent, scale, inclusive=True)
-    counted, elements = int(h.counted), int(h.elements)
+    below, elements, already = h.cumulative, int(h.elements), int(h.infs) + int(h.nans)
+    counted = below[-1] + int(h.zeros) + already
     if counted == 0:
         return Bounds(0.0, 0.0)
-    already = int(h.infs + h.nans)
     if not _overflows(float(h.amax) * scale, target):
         return Bounds(already / counted, already / counted)
-    low = max((already + int(h.counts[sure:].sum())) / counted, 1 / elements)
-    return Bounds(low, max((already + int(h.counts[possible:].sum())) / counted, low))
+    low = max((already + below[-1] - below[sure]) / counted, 1 / elements)
+    return Bounds(low, max((already + below[-1] - below[possible]) / counted, low))
 
 
 def headroom(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> float:
@@ -114,10 +115,10 @@ def footroom(h: Histogram, format: str, scale: float = 1.0, direction: Direction
     """
     target = _format(h, format, direction)
     log2_scale = math.log2(_checked(scale))
-    occupied = h.counts.nonzero()
-    if not len(occupied):
+    if not h.cumulative[-1]:
         return math.inf
-    return int(occupied[0]) // 2 + LOWEST + log2_scale - math.log2(target.smallest_subnormal)
+    lowest = bisect_right(h.cumulative, 0) - 1
+    return lowest // 2 + LOWEST + log2_scale - math.log2(target.smallest_subnormal)
 
 
 def best_scale(h: Histogram, format: str, margin: int = 1, direction: Direction = "forward") -> float:
@@ -156,7 +157,7 @@ def log_normal_underflow(h: Histogram, format: str, scale: float = 1.0, directio
     """
     target = _format(h, format, direction)
     log2_limit = math.log2(target.smallest_subnormal) - 1 - math.log2(_checked(scale))
-    if not int(h.finite_nonzero):
+    if not h.cumulative[-1]:
         return 0.0
     distance, deviation = log2_limit - float(h.log2_mean), math.sqrt(float(h.log2_var))
     if deviation == 0:
@@ -200,10 +201,10 @@ def _within(place: int, first: int, last: int) -> int:
 
 
 def _share(h: Histogram, sure: tuple[int, int], possible: tuple[int, int]) -> Bounds:
-    total = int(h.finite_nonzero)
-    if total == 0:
+    below = h.cumulative
+    if below[-1] == 0:
         return Bounds(0.0, 0.0)
-    low, high = (int(h.counts[start:stop].sum()) / total for start, stop in (sure, possible))
+    low, high = (max(below[stop] - below[start], 0) / below[-1] for start, stop in (sure, possible))
     return Bounds(low, high)
 
 

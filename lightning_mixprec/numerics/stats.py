@@ -14,6 +14,7 @@ from a zero.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -99,6 +100,11 @@ class Histogram:
     def log2_var(self) -> Tensor:
         """Variance of ``log2|x|`` over the finite elements other than zero, fp64 [...]; NaN without any."""
         return (self.log2_square_sum / self.finite_nonzero - self.log2_mean.square()).clamp(min=0)
+
+    @cached_property
+    def cumulative(self) -> list[int]:
+        """Of one group: how many elements were counted in the bins before each, BINS + 1 integers; waits for a GPU."""
+        return [0, *self.counts.cumsum(-1).tolist()]
 
     def merge(self, other: "Histogram") -> "Histogram":
         """The histogram of both data together; exact except for rounding in the two sums of logarithms."""

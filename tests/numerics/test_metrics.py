@@ -252,12 +252,13 @@ SPECIAL = [
     ([math.inf], [math.inf], math.nan),
     ([math.nan], [1.0], math.nan),
     ([], [], math.nan),
+    ([1e200], [1e200], math.nan),  # whose square overflows
 ]
 
 
 @pytest.mark.parametrize(("reference", "approximation", "expected"), SPECIAL)
 def test_sqnr_where_it_is_no_number(reference, approximation, expected):
-    pair = torch.tensor(reference), torch.tensor(approximation)
+    pair = torch.tensor(reference, dtype=torch.float64), torch.tensor(approximation, dtype=torch.float64)
     assert updated(SQNR(), pair).compute().item() == pytest.approx(expected, nan_ok=True)
     assert sqnr_db(*pair).item() == pytest.approx(expected, nan_ok=True)
 
@@ -482,6 +483,7 @@ def test_what_torchmetrics_is_told():
         assert metric.higher_is_better is {SQNR: True, ExponentHistogram: None}.get(kind, False)
         bounds = (0.0, 1.0) if kind in RATES else (None, None)
         assert (metric.plot_lower_bound, metric.plot_upper_bound) == bounds
+        assert {state.dtype for state in metric.metric_state.values()} <= {torch.int64, torch.float64}
     assert not UnderflowRate(sync_on_compute=False).sync_on_compute
 
 

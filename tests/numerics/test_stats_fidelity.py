@@ -198,10 +198,10 @@ def test_only_moving_finite_elements_count():
 
 
 def test_parameters_are_taken_as_the_format_stores_them():
-    # 1.003 is stored as 1, from which 0.0035 is less than half a step of 2**-7 away; 1.0065 would be nearer to the next.
-    assert stagnation_rate(torch.tensor([1.003]), torch.tensor([0.0035]), "bf16").item() == 1
-    assert stagnation_rate(torch.tensor([1.003]), torch.tensor([0.0040]), "bf16").item() == 0
-    assert stagnation_rate(torch.tensor([1.007]), torch.tensor([-0.0038]), "bf16").item() == 1
+    # 1.003 is stored as 1 in bf16, below which numbers are twice as dense; 1.0075 as 1 + 2**-7, whose ties round away.
+    assert stagnation_rate(torch.tensor([1.003]), torch.tensor([-0.0015]), "bf16").item() == 1
+    assert stagnation_rate(torch.tensor([1.003]), torch.tensor([-0.0025]), "bf16").item() == 0
+    assert stagnation_rate(torch.tensor([1.0075]), torch.tensor([2.0**-8]), "bf16").item() == 0
 
 
 def test_an_update_too_large_for_the_format_is_none_that_is_lost():
