@@ -234,6 +234,13 @@ class PerLayerPrecision(Precision):
     def forward_context(self) -> contextlib.AbstractContextManager[None]:
         return self._formats.forward()
 
+    def reference_context(self) -> contextlib.AbstractContextManager[None]:
+        """Everything within computes in fp32 (what is to compute in fp64 does): what callbacks compare with.
+
+        For use between steps, as :meth:`set_policy`; afterwards the formats in force are the ones from before.
+        """
+        return self._formats.reference()
+
     @override
     def convert_input(self, data: Any) -> Any:
         """Casts a batch for a LightningModule whose own operations compute in fp64; others take it as it comes."""

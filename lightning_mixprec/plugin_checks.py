@@ -71,19 +71,19 @@ def check_lightning_module(module: nn.Module) -> pl.LightningModule:
     return module
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Raises for strategies and devices on which a policy could not be honoured."""
+def check_strategy(strategy: Strategy, who: str = "PerLayerPrecision") -> None:
+    """Raises for strategies and devices on which a policy could not be honoured, nor a step be replayed."""
     is_supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
         strategy, (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
     )
     if not is_supported:
         raise SupportError(
-            f"PerLayerPrecision does not support {type(strategy).__name__}; supported are the single-device and DDP "
+            f"{who} does not support {type(strategy).__name__}; supported are the single-device and DDP "
             "strategies (Trainer(strategy='auto', devices=1) or Trainer(strategy='ddp'))."
         )
     if strategy.root_device.type not in ("cpu", "cuda"):
         raise SupportError(
-            f"PerLayerPrecision does not support the device {str(strategy.root_device)!r}; supported are CPU and CUDA "
+            f"{who} does not support the device {str(strategy.root_device)!r}; supported are CPU and CUDA "
             "(Trainer(accelerator='cpu') or Trainer(accelerator='cuda'))."
         )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ import torch
 from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
 
@@ -99,6 +100,20 @@ class FormatsInForce:
         """Everything within computes in the formats in force."""
         return self._attachment.context() if self._attachment is not None else contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def reference(self) -> Generator[None, None, None]:
+        """Everything within computes in fp32, and in fp64 what is to compute in fp64; between steps."""
+        attachment, in_force = self._attachment, self._in_force
+        if attachment is None or in_force is None:
+            yield
+            return
+        attachment.change({name: widened(layer) for name, layer in in_force.items()})
+        try:
+            with self.forward():
+                yield
+        finally:
+            attachment.change(in_force)
+
     def train_step(self) -> contextlib.AbstractContextManager[None]:
         """A step of training."""
         return self._step("train")
@@ -148,3 +163,8 @@ class FormatsInForce:
         vars(copy).update(vars(self))
         copy._forget_run()
         return vars(copy)
+
+
+def widened(layer: LayerPrecision) -> LayerPrecision:
+    """What a layer computes in where everything is fp32; fp64 stays."""
+    return replace(layer, compute="fp64" if layer.compute == "fp64" else "fp32", output=None)

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.numerics.gradients import grads_of
 from lightning_mixprec.numerics.loss_scaling import LossScaling
@@ -30,8 +31,7 @@ class _Late(NamedTuple):
 
     optimizer: Optimizer
     batch: int
-    values: Tensor
-    arrived: torch.cuda.Event | None
+    outcome: Transfer
 
 
 @dataclass
@@ -114,7 +114,7 @@ class StepLedger:
         self._owed_holds = 0
         if isinstance(skipped, Tensor):
             self._tally(optimizer, tried=1, taken=1)
-            self._late.append(_send(optimizer, self._batch(), skipped, at_minimum))
+            self._late.append(_Late(optimizer, self._batch(), _send(skipped, at_minimum)))
             if self._is_last_step():
                 self.settle()
         else:
@@ -133,14 +133,12 @@ class StepLedger:
         self._settle(len(self._late))
 
     def _settle(self, count: int) -> None:
-        outcomes, self._late = self._late[:count], self._late[count:]
-        for outcome in outcomes:
-            if outcome.arrived is not None:
-                outcome.arrived.synchronize()
-            skipped, at_minimum = outcome.values.tolist()
+        arriving, self._late = self._late[:count], self._late[count:]
+        for late in arriving:
+            skipped, at_minimum = late.outcome.get()[0].tolist()
             if skipped:
-                self._tally(outcome.optimizer, taken=-1)
-            self._take_in(outcome.optimizer, bool(skipped), bool(skipped and at_minimum))
+                self._tally(late.optimizer, taken=-1)
+            self._take_in(late.optimizer, bool(skipped), bool(skipped and at_minimum))
 
     @property
     def skipped_steps(self) -> int:
@@ -285,17 +283,10 @@ class SchedulerGate:
         return {**vars(self), "_ledger": None}
 
 
-def _send(optimizer: Optimizer, batch: int, skipped: Tensor, at_minimum: bool | Tensor) -> _Late:
+def _send(skipped: Tensor, at_minimum: bool | Tensor) -> Transfer:
     if not isinstance(at_minimum, Tensor):
         at_minimum = torch.full_like(skipped, at_minimum)
-    both = torch.stack([skipped, at_minimum.to(skipped)])
-    if both.device.type != "cuda":
-        return _Late(optimizer, batch, both, None)
-    values = torch.empty(2, pin_memory=True)
-    values.copy_(both, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(both.device))
-    return _Late(optimizer, batch, values, arrived)
+    return Transfer([torch.stack([skipped, at_minimum.to(skipped)])])
 
 
 def _is_finite(grad: Tensor) -> bool:

@@ -16,6 +16,7 @@ from plugin_models import Call
 from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_mixprec import plugin_steps
+from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.numerics import scaling
 
 FUSED = partial(SGD, fused=True)
@@ -186,20 +187,16 @@ def test_a_checkpoint_written_while_an_outcome_is_on_its_way_resumes_right(value
     assert rate(trainers[1]) == rate(trainers[0])
 
 
-class Arrival:
-    """An event of the device that writes down when it is waited for."""
-
-    def __init__(self, diary):
-        self.diary = diary
-
-    def synchronize(self):
-        self.diary.append("wait")
-
-
 @pytest.mark.usefixtures("late")
 def test_the_host_asks_about_the_last_step_when_the_device_has_its_next_work(monkeypatch):
-    diary, send = [], plugin_steps._send
-    monkeypatch.setattr(plugin_steps, "_send", lambda *args: send(*args)._replace(arrived=Arrival(diary)))
+    diary = []
+
+    class Noted(Transfer):
+        def get(self):
+            diary.append("wait")
+            return super().get()
+
+    monkeypatch.setattr(plugin_steps, "Transfer", Noted)
 
     class Diarist(Line):
         def on_after_backward(self):

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections import UserDict, UserList
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,6 +97,15 @@ def first_floating(value: Any) -> Tensor | None:
         if found is not None:
             return found
     return None
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in _items(value):
+            yield from tensors_in(item)
 
 
 def holds_dtype(value: Any, dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from lightning_mixprec.policy.folding import Row, fold
@@ -40,7 +40,7 @@ def render(assignment: "Assignment", *, rich: bool = False, width: int | None = 
     is_wide = width is None or width >= _LEAST_TERMINAL
     if rich and is_wide and (drawn := _draw(cells, notes, width)) is not None:
         return drawn
-    return "\n".join([*_align([_COLUMNS, *cells]), *notes])
+    return "\n".join([*align([_COLUMNS, *cells], right=["parameters"]), *notes])
 
 
 def show(assignment: "Assignment", title: str | None = None, file: TextIO | None = None) -> None:
@@ -61,13 +61,22 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.name, row.type_name, parameters, row.formats, _shortened(row.rule, _MAX_RULE_WIDTH))
 
 
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align(rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> list[str]:
+    """Lines of text with the cells of each column below each other.
+
+    Args:
+        rows: Cells; the first row holds the columns' names.
+        right: Names of the columns whose cells are moved to the right.
+
+    >>> align([["layer", "bits"], ["head", "3"]], right=["bits"])
+    ['layer  bits', 'head      3']
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [
-            cell.rjust(width) if name == "parameters" else cell.ljust(width)
-            for name, cell, width in zip(_COLUMNS, row, widths, strict=True)
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(rows[0], row, widths, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
