@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
             if device.type == "cuda":
                 # Operations may have run on other streams than the current one.
                 torch.cuda.synchronize(device)
-        with self.paused():
+        with self.paused(), torch._C._DisableAutocast():
             for group in pending.values():
                 stacked = torch.stack([value.stats for value in group if value.stats is not None]).tolist()
                 for value, (infs, nans, amin, amax) in zip(group, stacked, strict=True):
@@ -278,14 +278,16 @@ def _covers(tensor: Tensor) -> bool:
 @torch.no_grad()
 def _stats(tensor: Tensor) -> Tensor:
     """Whether it holds infinities, whether NaNs, the smallest and the largest finite magnitude; on its device."""
-    tensor = tensor.detach()
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0:
-            tensor = tensor.narrow(dim, 0, 1)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    magnitude = (tensor.float() if tensor.itemsize == 1 else tensor).abs()
-    infs, nans = magnitude.isinf().any(), magnitude.isnan().any()
-    amin = magnitude.nan_to_num_(nan=math.inf, posinf=math.inf).amin()
-    amax = magnitude.nan_to_num_(nan=0.0, posinf=0.0).amax()
-    return torch.stack((infs.to(amax.dtype), nans.to(amax.dtype), amin, amax))
+    # Autocast refuses to stack what is in its other 16-bit format.
+    with torch._C._DisableAutocast():
+        tensor = tensor.detach()
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0:
+                tensor = tensor.narrow(dim, 0, 1)
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
+        magnitude = (tensor.float() if tensor.itemsize == 1 else tensor).abs()
+        infs, nans = magnitude.isinf().any(), magnitude.isnan().any()
+        amin = magnitude.nan_to_num_(nan=math.inf, posinf=math.inf).amin()
+        amax = magnitude.nan_to_num_(nan=0.0, posinf=0.0).amax()
+        return torch.stack((infs.to(amax.dtype), nans.to(amax.dtype), amin, amax))

@@ -59,6 +59,8 @@ class Origin:
         input_amax: the largest finite magnitude among its inputs; for a cast, the number that did not fit.
         occurrence: how many operations of this layer, direction and name ran before it; casts come and go with the
             format, so this finds the same operation in another format's trace unless it is a cast itself.
+        reader: the layer of the first operation that read what it made, None if none did. A gradient that is cast goes
+            to the layer whose output was cast in forward: that layer's format is what the gradient has to fit.
         is_leaf: whether the operation is not at fault: a number it was given (a weight, buffer or batch, or an argument
             like ``-inf``) was not finite.
         frames: the last operations up to and including it, and a few that follow.
@@ -70,6 +72,7 @@ class Origin:
     format: str
     input_amax: float
     occurrence: int
+    reader: str | None
     is_leaf: bool
     frames: tuple[Frame, ...]
 
@@ -160,7 +163,7 @@ class Trace:
         origin, calls = values[found], self._recorder.calls
         call = origin.call or _first_reader(found, values, calls)
         if call is None:
-            return Origin("", "forward", "", _format(origin), origin.amax, 0, True, ())
+            return Origin("", "forward", "", _format(origin), origin.amax, 0, None, True, ())
         first = max(call.index + 1 - self._keep_frames, 0)
         shown = calls[first : call.index + 1 + _FRAMES_AFTER]
         return Origin(
@@ -168,6 +171,7 @@ class Trace:
             format=_format(origin),
             input_amax=max((values[place].amax for place in call.inputs), default=0.0),
             occurrence=sum(_key(each) == _key(call) for each in calls[: call.index]),
+            reader=reader.layer if (reader := _first_reader(found, values, calls)) is not None else None,
             is_leaf=is_given(origin),
             frames=tuple(_frame(each, values) for each in shown),
         )
@@ -178,7 +182,7 @@ def _key(call: Call) -> tuple[str, Direction, str]:
 
 
 def _first_reader(found: int, values: Sequence[Value], calls: Iterable[Call]) -> Call | None:
-    """The first operation that read a value that none made, or a part of it."""
+    """The first operation that read a value, or a part of it."""
     ways = {found, *(place for place, value in enumerate(values) if value.call is None and found in value.inputs)}
     return next((call for call in calls if not ways.isdisjoint(call.inputs)), None)
 
