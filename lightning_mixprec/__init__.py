@@ -11,17 +11,30 @@
 >>> trainer = pl.Trainer(accelerator="cpu", plugins=plugin, logger=False, barebones=True)
 """
 
+from lightning_mixprec.callbacks.diagnose import diagnose
+from lightning_mixprec.callbacks.fidelity import FidelityMonitor
+from lightning_mixprec.callbacks.overflow import OverflowMonitor
+from lightning_mixprec.callbacks.underflow import UnderflowMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.loss_scaling import LossScaling
+from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SQNR",
+    "ExponentHistogram",
+    "FidelityMonitor",
     "LossScaling",
     "MixPrecError",
+    "OverflowMonitor",
+    "OverflowRate",
     "PerLayerPrecision",
     "PrecisionPolicy",
     "Rule",
+    "UnderflowMonitor",
+    "UnderflowRate",
+    "diagnose",
 ]

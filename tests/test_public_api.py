@@ -10,11 +10,25 @@ import pytest
 
 import lightning_mixprec
 
-PUBLIC = ["LossScaling", "MixPrecError", "PerLayerPrecision", "PrecisionPolicy", "Rule"]
+CLASSES = [
+    "ExponentHistogram",
+    "FidelityMonitor",
+    "LossScaling",
+    "MixPrecError",
+    "OverflowMonitor",
+    "OverflowRate",
+    "PerLayerPrecision",
+    "PrecisionPolicy",
+    "Rule",
+    "SQNR",
+    "UnderflowMonitor",
+    "UnderflowRate",
+]
+PUBLIC = [*CLASSES, "diagnose"]
 
 
 def test_all_is_the_documented_list():
-    assert sorted(lightning_mixprec.__all__) == PUBLIC
+    assert sorted(lightning_mixprec.__all__) == sorted(PUBLIC)
 
 
 def test_nothing_else_is_public():
@@ -22,7 +36,14 @@ def test_nothing_else_is_public():
     assert {name for name in found if not name.startswith("_")} == set(PUBLIC)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+def test_diagnose_is_a_documented_function():
+    assert inspect.isfunction(lightning_mixprec.diagnose)
+    parameters = inspect.signature(lightning_mixprec.diagnose).parameters
+    assert list(parameters) == ["module", "batch", "policy", "loss_scale", "batch_idx"]
+    assert all(f"{name}:" in lightning_mixprec.diagnose.__doc__ for name in parameters)
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_each_name_is_a_documented_class_of_this_package(name):
     value = getattr(lightning_mixprec, name)
     assert inspect.isclass(value)
@@ -32,7 +53,7 @@ def test_each_name_is_a_documented_class_of_this_package(name):
     assert not value.__doc__.startswith(f"{name}(")
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", CLASSES)
 def test_public_methods_are_documented(name):
     for attribute, value in vars(getattr(lightning_mixprec, name)).items():
         if callable(value) and not attribute.startswith("_"):

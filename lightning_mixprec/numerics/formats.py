@@ -13,6 +13,7 @@ else follows and is derived.
 import difflib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -51,33 +52,33 @@ class Format:
         """Whether a number takes 16 bits or fewer."""
         return self.bits <= 16
 
-    @property
+    @cached_property
     def max_exponent(self) -> int:
         """Exponent of the largest finite number: it lies in ``[2**max_exponent, 2**(max_exponent + 1))``."""
         return self._bias if self.overflow == "inf" else self._bias + 1
 
-    @property
+    @cached_property
     def min_exponent(self) -> int:
         """Exponent of the smallest normal number."""
         return 1 - self._bias
 
-    @property
+    @cached_property
     def max(self) -> float:
         """Largest finite number."""
         codes_lost_to_nan = 0 if self.overflow == "inf" else 1
         return math.ldexp(2.0 - (1 + codes_lost_to_nan) * self.epsilon, self.max_exponent)
 
-    @property
+    @cached_property
     def smallest_normal(self) -> float:
         """Smallest positive number with full precision."""
         return math.ldexp(1.0, self.min_exponent)
 
-    @property
+    @cached_property
     def smallest_subnormal(self) -> float:
         """Smallest positive number; its half and all below round to zero."""
         return math.ldexp(1.0, self.min_exponent - self.mantissa_bits)
 
-    @property
+    @cached_property
     def epsilon(self) -> float:
         """Distance from 1 to the next larger number."""
         return math.ldexp(1.0, -self.mantissa_bits)
@@ -103,7 +104,7 @@ class Format:
             self.overflow == "inf" and self.mantissa_bits >= other.mantissa_bits and self.max >= other.max
         )
 
-    @property
+    @cached_property
     def _bias(self) -> int:
         return int(2 ** (self.exponent_bits - 1)) - 1
 

@@ -1,0 +1,203 @@
+"""In which formats a step computes, whichever plugin decides, and how to compute it in fp32 instead."""
+
+import contextlib
+from collections.abc import Generator
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_mixprec.engine.apply import attach
+from lightning_mixprec.errors import SupportError
+from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin_checks import check_strategy
+from lightning_mixprec.plugin_formats import widened
+from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
+
+_STOCK = {"16": "fp16", "bf16": "bf16", "32": "fp32", "64": "fp64"}
+
+
+class Formats(Protocol):
+    """What a replay has to know about formats."""
+
+    widens: bool
+    """Whether 16-bit weights and inputs have to be cast to fp32 for the reference."""
+
+    def of(self, layer: str) -> str:
+        """The format that a layer computes in."""
+
+    def low(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes as the run does."""
+
+    def reference(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes in fp32; fp64 stays."""
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The present loss scale; on the device, where it may change with the next update. Never waits."""
+
+
+class PluginFormats:
+    """The formats of a run under :class:`PerLayerPrecision`."""
+
+    widens = False
+
+    def __init__(self, plugin: PerLayerPrecision) -> None:
+        self._plugin = plugin
+
+    def of(self, layer: str) -> str:
+        """The format that a layer computes in."""
+        assignment = self._plugin.assignment
+        assert assignment is not None
+        return assignment[layer].compute
+
+    @property
+    def in_use(self) -> frozenset[str]:
+        """The formats that some layer computes in."""
+        assignment = self._plugin.assignment
+        return frozenset() if assignment is None else assignment.compute_formats
+
+    def low(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes as the run does."""
+        return self._plugin.forward_context()
+
+    def reference(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes in fp32; fp64 stays."""
+        return self._plugin.reference_context()
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The present loss scale."""
+        return self._plugin.scaler.present_scale if self._plugin.scaler.is_active else 1.0
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether a step with non-finite gradients is skipped."""
+        return self._plugin.scaler.is_active or self._plugin.scaler.guards
+
+    def found_inf(self, optimizer: Optimizer) -> Tensor | None:
+        """The flag of non-finite gradients, while a step is prepared."""
+        return self._plugin.scaler.found_inf(optimizer)
+
+
+class StockFormats:
+    """The formats of a run under one of Lightning's own plugins: one for all layers."""
+
+    def __init__(self, plugin: Precision, device: torch.device) -> None:
+        self._plugin, self._device = plugin, device
+        self._format = _STOCK[str(plugin.precision).partition("-")[0]]
+        self.widens = isinstance(plugin, HalfPrecision)
+
+    def of(self, layer: str) -> str:
+        """The format that all layers compute in."""
+        return self._format
+
+    @property
+    def in_use(self) -> frozenset[str]:
+        """The formats that some layer computes in."""
+        return frozenset([self._format])
+
+    def low(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes as the run does."""
+        return self._plugin.forward_context()
+
+    def reference(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes in fp32; fp64 stays."""
+        if self._format == "fp64":
+            return self._plugin.forward_context()
+        return torch.autocast(self._device.type, enabled=False)
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The present loss scale."""
+        scaler = self._scaler
+        if scaler is None or not scaler.is_enabled():
+            return 1.0
+        return scaler._scale if scaler._scale is not None else float(scaler._init_scale)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether a step with non-finite gradients is skipped."""
+        return self._scaler is not None
+
+    def found_inf(self, optimizer: Optimizer) -> Tensor | None:
+        """The flag of non-finite gradients, while a step is prepared; None if the optimizer finds it itself (fused)."""
+        states = self._scaler._per_optimizer_states if self._scaler is not None else {}
+        flags = states[id(optimizer)]["found_inf_per_device"] if id(optimizer) in states else {}
+        return next(iter(flags.values()), None)
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self._plugin, "scaler", None)
+
+
+class PolicyFormats:
+    """The formats that a policy gives to a model without a Trainer.
+
+    Args:
+        model: The model; it is given its formats inside :meth:`low` and :meth:`reference` alone.
+        policy: The policy.
+        device: The device it is on.
+        scale: The loss scale, where the policy has a layer compute in fp16; elsewhere it is 1.
+    """
+
+    widens = False
+
+    def __init__(self, model: torch.nn.Module, policy: Any, device: torch.device, scale: float) -> None:
+        self._model, self._device = model, device
+        resolved: PrecisionPolicy = as_policy(policy)
+        self._assignment = resolved.resolve(model)
+        self.scale: float | Tensor = scale if "fp16" in self._assignment.compute_formats else 1.0
+
+    def of(self, layer: str) -> str:
+        """The format that a layer computes in."""
+        return self._assignment[layer].compute
+
+    @contextlib.contextmanager
+    def low(self) -> Generator[None, None, None]:
+        """Everything within computes as the policy says."""
+        attachment = attach(self._model, self._assignment, self._device.type)
+        try:
+            with attachment.context():
+                yield
+        finally:
+            attachment.detach()
+
+    @contextlib.contextmanager
+    def reference(self) -> Generator[None, None, None]:
+        """Everything within computes in fp32; fp64 stays."""
+        wide = {name: widened(layer) for name, layer in self._assignment.items()}
+        attachment = attach(self._model, wide, self._device.type)
+        try:
+            with attachment.context():
+                yield
+        finally:
+            attachment.detach()
+
+
+RunFormats = PluginFormats | StockFormats
+
+
+def formats_of(trainer: pl.Trainer, who: str) -> RunFormats:
+    """The formats of a run.
+
+    Args:
+        trainer: The Trainer.
+        who: Whom an error is to name.
+
+    Raises:
+        SupportError: The steps of the Trainer's strategy or precision plugin cannot be replayed.
+    """
+    check_strategy(trainer.strategy, who)
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, PerLayerPrecision):
+        return PluginFormats(plugin)
+    if type(plugin) is Precision or isinstance(plugin, (MixedPrecision, HalfPrecision, DoublePrecision)):
+        return StockFormats(plugin, trainer.strategy.root_device)
+    raise SupportError(
+        f"{who} does not know the precision plugin {type(plugin).__name__}; it works with PerLayerPrecision and "
+        "with Trainer(precision='16-mixed', 'bf16-mixed', '16-true', 'bf16-true', '32-true' or '64-true')"
+    )

@@ -1,0 +1,73 @@
+"""The file of a run's per-layer rows: one JSON object a line, in the run's log directory.
+
+Every row has ``"monitor"`` (``"overflow"``, ``"underflow"`` or ``"fidelity"``), ``"step"`` (optimizer steps taken),
+``"epoch"`` and ``"batch_idx"``; the rest is described by the monitor that writes it. A number that is not finite is
+null. Lines are appended, so a resumed run goes on in the same file; a line that a crash cut short is closed first.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+FILE_NAME = "mixprec.jsonl"
+
+
+class Journal:
+    """Rows on their way to a file.
+
+    A file that cannot be written costs one warning and nothing else.
+
+    Args:
+        folder: The run's log directory; None for nowhere.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self.path = self.folder / FILE_NAME if self.folder is not None else None
+        self._lines: list[str] = []
+
+    def write(self, **row: Any) -> None:
+        """Adds a row; it is in the file after :meth:`flush`."""
+        if self.path is not None:
+            self._lines.append(json.dumps(plain(row), allow_nan=False))
+
+    def flush(self) -> None:
+        """Appends the rows to the file, all in one write."""
+        if self.path is None or not self._lines:
+            return
+        text = "".join(line + "\n" for line in self._lines)
+        self._lines = []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            opening = "" if _ends_whole(self.path) else "\n"
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(opening + text)
+        except OSError as error:
+            rank_zero_warn(f"{self.path} cannot be written ({error}); the run goes on without per-layer rows.")
+            self.path = None
+
+
+def plain(value: Any) -> Any:
+    """A value of JSON's types; numbers that are not finite become None.
+
+    >>> plain({"a": float("inf"), "b": (1, 2.5)})
+    {'a': None, 'b': [1, 2.5]}
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def _ends_whole(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"

@@ -1,0 +1,199 @@
+"""What the monitors share: when they look, what they log, where they write, and how they survive a resume."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_mixprec.callbacks.formats import RunFormats, formats_of
+from lightning_mixprec.callbacks.journal import Journal
+from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.policy.table import align
+
+ROWS = 10
+"""How many layers a summary shows."""
+
+_NAMED = 4
+
+
+class Monitor(pl.Callback):
+    """Base of the callbacks that watch.
+
+    A subclass names its logged keys in ``_KEYS`` and the attributes that a checkpoint keeps in ``_STATE``; these hold
+    plain types alone.
+    """
+
+    _NAME: ClassVar[str]
+    _KEYS: ClassVar[tuple[str, ...]]
+    _STATE: ClassVar[tuple[str, ...]]
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = dict.fromkeys(self._KEYS, math.nan)
+        self._warned: list[str] = []
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self._formats: RunFormats | None = None
+        self._journal = Journal(None)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks that the run can be monitored, before it starts.
+
+        Raises:
+            SupportError: The run's precision plugin is not known.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._forget_run()
+        self._formats = formats_of(trainer, type(self).__name__)
+        folder = trainer.log_dir
+        self._journal = Journal(folder if trainer.is_global_zero and not _is_quiet(trainer) else None)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._journal.flush()
+        self._forget_run()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._journal.flush()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._journal.flush()
+        if trainer.is_global_zero and not _is_quiet(trainer):
+            title, rows = self._summary()
+            print("\n".join([f"{type(self).__name__}: {title}", *(align(rows, right=rows[0][1:]) if rows else ())]))
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._show(trainer, {key: value for key, value in self._values.items() if not math.isnan(value)})
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._show(trainer, self._values)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._show(trainer, self._values)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        names = ("_values", "_warned", *self._STATE)
+        return {"version": 1, **{name.lstrip("_"): _plain_copy(getattr(self, name)) for name in names}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != 1:
+            raise MixPrecError(
+                f"The checkpoint's {type(self).__name__} state has version {state_dict.get('version')!r}, this release "
+                "of lightning_mixprec reads version 1; upgrade lightning_mixprec, or resume without the callback."
+            )
+        for name in ("_values", "_warned", *self._STATE):
+            setattr(self, name, _plain_copy(state_dict[name.lstrip("_")]))
+
+    def _summary(self) -> tuple[str, list[list[str]]]:
+        """What is printed when fit ends: a line, and a table that may be empty."""
+        raise NotImplementedError
+
+    def _log(self, trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+        """Takes over new values; they reach ``callback_metrics`` now and the loggers when Lightning logs."""
+        changed = {key: value for key, value in values.items() if self._values[key] != value}
+        if changed:
+            self._values.update(changed)
+            self._show(trainer, changed)
+
+    def _show(self, trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+        trainer._logger_connector._callback_metrics.update(
+            {f"mixprec/{key}": torch.tensor(value) for key, value in values.items()}
+        )
+
+    def _send_to_loggers(self, trainer: pl.Trainer) -> None:
+        """Sends the values of all monitors when Lightning logs; the last monitor does it, so that they are one row."""
+        if not trainer.loggers or not trainer._logger_connector.should_update_logs:
+            return
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [each for each in callbacks if isinstance(each, Monitor)]
+        if monitors[-1] is not self:
+            return
+        metrics = {f"mixprec/{key}": value for each in monitors for key, value in each._values.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _write(self, place: Mapping[str, int], **row: Any) -> None:
+        """Writes a row; the place says which step it is about: step, epoch and batch_idx."""
+        self._journal.write(monitor=self._NAME, **place, **row)
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.append(key)
+            rank_zero_warn(message)
+
+    def _not_warned_of(self, key: str, layers: list[str]) -> Iterator[tuple[str, str]]:
+        """The first of the layers that were not warned of yet, and words for the others; nothing if there are none."""
+        new = [layer for layer in layers if f"{key} {layer}" not in self._warned]
+        self._warned += [f"{key} {layer}" for layer in new]
+        if new:
+            named = ", ".join(map(repr, new[1:_NAMED])) + (", ..." if len(new) > _NAMED else "")
+            yield new[0], f" (too much in {len(new) - 1} more: {named})" if new[1:] else ""
+
+
+def _is_quiet(trainer: pl.Trainer) -> bool:
+    """Whether a run is to leave neither files nor lines: a trial of a few batches, or one measured bare."""
+    return trainer.barebones or bool(getattr(trainer, "fast_dev_run", False))
+
+
+def check_count(owner: str, name: str, value: object) -> int:
+    """A positive integer, or one line that says what came.
+
+    Raises:
+        MixPrecError: It is something else.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise MixPrecError(f"{owner}({name}=...) is {value!r}; it has to be a positive integer.")
+    return value
+
+
+def check_share(owner: str, name: str, value: object) -> float:
+    """A number from 0 to 1, or one line that says what came.
+
+    Raises:
+        MixPrecError: It is something else.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise MixPrecError(f"{owner}({name}=...) is {value!r}; it has to be a number from 0 to 1.")
+    return float(value)
+
+
+def _plain_copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_copy(item) for key, item in value.items()}
+    return [_plain_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def policy_hint(layer: str, format: str) -> str:
+    """How to write it in a policy that a layer computes in a format.
+
+    >>> policy_hint("model.head", "bf16")
+    "for example policy={'default': ..., 'model.head': 'bf16'}"
+    """
+    if layer:
+        return f"for example policy={{'default': ..., {layer!r}: {format!r}}}"
+    return f"for example a rule {{layers: '', compute: {format}, recurse: false}}"
+
+
+def written(value: float | None, spec: str) -> str:
+    """A number for a table; a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else format(value, spec)
+
+
+def takes_iterator(trainer: pl.Trainer) -> bool:
+    """Whether the training_step takes an iterator over batches, so that nobody else sees them."""
+    return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"

@@ -1,0 +1,284 @@
+"""``OverflowMonitor``: overflows, the loss scale and skipped steps, and which layer is to blame."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mixprec.callbacks import ranks
+from lightning_mixprec.callbacks.diagnosis import Diagnosis, Judge
+from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome, RandomUse, received
+from lightning_mixprec.callbacks.monitor import ROWS, Monitor, check_count, takes_iterator, written
+from lightning_mixprec.callbacks.replay import StepReplay
+from lightning_mixprec.callbacks.saved import save_batch
+from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.numerics.drawing import draw_steps
+from lightning_mixprec.plugin import PerLayerPrecision
+
+_MOST_SCALES = 1000
+
+
+class OverflowMonitor(Monitor):
+    """Counts overflows and skipped steps, and says of each which layer did it and whether precision is to blame.
+
+    When a step is skipped or its loss is not finite, the step is replayed on copies of the weights, in the run's
+    formats and in fp32, and the first operation that made a finite number non-finite is traced to its layer. Nothing of
+    the run is touched. Works with any precision plugin of Lightning and with ``PerLayerPrecision``.
+
+    Logs ``mixprec/loss_scale``, ``mixprec/overflow_rate`` (share of the last ``window`` optimizer steps) and
+    ``mixprec/skipped_steps``. Rows of the JSONL file: an event each, with its ``frames``, the operations around it.
+
+    In manual optimization the step is replayed after all of its optimizers stepped, so a culprit is looked for with
+    weights that another optimizer may have moved. A ``training_step`` that writes to the tensors of its batch is
+    replayed on what it made of them. On CUDA, a run that is not guarded (stock bf16 and fp32) has NaN
+    weights before its loss can be read, and the verdict says so; ``PerLayerPrecision`` guards every format.
+
+    Args:
+        save_batch: Write the batch and the random numbers of each diagnosed step to a file beside the JSONL file, which
+            :func:`lightning_mixprec.diagnose` reads. ``"scale"`` verdicts are not saved.
+        window: Optimizer steps that the overflow rate looks back on.
+        max_diagnoses: Failed steps that are replayed in a run; later ones are only counted.
+
+    Attributes:
+        events: One plain dict per diagnosed overflow: ``step`` (optimizer steps taken before), ``epoch``,
+            ``batch_idx``, ``layer`` (``""`` is the LightningModule's own operations; None for "scale" and "data"),
+            ``direction``, ``verdict`` (``"precision"``, ``"scale"``, ``"data"`` or ``"model"``), ``op``, ``format``,
+            ``value``, ``fits``, ``loss_scale``, ``smaller_scale``, ``detail``, ``message``.
+        skipped_steps: Optimizer steps that were skipped. A fused optimizer under Lightning's own fp16 plugin skips by
+            itself, which shows in the loss scale alone: one step for each time it falls.
+        reasons: How many failed steps had each verdict; ``"unknown"`` for those that were not replayed or whose replay
+            was finite.
+
+    Raises:
+        MixPrecError: An argument is malformed.
+    """
+
+    _NAME = "overflow"
+    _KEYS = ("loss_scale", "overflow_rate", "skipped_steps")
+    _STATE = ("events", "skipped_steps", "reasons", "_recent", "_steps", "_last_step", "_diagnoses", "_scales")
+
+    def __init__(self, save_batch: bool = False, window: int = 100, max_diagnoses: int = 20) -> None:
+        if not isinstance(save_batch, bool):
+            raise MixPrecError(f"OverflowMonitor(save_batch=...) is {save_batch!r}; it has to be True or False.")
+        self.save_batch = save_batch
+        self.window = check_count("OverflowMonitor", "window", window)
+        self.max_diagnoses = check_count("OverflowMonitor", "max_diagnoses", max_diagnoses)
+        self.events: list[dict[str, Any]] = []
+        self.skipped_steps = 0
+        self.reasons: dict[str, int] = {}
+        self._recent: list[int] = []
+        self._scales: list[list[float]] = []
+        self._steps = 0
+        self._last_step = 0
+        self._diagnoses = 0
+        super().__init__()
+
+    @override
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._trainer: pl.Trainer | None = None
+        self._evidence: Evidence | None = None
+        self._random_use: RandomUse | None = None
+        self._late: tuple[Evidence, Transfer] | None = None
+        self._outcome: Outcome | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._trainer = trainer
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._formats is not None
+        if self._evidence is None:
+            self._evidence = Evidence(self._formats, pl_module.device, pl_module.automatic_optimization)
+        if self._random_use is None:
+            self._random_use = RandomUse(pl_module.device)
+        self._evidence.add_batch(batch, batch_idx, self._random_use.begin())
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._evidence is not None:
+            self._evidence.add_loss(loss)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        evidence = self._evidence
+        if evidence is None:
+            return
+        evidence.add_step(optimizer, trainer.global_step)
+        if not pl_module.automatic_optimization:
+            return
+        # The device has this step's work by now: waiting for the last one's outcome leaves it no gap.
+        self._settle()
+        if evidence.is_known_before_step:
+            self._outcome = evidence.read()
+            self._look_into(evidence, self._outcome)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._random_use is not None:
+            self._random_use.end()
+        evidence = self._evidence
+        if evidence is not None and evidence.steps:
+            self._evidence = None
+            self._settle()
+            if self._outcome is not None:
+                self._count(evidence, self._outcome)
+            elif evidence.is_late:
+                self._late = (evidence, evidence.send())
+            else:
+                outcome = evidence.read()
+                self._look_into(evidence, outcome)
+                self._count(evidence, outcome)
+            self._outcome = None
+        self._send_to_loggers(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
+        super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
+        super().on_train_end(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return super().state_dict()
+
+    def _settle(self) -> None:
+        """Takes in the outcome that is still on its way."""
+        if self._late is not None:
+            (evidence, transfer), self._late = self._late, None
+            outcome = received(transfer)
+            self._look_into(evidence, outcome)
+            self._count(evidence, outcome)
+
+    def _count(self, evidence: Evidence, outcome: Outcome) -> None:
+        assert self._trainer is not None
+        self.skipped_steps += outcome.skipped
+        self._steps += evidence.steps
+        bad = max(outcome.skipped, int(outcome.loss_is_bad))
+        self._recent = [*self._recent, *[1] * bad, *[0] * (evidence.steps - bad)][-self.window :]
+        if not self._scales or self._scales[-1][1] != outcome.scale:
+            self._scales = [*self._scales, [float(evidence.step), outcome.scale]][-_MOST_SCALES:]
+        self._last_step = evidence.step
+        rate = sum(self._recent) / len(self._recent)
+        self._log(
+            self._trainer,
+            {"loss_scale": outcome.scale, "overflow_rate": rate, "skipped_steps": float(self.skipped_steps)},
+        )
+
+    def _look_into(self, evidence: Evidence, outcome: Outcome) -> None:
+        """Finds out why a step failed, if it did."""
+        trainer = self._trainer
+        if not outcome.is_bad or trainer is None:
+            return
+        found, verdict = None, "unknown"
+        if self._diagnoses < self.max_diagnoses and not takes_iterator(trainer):
+            self._diagnoses += 1
+            found = self._diagnosed(trainer, evidence, outcome.scale)
+        if found is not None:
+            verdict = found["verdict"]
+        self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
+        self._journal.flush()
+
+    def _diagnosed(self, trainer: pl.Trainer, evidence: Evidence, scale: float) -> dict[str, Any] | None:
+        """The event of the latest batch that a layer, the data or the model spoiled; else of one that the scale did."""
+        replay = StepReplay(trainer.lightning_module, evidence.formats, evidence.device)
+        found: tuple[int, KeptBatch, Diagnosis] | None = None
+        for kept in reversed(evidence.batches):
+            judge = Judge(replay, kept.batch, kept.batch_idx, scale, kept.random)
+            if found is not None and judge.is_finite_at(found[2].smaller_scale or scale):
+                continue
+            rank, diagnosis = ranks.first_found(judge.judge())
+            if judge.problem is not None:
+                where = self._where(trainer, evidence.step, kept)
+                self._journal.write(monitor=self._NAME, **where, problem=judge.problem)
+                self._warn_once("problem", f"step {evidence.step} failed and could not be replayed ({judge.problem}).")
+            if diagnosis is not None and (found is None or diagnosis.verdict != "scale"):
+                found = rank, kept, diagnosis
+                if diagnosis.verdict != "scale":
+                    break
+        return None if found is None else self._event(trainer, evidence.step, *found)
+
+    def _event(
+        self, trainer: pl.Trainer, step: int, rank: int, kept: KeptBatch, diagnosis: Diagnosis
+    ) -> dict[str, Any]:
+        event = {**self._where(trainer, step, kept), **diagnosis.to_dict()}
+        if ranks.are_many():
+            event["rank"] = rank
+        saved = self._save(trainer, kept, event) if rank == trainer.global_rank else None
+        self._tell(event, diagnosis, saved)
+        return event
+
+    def _where(self, trainer: pl.Trainer, step: int, kept: KeptBatch) -> dict[str, int]:
+        return {"step": step, "epoch": trainer.current_epoch, "batch_idx": kept.batch_idx}
+
+    def _tell(self, event: dict[str, Any], diagnosis: Diagnosis, saved: Path | None) -> None:
+        self.events.append(event)
+        self._journal.write(monitor=self._NAME, **event, frames=[frame.to_dict() for frame in diagnosis.frames])
+        if diagnosis.verdict == "scale":
+            return
+        replay = f" Replay it with lightning_mixprec.diagnose(model, {str(saved)!r})." if saved is not None else ""
+        key = f"{diagnosis.verdict} {diagnosis.layer} {diagnosis.direction}"
+        self._warn_once(key, f"step {event['step']}, batch {event['batch_idx']}: {diagnosis.message}.{replay}")
+
+    def _save(self, trainer: pl.Trainer, kept: KeptBatch, event: dict[str, Any]) -> Path | None:
+        if not self.save_batch or event["verdict"] == "scale" or self._journal.folder is None:
+            return None
+        path = self._journal.folder / f"overflow-step{event['step']}-batch{event['batch_idx']}.pt"
+        return save_batch(path, kept, event, self._policy(trainer))
+
+    def _policy(self, trainer: pl.Trainer) -> dict[str, Any] | str:
+        plugin = trainer.precision_plugin
+        assert self._formats is not None
+        if isinstance(plugin, PerLayerPrecision) and plugin.policy is not None:
+            return plugin.policy.to_dict()
+        return self._formats.of("")
+
+    @override
+    def _summary(self) -> tuple[str, list[list[str]]]:
+        if not self._steps:
+            return "no optimizer step was taken", []
+        counts = ", ".join(f"{verdict} {count}" for verdict, count in sorted(self.reasons.items()))
+        title = f"{self.skipped_steps} of {self._steps} optimizer steps skipped{f' ({counts})' if counts else ''}"
+        title += f", loss scale {self._scales[-1][1]:g} at the end"
+        accused = [event for event in self.events if event["verdict"] != "scale"]
+        if not accused:
+            return title, []
+        rows = [["layer", "step", "verdict", "direction", "operation", "format", "value", "fits"]]
+        for event in accused[-ROWS:]:
+            cells = (event["step"], event["verdict"], event["direction"], event["op"], event["format"])
+            name = "-" if event["layer"] is None else event["layer"] or '""'
+            shown = ["-" if cell is None else str(cell) for cell in cells]
+            rows.append([name, *shown, written(event["value"], ".3g"), event["fits"] or "-"])
+        return title, rows
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the loss scale over the optimizer steps, and where a step failed.
+
+        Args:
+            ax: Axes of matplotlib to draw on; None for new ones.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            SupportError: matplotlib is not installed.
+        """
+        marks = [(event["step"], event["verdict"]) for event in self.events]
+        return draw_steps(self._scales, self._last_step + 1, marks, ax=ax)

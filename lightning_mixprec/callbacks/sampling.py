@@ -1,0 +1,83 @@
+"""Monitors that study a step now and then; those that are due at the same step share one study."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from lightning_mixprec.callbacks.monitor import Monitor, check_count, takes_iterator
+from lightning_mixprec.callbacks.study import Findings, Study, Wanted
+
+_NEEDS_BATCHES = (
+    "{} needs batches, and this training_step takes an iterator over them (dataloader_iter): no step is sampled."
+)
+
+
+class SamplingMonitor(Monitor):
+    """Base of the monitors that look at every n-th batch, the first one included.
+
+    Args:
+        every_n_steps: n, in batches.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = check_count(type(self).__name__, "every_n_steps", every_n_steps)
+        self._batches_seen = 0
+        super().__init__()
+
+    @override
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._study: Study | None = None
+
+    def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
+        """What this monitor wants of the coming step."""
+        raise NotImplementedError
+
+    def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
+        """Takes over what a study found."""
+        raise NotImplementedError
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [each for each in callbacks if isinstance(each, SamplingMonitor)]
+        if self is not monitors[0]:
+            return  # the first one acts for all
+        due = [each for each in monitors if each._batches_seen % each.every_n_steps == 0]
+        for monitor in monitors:
+            monitor._batches_seen += 1
+        if due and takes_iterator(trainer):
+            for monitor in due:
+                monitor._warn_once("iterator", _NEEDS_BATCHES.format(type(monitor).__name__))
+        elif due:
+            wanted = Wanted()
+            for monitor in due:
+                wanted |= monitor._wanted(pl_module)
+            assert self._formats is not None
+            place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
+            study = Study(pl_module, self._formats, batch, place, wanted)
+            for monitor in due:
+                monitor._study = study
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._study is not None:
+            study, self._study = self._study, None
+            found = study.findings()
+            if found.problem is not None:
+                self._write(found.place, problem=found.problem, is_sampled=found.is_complete)
+                if not found.is_complete:
+                    self._warn_once("problem", self._apology(found))
+            if found.is_any:
+                self._take_in(trainer, found)
+            self._journal.flush()
+        self._send_to_loggers(trainer)
+
+    def _apology(self, found: Findings) -> str:
+        step = f"{type(self).__name__} could not sample step {found.place['step']}"
+        return f"{step} ({found.problem}); training goes on, and later steps are tried."

@@ -1,0 +1,232 @@
+"""``UnderflowMonitor``: what the run's formats lose of each layer's gradient."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share, policy_hint, written
+from lightning_mixprec.callbacks.sampling import SamplingMonitor
+from lightning_mixprec.callbacks.stagnation import StepWatch
+from lightning_mixprec.callbacks.study import Findings, Wanted
+from lightning_mixprec.engine.probe import layers_of, own_parameters
+from lightning_mixprec.numerics.drawing import draw_layers
+from lightning_mixprec.numerics.rates import best_scale, fits, headroom, overflow_rate, subnormal_share, underflow_rate
+from lightning_mixprec.numerics.stats import Histogram
+
+WHAT_IF = ("fp16", "bf16", "fp8")
+
+
+class UnderflowMonitor(SamplingMonitor):
+    """Measures on sampled steps which part of each layer's gradient its format turns to zero at the present loss scale.
+
+    An underflow cannot be seen in the gradients of a low-precision step: what vanished is a zero like any other. So on
+    a sampled step the batch is replayed in fp32 before the step itself, on copies of the weights, and the true
+    gradients tell what is lost in the layer's format, and what would be in others. The step itself is not changed by a
+    bit. Works with any precision plugin of Lightning and with ``PerLayerPrecision``.
+
+    Logs ``mixprec/underflow_rate``, that of the worst layer. Rows of the JSONL file: by layer what ``latest`` has, with
+    ``loss_scale``; ``stagnation_rate`` in a row of its own, once the optimizer has stepped. A step that could not be
+    replayed has ``problem``, and ``is_sampled`` says whether half of the batch could.
+
+    Args:
+        every_n_steps: Sample every n-th batch, the first included.
+        threshold: Warn when a layer loses more than this share of its gradient.
+        max_elements: How many elements of a tensor are looked at; the standard error of a rate is at most 0.4 % at the
+            default. None for all. Largest values are always of all elements.
+
+    Attributes:
+        latest: By layer a dict with
+
+            - ``format``: what it computes in;
+            - ``underflow_rate``: of the elements of the gradient of its own weights that are not zero in fp32, times
+              the loss scale, the share that rounds to zero; for a layer without weights, of the gradient at its output;
+            - ``subnormal_share``: the share that does not, but loses bits;
+            - ``headroom_bits``: log2 of how much larger that gradient may grow before it overflows;
+            - ``flow_underflow_rate``, ``flow_subnormal_share``, ``flow_headroom_bits``: the same of the gradient that
+              arrives at its output, which is what all layers before it learn from;
+            - ``output_headroom_bits``: the same of its output;
+            - ``stagnation_rate``: of its weights with a gradient, the share that the latest sampled optimizer step did
+              not change, because the update is smaller than the weights' last bit; None before it is known. Steps
+              that were skipped are not counted;
+            - ``what_if``: for other formats ``underflow_rate``, ``overflow_rate`` (of outputs and gradients) at the
+              present scale, ``best_scale`` (the power of two that uses the format's range best) and ``fits`` (whether
+              some scale loses less than 1 % of the gradient and overflows nothing).
+
+    Raises:
+        MixPrecError: An argument is malformed.
+    """
+
+    _NAME = "underflow"
+    _KEYS = ("underflow_rate",)
+    _STATE = ("latest", "_batches_seen")
+
+    def __init__(self, every_n_steps: int = 1000, threshold: float = 0.1, max_elements: int | None = 16384) -> None:
+        name = type(self).__name__
+        self.threshold = check_share(name, "threshold", threshold)
+        self.max_elements = None if max_elements is None else check_count(name, "max_elements", max_elements)
+        self.latest: dict[str, dict[str, Any]] = {}
+        super().__init__(every_n_steps)
+
+    @override
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._step_watch: StepWatch | None = None
+        self._watched: tuple[StepWatch, dict[str, int]] | None = None
+
+    @override
+    def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
+        if self._step_watch is None:
+            self._step_watch = StepWatch(own_parameters(pl_module, layers_of(pl_module)), self.max_elements)
+        return Wanted(statistics=True, max_elements=self.max_elements)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._step_watch is not None and self._formats is not None:
+            flag = self._formats.found_inf(optimizer)
+            may_be_skipped = flag is None and self._formats.is_guarded
+            self._step_watch.before(pl_module, optimizer, flag, may_be_skipped=may_be_skipped)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._take_in_stagnation()
+        if self._step_watch is not None and self._step_watch.has_stepped:
+            place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
+            self._step_watch.after()
+            self._watched = self._step_watch, place
+            self._step_watch = None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take_in_stagnation()
+        super().on_train_end(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._take_in_stagnation()
+        return super().state_dict()
+
+    def _take_in_stagnation(self) -> None:
+        """Takes in what is known of the latest sampled optimizer step, if that is still on its way."""
+        if self._watched is not None:
+            (watch, place), self._watched = self._watched, None
+            for layer, rate in watch.rates().items():
+                self.latest.setdefault(layer, {})["stagnation_rate"] = rate
+                self._write(place, layer=layer, stagnation_rate=rate)
+
+    @override
+    def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
+        assert self._formats is not None
+        measured = [layer for layer in found.layers if layer in found.weights or layer in found.gradients]
+        for layer in measured:
+            values = describe(layer, found, self._formats.of(layer))
+            self.latest[layer] = {"stagnation_rate": None} | self.latest.get(layer, {}) | values
+            self._write(found.place, layer=layer, loss_scale=found.scale, **values)
+        rates = {layer: self.latest[layer]["underflow_rate"] for layer in measured}
+        self._log(trainer, {"underflow_rate": max(rates.values(), default=math.nan)})
+        lossy = {layer: rate for layer, rate in rates.items() if rate > self.threshold}
+        for worst, others in self._not_warned_of("underflow", sorted(lossy, key=lambda layer: -lossy[layer])):
+            rank_zero_warn(self._advice(found.place["step"], worst, others, found.scale))
+
+    def _advice(self, step: int, layer: str, others: str, scale: float) -> str:
+        values = self.latest[layer]
+        rate, format = values["underflow_rate"], values["format"]
+        says = (
+            f"step {step}: {rate:.0%} of the gradient of layer {layer!r}{others} vanish in {format} at a loss scale of "
+            f"{scale:.8g}; "
+        )
+        in_fp16 = values["what_if"]["fp16"]
+        if format == "fp16" and in_fp16["fits"] and in_fp16["best_scale"] > scale:
+            best = in_fp16["best_scale"]
+            return f"{says}a loss scale of {best:.8g} would keep it: raise init_scale, or compute it in bf16"
+        wider = "bf16" if format != "bf16" and values["what_if"]["bf16"]["underflow_rate"] < rate else "fp32"
+        return f"{says}compute it in {wider}, {policy_hint(layer, wider)}"
+
+    @override
+    def _summary(self) -> tuple[str, list[list[str]]]:
+        measured = {layer: values for layer, values in self.latest.items() if "underflow_rate" in values}
+        if not measured:
+            return "no step was sampled", []
+        ranked = sorted(measured.items(), key=lambda item: (-item[1]["underflow_rate"], item[1]["headroom_bits"]))
+        rows = [["layer", "format", "underflow", "subnormal", "headroom (bits)", "underflow at output", "stagnating"]]
+        for layer, values in ranked[:ROWS]:
+            rows.append(
+                [
+                    layer or '""',
+                    values["format"],
+                    written(values["underflow_rate"], ".2%"),
+                    written(values["subnormal_share"], ".2%"),
+                    written(values["headroom_bits"], ".1f"),
+                    written(values["flow_underflow_rate"], ".2%"),
+                    written(values["stagnation_rate"], ".2%"),
+                ]
+            )
+        return f"gradients of the {len(rows) - 1} layers that lose most, at their latest sample", rows
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the underflow rate of each layer, the worst first.
+
+        Args:
+            ax: Axes of matplotlib to draw on; None for new ones.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            SupportError: matplotlib is not installed.
+        """
+        rates = {layer: values["underflow_rate"] for layer, values in self.latest.items() if "underflow_rate" in values}
+        rates = dict(sorted(rates.items(), key=lambda item: -item[1]))
+        return draw_layers(rates, "share of the gradient that rounds to zero", limit=self.threshold, ax=ax)
+
+
+def describe(layer: str, found: Findings, format: str) -> dict[str, Any]:
+    """What ``latest`` says of a layer that computes in a format."""
+    flow = found.gradients.get(layer)
+    own = found.weights.get(layer, flow)
+    output = found.outputs.get(layer)
+    assert own is not None
+    return {
+        "format": format,
+        **_losses("", own, format, found.scale),
+        **_losses("flow_", flow, format, found.scale),
+        "output_headroom_bits": None if output is None else headroom(output, format),
+        "what_if": {
+            name: _what_if(name, [each for each in (own, flow) if each is not None], output, found.scale)
+            for name in WHAT_IF
+            if name != format or name == "fp16"
+        },
+    }
+
+
+def _losses(prefix: str, gradient: Histogram | None, format: str, scale: float) -> dict[str, float | None]:
+    keys = (f"{prefix}underflow_rate", f"{prefix}subnormal_share", f"{prefix}headroom_bits")
+    if gradient is None:
+        return dict.fromkeys(keys)
+    rates = (
+        underflow_rate(gradient, format, scale, direction="backward").middle,
+        subnormal_share(gradient, format, scale, direction="backward").middle,
+        headroom(gradient, format, scale, direction="backward"),
+    )
+    return dict(zip(keys, rates, strict=True))
+
+
+def _what_if(format: str, gradients: Sequence[Histogram], output: Histogram | None, scale: float) -> dict[str, Any]:
+    scale = scale if format in ("fp16", "fp8") else 1.0
+    outputs = 0.0 if output is None else overflow_rate(output, format).middle
+    overflows = [overflow_rate(each, format, scale, direction="backward").middle for each in gradients]
+    return {
+        "underflow_rate": underflow_rate(gradients[0], format, scale, direction="backward").middle,
+        "overflow_rate": max(outputs, *overflows),
+        "best_scale": min(best_scale(each, format, direction="backward") for each in gradients),
+        "fits": outputs == 0 and all(fits(each, format, direction="backward") for each in gradients),
+    }

@@ -1,0 +1,133 @@
+"""What one of two processes does in test_monitors_ddp.py: trains each case and saves what the monitors saw."""
+
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from observed_models import trace
+from plugin_models import Batches, Call, Task, ours, stock
+from torch import distributed, nn
+from torch.optim import SGD
+
+from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor
+from lightning_mixprec.callbacks import study
+
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+MIXED = {"default": "fp16", "net.1": "c=fp32,o=input", "net.4": "bf16"}
+
+
+class AllReduced(torch.autograd.Function):
+    """The mean over ranks, in forward and in backward: what SyncBatchNorm does, which runs on GPUs alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return _mean(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _mean(gradient)
+
+
+def _mean(x):
+    total = x.float().clone()
+    distributed.all_reduce(total)
+    return (total / distributed.get_world_size()).to(x.dtype)
+
+
+class Synchronized(nn.Module):
+    def forward(self, x):
+        return x - AllReduced.apply(x.mean(0, keepdim=True))
+
+
+class Spoiled(pl.Callback):
+    """A value that overflows fp16, on the first process alone, in the third batch."""
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        if RANK == 0 and batch_idx == 2:
+            batch[0].fill_(60000.0)
+
+
+class Small(Task):
+    """A loss so small that a part of its gradients vanishes."""
+
+    def __init__(self, net, make_optimizer):
+        super().__init__(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), make_optimizer)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * 1e-10
+
+
+def convnet():
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), Synchronized(), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+
+
+def task(kind=Task):
+    torch.manual_seed(3)
+    return kind(convnet(), partial(SGD, lr=0.05, momentum=0.9))
+
+
+def options(folder):
+    return {
+        "strategy": DDPStrategy(process_group_backend="gloo"),
+        "devices": 2,
+        "default_root_dir": folder,
+        "batches": Batches(6, seed=7 + RANK, count=4),
+    }
+
+
+def watched(name, plugin, folder, kind=Task, callbacks=()):
+    monitors = [OverflowMonitor(), UnderflowMonitor(1, max_elements=None), FidelityMonitor(1)]
+    folder = Path(folder) / name
+    seen, keys = [], Call("on_train_batch_end", lambda run, model: seen.append(dict(run.callback_metrics)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = trace(lambda: task(kind), plugin, [*callbacks, *monitors, keys], **options(folder))
+    return {
+        "trace": run,
+        "events": monitors[0].events,
+        "skipped": monitors[0].skipped_steps,
+        "reasons": monitors[0].reasons,
+        "underflow": monitors[1].latest,
+        "fidelity": monitors[2].latest,
+        "metrics": seen,
+        "warned": [str(each.message) for each in caught if "step " in str(each.message)],
+        "rows": (folder / "mixprec.jsonl").read_text().splitlines() if RANK == 0 else None,
+    }
+
+
+def failing_on_the_second(name, folder):
+    """A replay that fails on the second process alone, after its step."""
+    measured = study.Study._measured
+
+    def fails(self, batch):
+        result = measured(self, batch)
+        if RANK == 1:
+            raise KeyError("only here")
+        return result
+
+    study.Study._measured = fails
+    try:
+        return watched(name, ours("fp16"), folder)
+    finally:
+        study.Study._measured = measured
+
+
+def main(folder):
+    results = {
+        "alone": {"trace": trace(task, ours(MIXED), **options(folder))},
+        "mixed": watched("mixed", ours(MIXED), folder),
+        "small": watched("small", ours("fp16"), folder, Small),
+        "stock": watched("stock", stock("fp16"), folder),
+        "spoiled": watched("spoiled", ours("fp16"), folder, callbacks=[Spoiled()]),
+        "failing": failing_on_the_second("failing", folder),
+    }
+    torch.save(results, os.path.join(folder, f"rank{RANK}.pt"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
