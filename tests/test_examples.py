@@ -52,8 +52,13 @@ def classification(examples: None, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def overhead(examples: None) -> ModuleType:
-    return importlib.import_module("overhead")
+def measuring(examples: None) -> ModuleType:
+    return importlib.import_module("measuring")
+
+
+@pytest.fixture
+def monitors(examples: None) -> ModuleType:
+    return importlib.import_module("monitors")
 
 
 # The first line of the README, from elsewhere and for two steps
@@ -229,18 +234,23 @@ def test_the_digits_are_split_evenly_and_always_alike(examples: None) -> None:
     assert abs(train.tensors[0].std() - 1) < 1e-5
 
 
-# The benchmark
+# The benchmarks
 
 
-def test_the_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
-    output = tmp_path / "new" / "overhead.json"
-    script = ROOT / "examples" / "benchmarks" / "overhead.py"
-    options = ["--device", "cpu", "--quick", "--models", "tiny", "--formats", "bf16", "--output", str(output)]
-    done = run(script, *options, cwd=tmp_path)
+def benchmark(script: str, folder: Path, *options: str) -> tuple[dict, str]:
+    """Run it on the tiny model, quickly; return what it wrote and what it printed."""
+    output = folder / "new" / "report.json"
+    arguments = ["--device", "cpu", "--quick", "--models", "tiny", *options, "--output", str(output)]
+    done = run(ROOT / "examples" / "benchmarks" / script, *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     assert report["machine"]["torch"] == torch.__version__
     assert report["settings"]["rounds"] == 2
+    return report, done.stdout
+
+
+def test_the_overhead_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
+    report, printed = benchmark("overhead.py", tmp_path, "--formats", "bf16")
     rows = {row["kind"]: row for row in report["results"]}
     assert list(rows) == ["stock", "again", "uniform", "unguarded", "mixed"]
     assert rows["stock"]["ratio"] == {"median": 1, "low": 1, "high": 1}
@@ -248,19 +258,84 @@ def test_the_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
     assert rows["uniform"]["memory_bytes"] == rows["stock"]["memory_bytes"]
     assert rows["uniform"]["loss_equals_stock"]
     assert rows["stock"]["host_reads_per_step"] == 0
-    assert all(f"tiny bf16 {kind} " in done.stdout for kind in rows)
+    assert all(f"tiny bf16 {kind} " in printed for kind in rows)
+
+
+def test_the_monitors_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
+    report, printed = benchmark("monitors.py", tmp_path, "--modes", "eager", "--formats", "bf16")
+    rows = {row["kind"]: row for row in report["results"]}
+    plain = ["none", "again", "empty", "idle", "defaults", "statistics"]
+    events = ["sampled", "underflow", "fidelity", "diagnosis"]
+    assert list(rows) == plain + events
+    assert rows["none"]["ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert [rows[kind]["target"] for kind in ("none", "idle", "defaults")] == [None, None, 1.02]
+    assert rows["idle"]["added_host_reads"] == rows["idle"]["host_reads_per_step"] - rows["none"]["host_reads_per_step"]
+    assert all(rows[kind]["ratio"]["median"] > 2 for kind in events)
+    assert all(f"tiny bf16 {kind} " in printed for kind in rows)
+
+
+def quick_bench(monitors: ModuleType, name: str, compiled: bool = False) -> object:
+    options = {"device": "cpu", "quick": True, "warmup": 2, "steps": 6, "backend": "eager"}
+    return monitors.Bench(monitors.Setting("tiny", name, compiled), type("Options", (), options))
+
+
+def test_what_the_monitors_benchmark_trains(monitors: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["monitors.py", "--device", "cpu", "--models", "resnet18"])
+    names = [(setting.format, setting.compiled) for setting in monitors.settings(monitors.parse())]
+    assert names == [("fp32", False), ("bf16", False), ("bf16-mixed", False), ("fp32", True), ("bf16", True)]
+    setting = monitors.Setting("resnet18", "bf16-mixed", False)
+    assert type(setting.case.plugin("cpu")).__name__ == "MixedPrecision"
+    assert "diagnosis" not in setting.blocks()
+    assert setting.targets() == {"defaults": 1.02, "statistics": 1.15}
+
+
+def test_a_compiled_model_is_measured_beside_its_own_plain_steps(monitors: ModuleType) -> None:
+    bench = quick_bench(monitors, "bf16", compiled=True)
+    bench.inspect()
+    for kind in bench.setting.blocks():
+        bench.time(kind)
+        bench.time(kind)
+    assert [row["kind"] for row in bench.rows()] == ["none", "again", "idle", "defaults", "statistics", "sampled"]
+    assert [row["host_reads_per_step"] for row in bench.rows()] == [None] * 6  # the counter cannot see into it
+
+
+def test_an_event_costs_what_its_two_steps_take_beyond_an_idle_one(monitors: ModuleType) -> None:
+    seconds = [103.0, 5.0] + [1.0] * 998  # a sampled step, what it leaves to the next, and idle ones
+    spans = [sum(seconds[:2]) / 2, sum(seconds[2:]) / 998]
+    assert monitors.derived("sampled", spans) == {"sampled": 107.0, "idle": 1.0, "defaults": sum(seconds) / 1000}
+    assert monitors.derived("diagnosis", spans) == {"diagnosis": 107.0}
+    assert monitors.derived("empty", [1.5]) == {"empty": 1.5}
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_the_overflowing_batch_is_diagnosed(monitors: ModuleType, measuring: ModuleType, name: str) -> None:
+    bench = quick_bench(monitors, name)
+    monitor = monitors.OverflowMonitor()
+    batches = measuring.Repeated(bench.task.batch, 2, {1: monitors.overflowing(bench.task.batch, name)})
+    with pytest.warns(UserWarning, match="batch 1"):
+        measuring.train(bench.task, bench.setting.case.plugin("cpu"), batches, [monitor], "cpu")
+    assert [event["verdict"] for event in monitor.events] == ["precision" if name == "fp16" else "data"]
+
+
+def test_an_event_that_did_not_happen_is_an_error(monitors: ModuleType) -> None:
+    with pytest.raises(AssertionError, match="UnderflowMonitor sampled nothing"):
+        monitors.check("underflow", monitors.callbacks("underflow", 2), 2)
+    with pytest.raises(AssertionError, match="diagnosed batches"):
+        monitors.check("diagnosis", monitors.callbacks("diagnosis", 2), 2)
 
 
 @pytest.mark.parametrize(("name", "reads"), [("fp32", 0), ("fp16", 1)])
-def test_the_inspector_counts_saved_bytes_and_host_reads(overhead: ModuleType, name: str, reads: int) -> None:
-    options = type("Options", (), {"device": "cpu", "quick": True})
-    inspector = overhead.Inspector(step=1, device="cpu")
-    overhead.fit(overhead.Case("tiny", False, name, "stock"), 2, inspector, options)
+def test_the_inspector_counts_saved_bytes_and_host_reads(measuring: ModuleType, name: str, reads: int) -> None:
+    workloads = importlib.import_module("workloads")
+    case = workloads.Case("tiny", False, name, "stock")
+    task = workloads.Task(case, quick=True, device="cpu")
+    inspector = measuring.Inspector(step=1, device="cpu")
+    measuring.train(task, case.plugin("cpu"), workloads.Repeated(task.batch, 3), [inspector], "cpu")
     assert inspector.host_reads == reads  # torch's GradScaler reads found_inf once for each optimizer step
     if name == "fp32":
         activations = 32 * 32 * 4  # batch x width x bytes: each layer's input, the last output, the log-softmax
         assert inspector.memory_bytes == 34 * activations + 32 * 8 + 4  # and the labels and the sum of their weights
 
 
-def test_the_spread_is_that_of_the_ratios(overhead: ModuleType) -> None:
-    assert overhead.spread([2.0, 6.0, 3.0], [1.0, 2.0, 3.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
+def test_the_spread_is_that_of_the_ratios(measuring: ModuleType) -> None:
+    assert measuring.spread([2.0, 6.0, 3.0], [1.0, 2.0, 3.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}

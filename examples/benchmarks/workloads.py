@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import LightningModule
@@ -90,10 +90,11 @@ class Task(LightningModule):
 
 @dataclass(frozen=True)
 class Repeated:
-    """A loader that costs nothing: the same batch, already on the device."""
+    """A loader that costs nothing: the same batch, already on the device, but for those that come ``instead``."""
 
     batch: tuple[Tensor, Tensor]
     length: int
+    instead: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -101,4 +102,4 @@ class Repeated:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batch again and again."""
-        return iter([self.batch] * self.length)
+        return iter([self.instead.get(index, self.batch) for index in range(self.length)])
