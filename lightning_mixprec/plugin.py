@@ -234,11 +234,15 @@ class PerLayerPrecision(Precision):
     def forward_context(self) -> contextlib.AbstractContextManager[None]:
         return self._formats.forward()
 
-    def reference_context(self) -> contextlib.AbstractContextManager[None]:
-        """Everything within computes in fp32 (what is to compute in fp64 does): what callbacks compare with.
+    def replay_context(self) -> contextlib.AbstractContextManager[None]:
+        """Everything within computes as a training step does, also after a validation in other formats.
 
-        For use between steps, as :meth:`set_policy`; afterwards the formats in force are the ones from before.
+        For use between steps, as :meth:`set_policy`.
         """
+        return self._formats.replay()
+
+    def reference_context(self) -> contextlib.AbstractContextManager[None]:
+        """As :meth:`replay_context`, but in fp32 (what is to compute in fp64 does): what callbacks compare with."""
         return self._formats.reference()
 
     @override

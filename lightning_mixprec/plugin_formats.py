@@ -100,9 +100,15 @@ class FormatsInForce:
         """Everything within computes in the formats in force."""
         return self._attachment.context() if self._attachment is not None else contextlib.nullcontext()
 
+    def replay(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes as a step of training does, whatever ran before; between steps."""
+        self._bring_in_force(self.training_assignment)
+        return self.forward()
+
     @contextlib.contextmanager
     def reference(self) -> Generator[None, None, None]:
-        """Everything within computes in fp32, and in fp64 what is to compute in fp64; between steps."""
+        """As :meth:`replay`, but in fp32, and in fp64 what is to compute in fp64."""
+        self._bring_in_force(self.training_assignment)
         attachment, in_force = self._attachment, self._in_force
         if attachment is None or in_force is None:
             yield

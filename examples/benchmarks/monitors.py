@@ -17,8 +17,8 @@ these ratios over the rounds with their quartiles. The null ratio is the run wit
 
 A block of a monitor begins with the event, a sampled or overflowing step. What it leaves to the next step (on CUDA
 most of a diagnosis) belongs to it: with E the time of these two steps and I the mean of the others, which are idle, the
-event takes E - I, and the mean step of a period is (E + (P - 2) I) / P. Where a block has 1000 steps, as by default with
-the tiny model, that is its mean.
+event takes E - I, and the mean step of a period is (E + (P - 2) I) / P. Where a block has 1000 steps, as by default
+with the tiny model, that is its mean.
 
 No values overflow bf16 that do not overflow fp32, so a diagnosis is that of a batch with an infinity; in fp16 one with
 large values overflows. Both take two traced replays. Stock bf16 has no guard, so nothing is diagnosed there: after such

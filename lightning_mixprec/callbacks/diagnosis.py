@@ -19,6 +19,7 @@ from lightning_mixprec.engine.sandbox import RandomState
 from lightning_mixprec.engine.trace import Frame, Origin, Trace
 from lightning_mixprec.numerics.formats import FORMATS, get_format
 from lightning_mixprec.numerics.rates import underflow_rate
+from lightning_mixprec.numerics.segments import flatten
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ _USUAL_SCALE = 65536.0
 _TRIES = 6
 _MOST_UNDERFLOW = 0.5
 """The largest share of a layer's weight gradient that a smaller loss scale may lose for that scale to be right."""
+_NOT_TOLD = ("frames", "is_search")
 _HALVED = "on half of the batch, as memory ran out"
 
 
@@ -48,6 +50,7 @@ class Diagnosis:
         fits: The narrowest format that holds it.
         loss_scale: The loss scale of the step.
         smaller_scale: A loss scale at which the step is finite.
+        is_search: Whether the run searches for its loss scale.
         detail: What else is known.
         frames: The operations around it, with their smallest and largest magnitudes.
     """
@@ -61,6 +64,7 @@ class Diagnosis:
     value: float | None = None
     fits: str | None = None
     smaller_scale: float | None = None
+    is_search: bool = True
     detail: str = ""
     frames: tuple[Frame, ...] = ()
 
@@ -70,10 +74,10 @@ class Diagnosis:
         if self.verdict == "data":
             return f"the batch itself is not finite ({self.detail})"
         if self.verdict == "scale":
-            return (
-                f"the gradients overflow at a loss scale of {self.loss_scale:g} and fit at {self.smaller_scale:g}: the "
-                "search for the scale, which accuses no layer"
-            )
+            says = f"the gradients overflow at a loss scale of {self.loss_scale:g} and fit at {self.smaller_scale:g}: "
+            if self.is_search:
+                return f"{says}the search for the scale, which accuses no layer"
+            return f"{says}lower the loss scale, which is fixed"
         where = f"the {self.direction} of {named(self.layer)} ({self.op})"
         if self.verdict == "model":
             detail = f" ({self.detail})" if self.detail else ""
@@ -89,7 +93,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, without the frames."""
-        return {**{key: value for key, value in asdict(self).items() if key != "frames"}, "message": self.message}
+        return {**{key: value for key, value in asdict(self).items() if key not in _NOT_TOLD}, "message": self.message}
 
 
 def named(layer: str | None) -> str:
@@ -136,25 +140,32 @@ class Judge:
             )
             return None
         wide = self._traced(reference=True, scale=1.0)
-        smaller, stubborn = None, self._scale
-        if self._is_scaled and self._on_any_rank(wide.is_finite and _is_backward(low.origin)):
+        broken = self._broken_data(wide)
+        if self._on_any_rank(bool(broken)):
+            # Through the gradients, or the step's own messages, it spoils the other ranks' steps as well.
+            return self._marked(Diagnosis("data", self._scale, detail=", ".join(broken[:3]))) if broken else None
+        is_backward, smaller, stubborn = wide.is_finite and _is_backward(low.origin), None, self._scale
+        if self._is_scaled and self._on_any_rank(is_backward):
             smaller, stubborn = self._smaller_scale(wide)
-        if smaller is None and stubborn < self._scale and wide.is_finite and _is_backward(low.origin):
-            # What overflows at the step's scale alone hides what overflows at every scale.
+        if smaller is None and stubborn < self._scale:
+            # What overflows at the step's scale alone, here or on another rank, hides what overflows at every scale.
             stubbornly = self._traced(reference=False, scale=stubborn)
-            low = low if stubbornly.is_finite else stubbornly
+            low = stubbornly if is_backward else low
         if low.is_finite or self.problem is not None:
             return None
-        found = self._judged(low, wide, smaller)
+        return self._marked(self._tried(partial(self._judged, low, wide, smaller)))
+
+    def _marked(self, found: Diagnosis | None) -> Diagnosis | None:
         if found is None or not self._is_halved:
             return found
         return replace(found, detail=f"{found.detail}; {_HALVED}" if found.detail else _HALVED)
 
     def _judged(self, low: _Traced, wide: _Traced, smaller: float | None) -> Diagnosis | None:
         if not wide.is_finite:
-            return self._not_precision(wide)
+            return self._model(wide)
         if smaller is not None:
-            return Diagnosis("scale", self._scale, smaller_scale=smaller)
+            is_search = self._replay.formats.searches_scale
+            return Diagnosis("scale", self._scale, smaller_scale=smaller, is_search=is_search)
         if low.origin is None or wide.trace is None:
             return None
         return self._precision(low.origin, low.scale, wide.trace)
@@ -223,7 +234,7 @@ class Judge:
         for _ in range(_TRIES):
             if self._on_any_rank(self._tried(partial(self._is_finite_at, 2.0**power)) is False):
                 bad, smallest = power, 2.0**power
-            elif not self._on_any_rank(not self._keeps_gradients(wide.replayed, 2.0**power)):
+            elif not self._on_any_rank(self._tried(partial(self._keeps_gradients, wide.replayed, 2.0**power)) is False):
                 return 2.0**power, smallest
             else:
                 good = power
@@ -256,13 +267,23 @@ class Judge:
                 return False
         return True
 
-    def _not_precision(self, wide: _Traced) -> Diagnosis:
-        weights = [name for name, param in self._replay.module.named_parameters() if not are_finite([param.detach()])]
-        detail = f"weights that are not finite: {', '.join(weights[:3])}" if weights else ""
-        found = list(_nonfinite_in(self._batch))
+    def _broken_data(self, wide: _Traced) -> list[str]:
+        """What is not finite in this rank's batch, if that is why its step is not finite.
+
+        If one rank replays all do: a step may send messages of its own (SyncBatchNorm, ``all_gather``).
+        """
+        found = [] if wide.is_finite else self._tried(lambda: list(_nonfinite_in(self._batch))) or []
+        if not self._on_any_rank(bool(found)):
+            return []
         # Where steps are not guarded, a step on such a batch has spoiled the weights before it is replayed.
-        if found and (weights or self._is_finite_repaired()):
-            return Diagnosis("data", self._scale, detail=", ".join(found[:3]))
+        return found if self._is_finite_repaired() or self._nonfinite_weights() else []
+
+    def _nonfinite_weights(self) -> list[str]:
+        return [name for name, param in self._replay.module.named_parameters() if not are_finite([param.detach()])]
+
+    def _model(self, wide: _Traced) -> Diagnosis:
+        weights = self._nonfinite_weights()
+        detail = f"weights that are not finite: {', '.join(weights[:3])}" if weights else ""
         origin = wide.origin
         if origin is None:
             return Diagnosis("model", self._scale, layer="", direction="forward", op="unknown", detail=detail)
@@ -317,8 +338,8 @@ def _next_format(format: str, value: float | None) -> str | None:
 def _nonfinite_in(batch: Any) -> Iterator[str]:
     for path, leaf in tree_flatten_with_path(batch)[0]:
         for tensor in tensors_in(leaf):
-            if tensor.is_floating_point() and not are_finite([tensor]):
-                bad = (~torch.isfinite(tensor)).sum().item()
+            if tensor.is_floating_point() and not are_finite([values := flatten(tensor)]):
+                bad = (~torch.isfinite(values)).sum().item()
                 yield f"{bad} of {tensor.numel()} values in batch{keystr(path)}"
 
 

@@ -31,7 +31,7 @@ class FidelityMonitor(SamplingMonitor):
     and the loss gap is the largest.
 
     Args:
-        every_n_steps: Sample every n-th batch, the first included.
+        every_n_steps: Sample every n-th batch, the first included; and the next one, too, where the gradients overflow.
         layers_per_sample: How many layers' outputs are compared on a sampled step, in rotation.
         min_cosine: Warn when a layer's gradient has a smaller cosine with fp32's. None for 0.99, and 0.9 where some
             layer computes in bf16: it rounds 8 times as coarsely as fp16, and harmless rounding takes from the cosine
@@ -49,7 +49,7 @@ class FidelityMonitor(SamplingMonitor):
 
     _NAME = "fidelity"
     _KEYS = ("loss_gap", "min_grad_cosine")
-    _STATE = ("latest", "_batches_seen", "_turn")
+    _STATE = ("latest", "_turn", *SamplingMonitor._SAMPLING)
 
     def __init__(
         self,
@@ -82,6 +82,8 @@ class FidelityMonitor(SamplingMonitor):
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
         assert found.loss_gap is not None
+        if found.cosines and all(map(math.isnan, found.cosines.values())) and self._ask_again():
+            found.cosines.clear()  # the gradients overflowed, as in the first steps of nearly every fp16 run
         layers = self.latest["layers"]
         compared = [layer for layer in found.layers if layer in found.cosines or layer in found.sqnr_db]
         for layer in compared:
@@ -91,8 +93,10 @@ class FidelityMonitor(SamplingMonitor):
         for layer, sqnr in found.sqnr_db.items():
             layers[layer]["sqnr_db"] = sqnr
         self.latest["loss_gap"] = found.loss_gap
-        worst = min((cosine for cosine in found.cosines.values() if not math.isnan(cosine)), default=math.nan)
-        self._log(trainer, {"loss_gap": found.loss_gap, "min_grad_cosine": worst})
+        self._log(trainer, {"loss_gap": found.loss_gap})
+        if found.cosines:
+            known = [cosine for cosine in found.cosines.values() if not math.isnan(cosine)]
+            self._log(trainer, {"min_grad_cosine": min(known, default=math.nan)})
         self._write(found.place, loss_gap=found.loss_gap, loss_scale=found.scale, too_large=found.too_large)
         for layer in compared:
             values = {"grad_cosine": found.cosines.get(layer), "sqnr_db": found.sqnr_db.get(layer)}
@@ -117,9 +121,9 @@ class FidelityMonitor(SamplingMonitor):
             )
 
     def _limit(self) -> float:
-        if self.min_cosine is not None or self._formats is None:
-            return self.min_cosine or _MIN_COSINE
-        return _MIN_COSINE_IN_BF16 if "bf16" in self._formats.in_use else _MIN_COSINE
+        if self.min_cosine is not None:
+            return self.min_cosine
+        return _MIN_COSINE_IN_BF16 if self._formats is not None and "bf16" in self._formats.in_use else _MIN_COSINE
 
     @override
     def _summary(self) -> tuple[str, list[list[str]]]:
@@ -147,7 +151,7 @@ class FidelityMonitor(SamplingMonitor):
         """
         ranked = sorted(self.latest["layers"].items(), key=lambda item: _closeness(item[1]))
         cosines = {layer: values["grad_cosine"] for layer, values in ranked if values["grad_cosine"] is not None}
-        return draw_layers(cosines, "cosine of the gradient with fp32's", limit=self.min_cosine or _MIN_COSINE, ax=ax)
+        return draw_layers(cosines, "cosine of the gradient with fp32's", limit=self._limit(), ax=ax)
 
 
 def _closeness(values: dict[str, float | None]) -> tuple[float, float]:

@@ -36,6 +36,10 @@ class Formats(Protocol):
         """Everything within computes in fp32; fp64 stays."""
 
     @property
+    def searches_scale(self) -> bool:
+        """Whether the loss scale is searched for during the run, so that an overflow may be part of it."""
+
+    @property
     def scale(self) -> float | Tensor:
         """The present loss scale; on the device, where it may change with the next update. Never waits."""
 
@@ -62,7 +66,7 @@ class PluginFormats:
 
     def low(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as the run does."""
-        return self._plugin.forward_context()
+        return self._plugin.replay_context()
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes in fp32; fp64 stays."""
@@ -72,6 +76,12 @@ class PluginFormats:
     def scale(self) -> float | Tensor:
         """The present loss scale."""
         return self._plugin.scaler.present_scale if self._plugin.scaler.is_active else 1.0
+
+    @property
+    def searches_scale(self) -> bool:
+        """Whether the loss scale is not a fixed one."""
+        options = self._plugin.scaler.options
+        return options is not None and not options.is_static
 
     @property
     def is_guarded(self) -> bool:
@@ -85,6 +95,8 @@ class PluginFormats:
 
 class StockFormats:
     """The formats of a run under one of Lightning's own plugins: one for all layers."""
+
+    searches_scale = True
 
     def __init__(self, plugin: Precision, device: torch.device) -> None:
         self._plugin, self._device = plugin, device
@@ -145,6 +157,7 @@ class PolicyFormats:
     """
 
     widens = False
+    searches_scale = False
 
     def __init__(self, model: torch.nn.Module, policy: Any, device: torch.device, scale: float) -> None:
         self._model, self._device = model, device

@@ -25,8 +25,7 @@ class Journal:
     """
 
     def __init__(self, folder: str | Path | None) -> None:
-        self.folder = Path(folder) if folder is not None else None
-        self.path = self.folder / FILE_NAME if self.folder is not None else None
+        self.path = Path(folder) / FILE_NAME if folder is not None else None
         self._lines: list[str] = []
 
     def write(self, **row: Any) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -39,6 +40,8 @@ class Monitor(pl.Callback):
 
     def _forget_run(self) -> None:
         self._formats: RunFormats | None = None
+        self._folder: Path | None = None
+        self._logs_for: list[Monitor] = []
         self._journal = Journal(None)
 
     @override
@@ -53,7 +56,8 @@ class Monitor(pl.Callback):
         self._forget_run()
         self._formats = formats_of(trainer, type(self).__name__)
         folder = trainer.log_dir
-        self._journal = Journal(folder if trainer.is_global_zero and not _is_quiet(trainer) else None)
+        self._folder = None if folder is None or _is_quiet(trainer) else Path(folder)
+        self._journal = Journal(self._folder if trainer.is_global_zero else None)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -74,6 +78,9 @@ class Monitor(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._show(trainer, {key: value for key, value in self._values.items() if not math.isnan(value)})
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [each for each in callbacks if isinstance(each, Monitor)]
+        self._logs_for = monitors if monitors[-1] is self else []
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -117,13 +124,9 @@ class Monitor(pl.Callback):
 
     def _send_to_loggers(self, trainer: pl.Trainer) -> None:
         """Sends the values of all monitors when Lightning logs; the last monitor does it, so that they are one row."""
-        if not trainer.loggers or not trainer._logger_connector.should_update_logs:
+        if not self._logs_for or not trainer.loggers or not trainer._logger_connector.should_update_logs:
             return
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        monitors = [each for each in callbacks if isinstance(each, Monitor)]
-        if monitors[-1] is not self:
-            return
-        metrics = {f"mixprec/{key}": value for each in monitors for key, value in each._values.items()}
+        metrics = {f"mixprec/{key}": value for each in self._logs_for for key, value in each._values.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
@@ -142,7 +145,7 @@ class Monitor(pl.Callback):
         self._warned += [f"{key} {layer}" for layer in new]
         if new:
             named = ", ".join(map(repr, new[1:_NAMED])) + (", ..." if len(new) > _NAMED else "")
-            yield new[0], f" (too much in {len(new) - 1} more: {named})" if new[1:] else ""
+            yield new[0], f" (also {len(new) - 1} more: {named})" if new[1:] else ""
 
 
 def _is_quiet(trainer: pl.Trainer) -> bool:
@@ -197,3 +200,12 @@ def written(value: float | None, spec: str) -> str:
 def takes_iterator(trainer: pl.Trainer) -> bool:
     """Whether the training_step takes an iterator over batches, so that nobody else sees them."""
     return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
+
+
+def is_validated_next(trainer: pl.Trainer) -> bool:
+    """Whether Lightning may validate after this training batch; the same on all ranks."""
+    # By the clock, it decides on each rank for itself.
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        return True
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

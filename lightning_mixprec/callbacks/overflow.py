@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_mixprec.callbacks import ranks
 from lightning_mixprec.callbacks.diagnosis import Diagnosis, Judge
 from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome, RandomUse, received
-from lightning_mixprec.callbacks.monitor import ROWS, Monitor, check_count, takes_iterator, written
+from lightning_mixprec.callbacks.monitor import ROWS, Monitor, check_count, is_validated_next, takes_iterator, written
 from lightning_mixprec.callbacks.replay import StepReplay
 from lightning_mixprec.callbacks.saved import save_batch
 from lightning_mixprec.engine.transfer import Transfer
@@ -137,6 +137,8 @@ class OverflowMonitor(Monitor):
                 self._count(evidence, self._outcome)
             elif evidence.is_late:
                 self._late = (evidence, evidence.send())
+                if is_validated_next(trainer):
+                    self._settle()  # while modules and formats are those of training
             else:
                 outcome = evidence.read()
                 self._look_into(evidence, outcome)
@@ -153,6 +155,14 @@ class OverflowMonitor(Monitor):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle()
         super().on_train_end(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        # Lightning calls no teardown: no batch is kept, and what is still on its way is counted without a replay.
+        self._evidence = None
+        if self._late is not None:
+            self._late[0].batches.clear()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -221,7 +231,7 @@ class OverflowMonitor(Monitor):
         event = {**self._where(trainer, step, kept), **diagnosis.to_dict()}
         if ranks.are_many():
             event["rank"] = rank
-        saved = self._save(trainer, kept, event) if rank == trainer.global_rank else None
+        _, saved = ranks.first_found(self._save(trainer, kept, event) if rank == trainer.global_rank else None)
         self._tell(event, diagnosis, saved)
         return event
 
@@ -231,16 +241,16 @@ class OverflowMonitor(Monitor):
     def _tell(self, event: dict[str, Any], diagnosis: Diagnosis, saved: Path | None) -> None:
         self.events.append(event)
         self._journal.write(monitor=self._NAME, **event, frames=[frame.to_dict() for frame in diagnosis.frames])
-        if diagnosis.verdict == "scale":
+        if diagnosis.verdict == "scale" and diagnosis.is_search:
             return
         replay = f" Replay it with lightning_mixprec.diagnose(model, {str(saved)!r})." if saved is not None else ""
         key = f"{diagnosis.verdict} {diagnosis.layer} {diagnosis.direction}"
         self._warn_once(key, f"step {event['step']}, batch {event['batch_idx']}: {diagnosis.message}.{replay}")
 
     def _save(self, trainer: pl.Trainer, kept: KeptBatch, event: dict[str, Any]) -> Path | None:
-        if not self.save_batch or event["verdict"] == "scale" or self._journal.folder is None:
+        if not self.save_batch or event["verdict"] == "scale" or self._folder is None:
             return None
-        path = self._journal.folder / f"overflow-step{event['step']}-batch{event['batch_idx']}.pt"
+        path = self._folder / f"overflow-step{event['step']}-batch{event['batch_idx']}.pt"
         return save_batch(path, kept, event, self._policy(trainer))
 
     def _policy(self, trainer: pl.Trainer) -> dict[str, Any] | str:

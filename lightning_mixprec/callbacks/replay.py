@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_mixprec.callbacks.formats import Formats
 from lightning_mixprec.engine.probe import widened
 from lightning_mixprec.engine.sandbox import RandomState, Sandbox, sandbox
+from lightning_mixprec.engine.tf32 import without_tf32
 
 
 @dataclass
@@ -54,8 +55,9 @@ class StepReplay:
     def opened(self, *, reference: bool = False) -> Generator[Sandbox, None, None]:
         """Formats and sandbox for one or several runs and what else is to be computed under the same conditions."""
         context = self.formats.reference() if reference else self.formats.low()
+        exact = without_tf32(self.device) if reference else contextlib.nullcontext()
         widen = reference and self.formats.widens
-        with torch.enable_grad(), context, sandbox(self.module, self.device, widen=widen) as stand_ins:
+        with torch.enable_grad(), context, exact, sandbox(self.module, self.device, widen=widen) as stand_ins:
             yield stand_ins
 
     def run(
@@ -304,14 +306,16 @@ def copied(batch: Any) -> Any:
 
 def halved(batch: Any) -> Any:
     """The first half of a batch: of every tensor as long as its first one; itself if there is none to halve."""
-    lengths = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    lengths = [len(leaf) for leaf in tree_leaves(batch) if _has_rows(leaf)]
     if not lengths or lengths[0] < 2:
         return batch
     length = lengths[0]
-    return tree_map(
-        lambda leaf: leaf[: length // 2] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == length else leaf,
-        batch,
-    )
+    return tree_map(lambda leaf: leaf[: length // 2] if _has_rows(leaf) and len(leaf) == length else leaf, batch)
+
+
+def _has_rows(leaf: Any) -> bool:
+    """Whether a tensor can be sliced; sparse and nested ones cannot."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested and leaf.dim() > 0
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -12,23 +12,47 @@ _NEEDS_BATCHES = (
     "{} needs batches, and this training_step takes an iterator over them (dataloader_iter): no step is sampled."
 )
 
+_MOST_RETRIES = 16
+
 
 class SamplingMonitor(Monitor):
     """Base of the monitors that look at every n-th batch, the first one included.
+
+    _SAMPLING is what a checkpoint has to keep of this.
 
     Args:
         every_n_steps: n, in batches.
     """
 
+    _SAMPLING = ("_batches_seen", "_retries_left", "_is_asked_again")
+
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = check_count(type(self).__name__, "every_n_steps", every_n_steps)
         self._batches_seen = 0
+        self._retries_left = 0
+        self._is_asked_again = False
         super().__init__()
 
     @override
     def _forget_run(self) -> None:
         super()._forget_run()
         self._study: Study | None = None
+
+    def _comes_due(self) -> bool:
+        """Whether the coming batch is to be sampled; counts it."""
+        is_regular = self._batches_seen % self.every_n_steps == 0
+        is_due = is_regular or self._is_asked_again
+        self._batches_seen += 1
+        self._is_asked_again = False
+        if is_regular:
+            self._retries_left = _MOST_RETRIES
+        return is_due
+
+    def _ask_again(self) -> bool:
+        """Has the next batch sampled, too, because this one told too little; False after sixteen in a row."""
+        self._is_asked_again = self._retries_left > 0
+        self._retries_left -= self._is_asked_again
+        return self._is_asked_again
 
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
         """What this monitor wants of the coming step."""
@@ -46,9 +70,7 @@ class SamplingMonitor(Monitor):
         monitors = [each for each in callbacks if isinstance(each, SamplingMonitor)]
         if self is not monitors[0]:
             return  # the first one acts for all
-        due = [each for each in monitors if each._batches_seen % each.every_n_steps == 0]
-        for monitor in monitors:
-            monitor._batches_seen += 1
+        due = [each for each in monitors if each._comes_due()]
         if due and takes_iterator(trainer):
             for monitor in due:
                 monitor._warn_once("iterator", _NEEDS_BATCHES.format(type(monitor).__name__))

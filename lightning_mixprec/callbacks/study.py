@@ -164,9 +164,9 @@ class Study:
         return [tables, 3 * layers, 2 * len(self.wanted.layers), 1]
 
     def _studied(self, batch: Any) -> tuple[Tensor, Tensor]:
-        for part in (batch, halved(batch)):
+        for is_halved in (False, True):
             try:
-                sums, maxima = self._measured(part)
+                sums, maxima = self._measured(halved(batch) if is_halved else batch)
                 self._findings.is_complete = True
                 return sums, maxima
             except Exception as error:  # a monitor ends no run

@@ -63,7 +63,7 @@ class UnderflowMonitor(SamplingMonitor):
 
     _NAME = "underflow"
     _KEYS = ("underflow_rate",)
-    _STATE = ("latest", "_batches_seen")
+    _STATE = ("latest", *SamplingMonitor._SAMPLING)
 
     def __init__(self, every_n_steps: int = 1000, threshold: float = 0.1, max_elements: int | None = 16384) -> None:
         name = type(self).__name__

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 _OF_EVERY_MODULE = set(vars(nn.Module())) - {"training"}
 _NO_STATE = (type, FunctionType, MethodType, ModuleType)
 _NOT_LOOKED_INTO = {"builtins", "functools", "torch", "lightning", "pytorch_lightning", "lightning_fabric"}
-_MOST_TENSORS = 1000
+_MOST_ITEMS = 1000
 
 
 class Attributes:
     """What the modules of a model hold besides parameters, buffers and registered modules, recorded to be put back.
 
     Looks into lists, tuples, dicts, sets and deques, and into the attributes of objects that a module holds, unless
-    they are torch's or Lightning's; not into the objects that these hold in turn. Restores tensors (in containers of up
-    to a thousand items), arrays of NumPy, and random number generators, too.
+    they are torch's or Lightning's; not into the objects that these hold in turn. Restores tensors, arrays of NumPy,
+    and random number generators, too; of a container with more than a thousand items only what it holds in which order.
 
     Attributes:
         modules: The modules of the model, and those that it holds without having them registered.
@@ -78,12 +78,12 @@ class Attributes:
         self._dicts.append((attributes, before))
         self._keep_all(before.values(), looks_into_objects)
 
-    def _keep_all(self, values: Iterable[Any], looks_into_objects: bool, keeps_tensors: bool = True) -> None:
+    def _keep_all(self, values: Iterable[Any], looks_into_objects: bool) -> None:
         for value in values:
             if isinstance(value, (bool, int, float, str, type(None))) or id(value) in self._known:
                 continue
             if isinstance(value, Tensor):
-                if keeps_tensors and value.is_leaf and not isinstance(value, nn.Parameter):
+                if value.is_leaf and not isinstance(value, nn.Parameter):
                     self._known.add(id(value))
                     self._tensors.append((value, version_of(value), value.detach().clone()))
                 continue
@@ -95,8 +95,8 @@ class Attributes:
             elif isinstance(value, (list, tuple, dict, set, deque)):
                 if not isinstance(value, tuple):
                     self._containers.append((value, _copy(value)))
-                items = value.values() if isinstance(value, dict) else value
-                self._keep_all(items, looks_into_objects, len(value) <= _MOST_TENSORS)
+                if len(value) <= _MOST_ITEMS:
+                    self._keep_all(value.values() if isinstance(value, dict) else value, looks_into_objects)
             elif (setter := _setter(value)) is not None:
                 self._setters.append(setter)
             elif looks_into_objects and _is_looked_into(value):
@@ -149,6 +149,11 @@ def _refill(container: Any, before: Any) -> None:
     elif container != before:
         container.clear()
         container.update(before)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements, of a sparse one as if it were dense."""
+    return tensor.numel() * tensor.element_size()
 
 
 def version_of(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mixprec.engine.attributes import version_of
+from lightning_mixprec.engine.attributes import bytes_of, version_of
 from lightning_mixprec.engine.casting import cast, tensors_in
 from lightning_mixprec.engine.sandbox import RandomState, sandbox
 from lightning_mixprec.numerics.fidelity import dots
@@ -141,7 +141,7 @@ class CallRecorder:
     def _begin(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if name in self._begun or name in self.calls or name in self.too_large:
             return
-        size = sum(tensor.nbytes for tensor in tensors_in((args, kwargs)))
+        size = sum(map(bytes_of, tensors_in((args, kwargs))))
         if size > self._bytes_left:
             self.too_large.append(name)
             return
@@ -153,7 +153,7 @@ class CallRecorder:
         if begun is None:
             return
         floating = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
-        size = sum(tensor.nbytes for tensor in floating)
+        size = sum(map(bytes_of, floating))
         if size > self._bytes_left:
             self.too_large.append(name)
             return

@@ -44,19 +44,33 @@ class Synchronized(nn.Module):
         return x - AllReduced.apply(x.mean(0, keepdim=True))
 
 
-class Spoiled(pl.Callback):
-    """A value that overflows fp16, on the first process alone, in the third batch."""
+class Filled(pl.Callback):
+    """A value in the third batch of one process."""
+
+    def __init__(self, rank, value):
+        self.rank, self.value = rank, value
 
     def on_train_batch_start(self, trainer, model, batch, batch_idx):
-        if RANK == 0 and batch_idx == 2:
-            batch[0].fill_(60000.0)
+        if self.rank == RANK and batch_idx == 2:
+            batch[0].fill_(self.value)
 
 
-class Small(Task):
-    """A loss so small that a part of its gradients vanishes."""
+class Plain(Task):
+    """Nothing is sent but gradients."""
 
     def __init__(self, net, make_optimizer):
         super().__init__(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), make_optimizer)
+
+
+class Searching(Plain):
+    """Its gradients overflow at the first loss scales, on the first process alone."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1000.0 if RANK == 0 else 1.0)
+
+
+class Small(Plain):
+    """A loss so small that a part of its gradients vanishes."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * 1e-10
@@ -81,7 +95,7 @@ def options(folder):
 
 
 def watched(name, plugin, folder, kind=Task, callbacks=()):
-    monitors = [OverflowMonitor(), UnderflowMonitor(1, max_elements=None), FidelityMonitor(1)]
+    monitors = [OverflowMonitor(save_batch=True), UnderflowMonitor(1, max_elements=None), FidelityMonitor(1)]
     folder = Path(folder) / name
     seen, keys = [], Call("on_train_batch_end", lambda run, model: seen.append(dict(run.callback_metrics)))
     with warnings.catch_warnings(record=True) as caught:
@@ -123,7 +137,11 @@ def main(folder):
         "mixed": watched("mixed", ours(MIXED), folder),
         "small": watched("small", ours("fp16"), folder, Small),
         "stock": watched("stock", stock("fp16"), folder),
-        "spoiled": watched("spoiled", ours("fp16"), folder, callbacks=[Spoiled()]),
+        "spoiled": watched("spoiled", ours("fp16"), folder, callbacks=[Filled(0, 60000.0)]),
+        "elsewhere": watched("elsewhere", ours("fp16"), folder, Plain, [Filled(1, 60000.0)]),
+        "broken": watched("broken", ours("fp16"), folder, callbacks=[Filled(1, float("nan"))]),
+        "unguarded": watched("unguarded", stock("bf16"), folder, callbacks=[Filled(1, float("nan"))]),
+        "searching": watched("searching", ours("fp16"), folder, Searching, [Filled(1, float("nan"))]),
         "failing": failing_on_the_second("failing", folder),
     }
     torch.save(results, os.path.join(folder, f"rank{RANK}.pt"))

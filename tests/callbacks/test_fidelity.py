@@ -1,5 +1,6 @@
 """What FidelityMonitor says, against runs made by hand, healthy ones and ones with a planted loss of precision."""
 
+import contextlib
 import copy
 import json
 import math
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from plugin_models import Batches, Task, fit, mlp, ours, stock
+from plugin_models import Batches, Task, fit, mlp, ours, stock, trainer
 from torch import Tensor, nn
 
 from lightning_mixprec import FidelityMonitor, PerLayerPrecision
+from lightning_mixprec.callbacks import replay
 
 QUIET = "ignore:.*(no longer points|differs from fp32)"
 
@@ -128,10 +130,32 @@ def test_what_a_warning_asks_for_helps(net, rule):
     assert latest["loss_gap"] < 6e-3
 
 
+def test_a_limit_of_zero_warns_of_opposite_gradients_alone():
+    latest = watch(Task(Offset()), ours("fp16"), Batches(6, count=1), min_cosine=0.0, max_loss_gap=1e9).latest
+    assert 0 < min(each["grad_cosine"] for each in latest["layers"].values() if each["grad_cosine"] is not None) < 0.99
+
+
 def test_all_layers_that_are_off_are_one_warning():
     with pytest.warns(UserWarning) as caught:
         watch(Task(Offset()), ours("fp16"), Batches(6, count=1))
     assert len([each for each in caught if "no longer points" in str(each.message)]) == 1
+
+
+class Validated(Task):
+    def validation_step(self, batch, batch_idx):
+        return None
+
+
+def test_a_step_after_a_validation_in_other_formats_is_studied_in_those_of_training():
+    gaps = []
+    for eval_policy in (None, "fp32"):
+        monitor, plugin = FidelityMonitor(1), PerLayerPrecision("bf16", eval_policy=eval_policy)
+        run = trainer(plugin, callbacks=[monitor], val_check_interval=1)
+        torch.manual_seed(0)
+        run.fit(Validated(mlp()), Batches(6), Batches(6, count=1))
+        gaps.append(monitor.latest)
+    assert gaps[0] == gaps[1]
+    assert gaps[0]["loss_gap"] > 0
 
 
 # The numbers themselves
@@ -250,14 +274,14 @@ def test_an_overflow_is_no_question_of_fidelity():
 
     monitor = watch(Overflowing(mlp()), PerLayerPrecision("fp16"), Batches(6, count=1))
     cosines = [values["grad_cosine"] for values in monitor.latest["layers"].values()]
-    assert any(cosine is not None and math.isnan(cosine) for cosine in cosines)
+    assert cosines == [None] * len(cosines)
     assert not [key for key in monitor._warned if key.startswith("cosine")]
 
 
 @pytest.mark.filterwarnings(QUIET)
 @pytest.mark.parametrize("value", [60000.0, math.inf, math.nan])
 def test_an_output_that_is_not_finite_is_all_noise_and_no_problem(value):
-    batches = Batches(6, count=2)
+    batches = Batches(6, count=1)
     batches.batches[0][0].fill_(value)
     task = Task(nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 2)))
     nn.init.ones_(task.net[0].weight)
@@ -302,3 +326,53 @@ def test_the_summary_and_the_drawing_name_the_layers(capsys):
     figure, axes = monitor.plot()
     assert "net.6" in [label.get_text() for label in axes.get_yticklabels()]
     matplotlib.pyplot.close(figure)
+
+
+# Samples that overflow
+
+
+def cosines_after(scale, batches, **options):
+    """The monitor after a run whose loss scale begins at ``scale`` and overflows until it has come down."""
+    monitor = FidelityMonitor(every_n_steps=100, **options)
+    torch.manual_seed(1)
+    plugin = PerLayerPrecision("fp16", loss_scaling={"init_scale": scale, "max_scale": scale})
+    fit(
+        Task(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))),
+        plugin,
+        Batches(6, count=batches),
+        callbacks=[monitor],
+    )
+    assert plugin.skipped_steps > 1
+    return monitor
+
+
+def test_a_sample_whose_gradients_overflow_is_taken_again_until_they_do_not():
+    monitor = cosines_after(2.0**20, batches=12)
+    cosines = [values["grad_cosine"] for values in monitor.latest["layers"].values()]
+    assert min(cosine for cosine in cosines if cosine is not None) > 0.999
+    assert monitor._values["min_grad_cosine"] > 0.999
+
+
+def test_it_is_taken_again_sixteen_times_at_most():
+    monitor = cosines_after(2.0**120, batches=30)
+    assert monitor._retries_left == 0
+    assert math.isnan(monitor._values["min_grad_cosine"])
+
+
+def test_the_reference_alone_is_computed_without_tf32(monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def noted(device):
+        asked.append("begin")
+        yield
+        asked.append("end")
+
+    class Noting(Task):
+        def training_step(self, batch, batch_idx):
+            asked.append("step")
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(replay, "without_tf32", noted)
+    fit(Noting(mlp()), ours("bf16"), Batches(6, count=1), callbacks=[FidelityMonitor()])
+    assert asked == ["step", "begin", "step", "end", "step"]

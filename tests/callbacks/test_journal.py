@@ -222,9 +222,12 @@ def test_state_is_plain_and_survives_a_file_with_every_field_off_its_default(kin
 
 
 def _off(value):
-    return {"int": lambda: value + 3, "list": lambda: [*value, 1], "dict": lambda: value | {"new": 1}}[
-        type(value).__name__
-    ]()
+    return {
+        "bool": lambda: not value,
+        "int": lambda: value + 3,
+        "list": lambda: [*value, 1],
+        "dict": lambda: value | {"new": 1},
+    }[type(value).__name__]()
 
 
 @pytest.mark.parametrize("kind", MONITORS)

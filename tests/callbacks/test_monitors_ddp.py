@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def start(rank, port, folder):
     )
 
 
-CASES = ["mixed", "small", "stock", "spoiled", "failing"]
+CASES = ["mixed", "small", "stock", "spoiled", "elsewhere", "broken", "unguarded", "searching", "failing"]
 
 
 def equal(a, b):
@@ -90,6 +91,21 @@ def test_an_overflow_on_one_process_is_diagnosed_on_both(ranks):
         assert [(event["verdict"], event["rank"]) for event in events] == [("precision", 0)]
         assert events[0]["layer"].startswith("net.")
         assert results["spoiled"]["skipped"] >= 1
+
+
+def test_the_batch_of_any_process_is_kept(ranks):
+    (event,) = [event for event in ranks[1]["elsewhere"]["events"] if event["batch_idx"] == 2]
+    (said,) = [said for said in ranks[0]["elsewhere"]["warned"] if "batch 2" in said]
+    saved = torch.load(re.search(r"diagnose\(model, '(.*)'\)", said)[1], weights_only=True)
+    assert (event["verdict"], event["rank"]) == ("precision", 1)
+    assert saved["batch"][0].eq(60000).all()
+
+
+@pytest.mark.parametrize("case", ["broken", "unguarded", "searching"])
+def test_broken_data_of_one_process_accuses_no_layer(ranks, case):
+    events = [event for event in ranks[0][case]["events"] if event["batch_idx"] == 2]
+    assert [(event["verdict"], event["layer"], event["rank"]) for event in events] == [("data", None, 1)]
+    assert {event["verdict"] for event in ranks[0][case]["events"]} <= {"data", "scale", "model"}
 
 
 def test_rates_are_those_of_the_data_of_both(ranks):

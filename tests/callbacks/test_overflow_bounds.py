@@ -1,6 +1,7 @@
 """Diagnosing is bounded, and nothing that goes wrong with it ends a run."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -18,6 +19,16 @@ from lightning_mixprec.callbacks.replay import StepReplay
 def rows_of(logger):
     with open(f"{logger.log_dir}/mixprec.jsonl") as file:
         return [json.loads(line) for line in file]
+
+
+class Sparse(Watched):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch.to_dense() * math.inf, batch_idx)
+
+
+def test_a_sparse_batch_ends_no_run():
+    seen = watch(Sparse(mlp(None)), values=[each.to_sparse() for each in batches()])
+    assert [event["verdict"] for event in seen.events] == ["model"]
 
 
 @pytest.fixture

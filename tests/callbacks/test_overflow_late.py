@@ -9,7 +9,8 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import INF, SGD, Line, Manual, Saving, slope, stock
+from helpers import INF, SGD, Batches, Line, Manual, Saving, slope, stock, trainer_of
+from lightning.pytorch.callbacks import ModelCheckpoint
 from monitor_models import CULPRITS, Watched, batches, mlp, watch
 from torch import nn
 
@@ -38,6 +39,25 @@ def late(monkeypatch):
 def told(seen):
     """What a monitor knows at the end of a run."""
     return seen.events, seen.skipped_steps, seen.monitor.reasons, seen.trainer.callback_metrics
+
+
+class Validated(Line):
+    """Validation is in another format, and its module in another mode."""
+
+    def training_step(self, batch, batch_idx):
+        assert self.training
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        return slope(self.layer, batch)
+
+
+def test_a_step_before_a_validation_is_replayed_as_it_was(late, tmp_path):
+    plugin = PerLayerPrecision("fp16", eval_policy="fp32")
+    monitor, saving = OverflowMonitor(), ModelCheckpoint(tmp_path)
+    trainer = trainer_of(plugin, callbacks=[monitor, saving], enable_checkpointing=True, val_check_interval=1)
+    trainer.fit(Validated(), Batches([2.0, 2.0]), Batches([0.5]))
+    assert monitor.reasons == {"scale": 2}
 
 
 def steps_before_each_skip(values, make_plugin):

@@ -1,8 +1,11 @@
 """What the monitor logs, prints, draws, and keeps across a resume."""
 
+import contextlib
 import csv
+import gc
 import math
 import os
+import weakref
 
 import lightning.pytorch as pl
 import pytest
@@ -205,6 +208,23 @@ def test_rows_are_in_the_file_when_a_run_ends_in_an_exception(tmp_path):
         watch(Stops(), values=[0.5, INF, 0.25], logger=logger)
     with open(f"{logger.log_dir}/mixprec.jsonl") as file:
         assert len(file.readlines()) == 1
+
+
+def test_no_batch_is_kept_when_a_run_ends_in_an_exception():
+    batches = []
+
+    class Stops(Line):
+        def training_step(self, batch, batch_idx):
+            batches.append(weakref.ref(batch))
+            if batch_idx == 1:
+                raise RuntimeError("enough")
+            return super().training_step(batch, batch_idx)
+
+    trainer = trainer_of(PerLayerPrecision("fp16"), callbacks=[OverflowMonitor()], accumulate_grad_batches=3)
+    with contextlib.suppress(RuntimeError):
+        trainer.fit(Stops(), torch.utils.data.DataLoader(torch.ones(6, 2)))
+    gc.collect()
+    assert batches[0]() is None  # the latest one Lightning keeps itself
 
 
 def test_the_next_run_of_the_same_trainer_starts_with_a_clean_slate():

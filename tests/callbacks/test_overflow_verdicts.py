@@ -10,9 +10,10 @@ from helpers import INF, stock
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from monitor_models import CULPRITS, FACTOR, Gain, Planted, Watched, batches, mlp, watch
+from plugin_models import Batches, Task, fit
 from torch import nn
 
-from lightning_mixprec import LossScaling, PerLayerPrecision
+from lightning_mixprec import LossScaling, OverflowMonitor, PerLayerPrecision
 
 NAN = math.nan
 FORMATS = pytest.mark.parametrize("format", ["fp16", "bf16", "fp32"])
@@ -253,3 +254,18 @@ def test_the_message_is_a_short_line_and_the_trace_is_in_the_file(tmp_path):
     assert 0 < before["amin"] < before["amax"] < 65504
     assert before["amax"] * FACTOR == pytest.approx(event["value"], rel=1e-2)
     assert not any(frame["infs"] or frame["nans"] for frame in frames[: frames.index(culprit)])
+
+
+def test_a_fixed_loss_scale_that_is_too_large_is_said_to_be_fixed():
+    with pytest.warns(UserWarning, match="lower the loss scale, which is fixed"):
+        found = diagnosed_at_fixed_scale(2.0**24)
+    assert {event["verdict"] for event in found} == {"scale"}
+    assert all("search" not in event["message"] for event in found)
+
+
+def diagnosed_at_fixed_scale(scale):
+    monitor = OverflowMonitor(max_diagnoses=1)
+    plugin = PerLayerPrecision("fp16", loss_scaling=scale)
+    torch.manual_seed(0)
+    fit(Task(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))), plugin, Batches(6, count=2), callbacks=[monitor])
+    return monitor.events

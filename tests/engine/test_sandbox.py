@@ -321,6 +321,15 @@ def test_large_containers_are_copied_without_the_tensors_in_them():
     assert len(model.many) == 1500
 
 
+@pytest.mark.parametrize("large", [lambda: torch.zeros(2**20), lambda: np.zeros(2**20)], ids=["tensor", "array"])
+def test_a_memory_bank_is_put_back_however_large_it_is(large):
+    model = nn.Linear(4, 4)
+    model.bank = large()
+    with sandbox(model, CPU):
+        model.bank[:] = 1
+    assert not model.bank.any()
+
+
 # Random numbers
 
 
