@@ -1,56 +1,17 @@
 """Two processes under DDP: the same on both, and the same as Lightning's own plugins."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from plugin_models import same
-
-TESTS = Path(__file__).parent
+from processes import saved_by_two
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What both processes saved. They are started as torchrun starts them."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(rank, port, folder) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-
-
-def start(rank, port, folder):
-    launched = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "tests",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
-    }
-    return subprocess.Popen(
-        [sys.executable, str(TESTS / "ddp_script.py"), str(folder)],
-        env=os.environ | launched,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """What both processes saved."""
+    return saved_by_two(Path(__file__).parent / "ddp_script.py", tmp_path_factory.mktemp("ddp"))
 
 
 TRAINED = [

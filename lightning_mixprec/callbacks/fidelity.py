@@ -30,6 +30,8 @@ class FidelityMonitor(SamplingMonitor):
     says whether half of the batch could. With several ranks the cosine is that of all ranks' gradients side by side,
     and the loss gap is the largest.
 
+    ``plot()`` draws the cosine of each layer's gradient with fp32's, the worst first.
+
     Args:
         every_n_steps: Sample every n-th batch, the first included; and the next one, too, where the gradients overflow.
         layers_per_sample: How many layers' outputs are compared on a sampled step, in rotation.
@@ -137,18 +139,8 @@ class FidelityMonitor(SamplingMonitor):
             rows.append([layer or '""', written(values["grad_cosine"], ".5f"), written(values["sqnr_db"], ".1f")])
         return title, rows
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws the cosine of each layer's gradient with fp32's, the worst first.
-
-        Args:
-            ax: Axes of matplotlib to draw on; None for new ones.
-
-        Returns:
-            Figure and axes.
-
-        Raises:
-            SupportError: matplotlib is not installed.
-        """
+    @override
+    def _draw(self, ax: Any) -> Any:
         ranked = sorted(self.latest["layers"].items(), key=lambda item: _closeness(item[1]))
         cosines = {layer: values["grad_cosine"] for layer, values in ranked if values["grad_cosine"] is not None}
         return draw_layers(cosines, "cosine of the gradient with fp32's", limit=self._limit(), ax=ax)

@@ -106,6 +106,23 @@ class Monitor(pl.Callback):
         for name in ("_values", "_warned", *self._STATE):
             setattr(self, name, _plain_copy(state_dict[name.lstrip("_")]))
 
+    def plot(self, ax: Any = None) -> Any:
+        """Draws what the class says of its plot.
+
+        Args:
+            ax: Axes of matplotlib to draw on; None for new ones.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            SupportError: matplotlib is not installed.
+        """
+        return self._draw(ax)
+
+    def _draw(self, ax: Any) -> Any:
+        raise NotImplementedError
+
     def _summary(self) -> tuple[str, list[list[str]]]:
         """What is printed when fit ends: a line, and a table that may be empty."""
         raise NotImplementedError

@@ -37,6 +37,8 @@ class OverflowMonitor(Monitor):
     replayed on what it made of them. On CUDA, a run that is not guarded (stock bf16 and fp32) has NaN
     weights before its loss can be read, and the verdict says so; ``PerLayerPrecision`` guards every format.
 
+    ``plot()`` draws the loss scale over the optimizer steps, and where a step failed.
+
     Args:
         save_batch: Write the batch and the random numbers of each diagnosed step to a file beside the JSONL file, which
             :func:`lightning_mixprec.diagnose` reads. ``"scale"`` verdicts are not saved.
@@ -278,17 +280,7 @@ class OverflowMonitor(Monitor):
             rows.append([name, *shown, written(event["value"], ".3g"), event["fits"] or "-"])
         return title, rows
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws the loss scale over the optimizer steps, and where a step failed.
-
-        Args:
-            ax: Axes of matplotlib to draw on; None for new ones.
-
-        Returns:
-            Figure and axes.
-
-        Raises:
-            SupportError: matplotlib is not installed.
-        """
+    @override
+    def _draw(self, ax: Any) -> Any:
         marks = [(event["step"], event["verdict"]) for event in self.events]
         return draw_steps(self._scales, self._last_step + 1, marks, ax=ax)

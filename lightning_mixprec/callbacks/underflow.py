@@ -33,6 +33,8 @@ class UnderflowMonitor(SamplingMonitor):
     ``loss_scale``; ``stagnation_rate`` in a row of its own, once the optimizer has stepped. A step that could not be
     replayed has ``problem``, and ``is_sampled`` says whether half of the batch could.
 
+    ``plot()`` draws the underflow rate of each layer, the worst first.
+
     Args:
         every_n_steps: Sample every n-th batch, the first included.
         threshold: Warn when a layer loses more than this share of its gradient.
@@ -172,18 +174,8 @@ class UnderflowMonitor(SamplingMonitor):
             )
         return f"gradients of the {len(rows) - 1} layers that lose most, at their latest sample", rows
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws the underflow rate of each layer, the worst first.
-
-        Args:
-            ax: Axes of matplotlib to draw on; None for new ones.
-
-        Returns:
-            Figure and axes.
-
-        Raises:
-            SupportError: matplotlib is not installed.
-        """
+    @override
+    def _draw(self, ax: Any) -> Any:
         rates = {layer: values["underflow_rate"] for layer, values in self.latest.items() if "underflow_rate" in values}
         rates = dict(sorted(rates.items(), key=lambda item: -item[1]))
         return draw_layers(rates, "share of the gradient that rounds to zero", limit=self.threshold, ax=ax)

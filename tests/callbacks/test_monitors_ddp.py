@@ -2,61 +2,21 @@
 
 import json
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from plugin_models import Batches, same
+from processes import saved_by_two
 from torch import nn
-
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What both processes saved. They are started as torchrun starts them."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(rank, port, folder) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def start(rank, port, folder):
-    paths = [TESTS.parent, TESTS, TESTS / "callbacks", os.environ.get("PYTHONPATH", "")]
-    launched = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "tests",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-    }
-    return subprocess.Popen(
-        [sys.executable, str(TESTS / "callbacks" / "ddp_monitors.py"), str(folder)],
-        env=os.environ | launched,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """What both processes saved."""
+    return saved_by_two(Path(__file__).parent / "ddp_monitors.py", tmp_path_factory.mktemp("ddp"))
 
 
 CASES = ["mixed", "small", "stock", "spoiled", "elsewhere", "broken", "unguarded", "searching", "failing"]

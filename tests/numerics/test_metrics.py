@@ -4,8 +4,6 @@ import copy
 import functools
 import math
 import pickle
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from processes import outcomes, started
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
@@ -560,13 +559,8 @@ dist.destroy_process_group()
 def test_two_processes_are_as_good_as_one(tmp_path):
     data = sample(None, count=80).clamp(-6e4, 6e4)
     torch.save(data, tmp_path / "data.pt")
-    processes = [start(rank, tmp_path) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    root = str(Path(metrics.__file__).parents[2])
+    outcomes([started(["-c", SCRIPT, rank, tmp_path], root) for rank in range(2)])
     seen = [data[0::2], data[1::2][:39]]
     kinds = [UnderflowRate("fp16", 0.3), OverflowRate("fp16", 3.0), ExponentHistogram()]
     expected = [updated(metric, torch.cat(seen)).compute() for metric in kinds]
@@ -579,13 +573,3 @@ def test_two_processes_are_as_good_as_one(tmp_path):
         assert torch.equal(counts, stats.histogram(seen).counts)
         assert torch.equal(own_counts, stats.histogram(seen[rank]).counts)
     assert all(0 < rate < 1 for rate in (*expected[:2], expected[-1]))
-
-
-def start(rank, folder):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(rank), str(folder)],
-        cwd=Path(metrics.__file__).parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )

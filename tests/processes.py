@@ -1,0 +1,57 @@
+"""Two processes that find each other, started as torchrun starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).parent
+
+
+def outcomes(processes):
+    """Waits until all have ended well; ends them whatever happens."""
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+
+
+def started(arguments, folder, **environment):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def saved_by_two(script, folder):
+    """What both processes of a script, which is told the folder, saved there as ``rank0.pt`` and ``rank1.pt``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outcomes([started([script, folder], folder, **_launched(rank, port, script.parent)) for rank in range(2)])
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _launched(rank, port, own_folder):
+    paths = dict.fromkeys([TESTS.parent, TESTS, own_folder, os.environ.get("PYTHONPATH", "")])
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "tests",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    }
