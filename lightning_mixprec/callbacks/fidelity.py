@@ -35,10 +35,12 @@ class FidelityMonitor(SamplingMonitor):
     Args:
         every_n_steps: Sample every n-th batch, the first included; and the next one, too, where the gradients overflow.
         layers_per_sample: How many layers' outputs are compared on a sampled step, in rotation.
-        min_cosine: Warn when a layer's gradient has a smaller cosine with fp32's. None for 0.99, and 0.9 where some
-            layer computes in bf16: it rounds 8 times as coarsely as fp16, and harmless rounding takes from the cosine
-            by the square of that. Healthy fp16 runs stay above 0.999; a ResNet-18 in bf16 begins at 0.95.
-        max_loss_gap: Warn when the loss differs by more than this share. Healthy runs stay below 0.02.
+        min_cosine: Warn when a layer's gradient has a smaller cosine with fp32's in two samples in a row; before the
+            first step rounding is amplified in healthy runs, too. None for 0.99, and 0.9 where some layer computes in
+            bf16: it rounds 8 times as coarsely as fp16, and harmless rounding takes from the cosine by the square of
+            that. Healthy fp16 runs stay above 0.999; a ResNet-18 in bf16 begins at 0.95.
+        max_loss_gap: Warn when the loss differs by more than this share in two samples in a row. Healthy runs stay
+            below 0.02.
         max_bytes: Memory for the inputs and outputs of the layers that are compared; larger ones are left out.
 
     Attributes:
@@ -51,7 +53,7 @@ class FidelityMonitor(SamplingMonitor):
 
     _NAME = "fidelity"
     _KEYS = ("loss_gap", "min_grad_cosine")
-    _STATE = ("latest", "_turn", *SamplingMonitor._SAMPLING)
+    _STATE = ("latest", "_turn", "_off", "_gap_is_large", *SamplingMonitor._SAMPLING)
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class FidelityMonitor(SamplingMonitor):
         self.max_bytes = check_count(name, "max_bytes", max_bytes)
         self.latest: dict[str, Any] = {"loss_gap": math.nan, "layers": {}}
         self._turn = 0
+        self._off: list[str] = []
+        self._gap_is_large = False
         super().__init__(every_n_steps)
 
     @override
@@ -108,14 +112,17 @@ class FidelityMonitor(SamplingMonitor):
     def _warn(self, found: Findings) -> None:
         limit, step = self._limit(), found.place["step"]
         off = {layer: cosine for layer, cosine in found.cosines.items() if cosine < limit}
-        for layer, others in self._not_warned_of("cosine", sorted(off, key=lambda layer: off[layer])):
+        again = sorted(off.keys() & self._off, key=lambda layer: off[layer])
+        self._off = list(off) if found.cosines else self._off
+        for layer, others in self._not_warned_of("cosine", again):
             rank_zero_warn(
                 f"step {step}: the gradient of layer {layer!r}{others} no longer points where fp32's does "
                 f"(cosine {off[layer]:.3f}, the limit is {limit:g}). If its SQNR is low compute it in fp32, else the "
                 f"layers between it and the loss; {policy_hint(layer, 'fp32')}"
             )
-        gap = self.latest["loss_gap"]
-        if self.max_loss_gap < gap < math.inf:
+        gap, was_large = self.latest["loss_gap"], self._gap_is_large
+        self._gap_is_large = self.max_loss_gap < gap < math.inf
+        if self._gap_is_large and was_large:
             self._warn_once(
                 "gap",
                 f"step {step}: the loss differs from fp32's by {gap:.1%} (healthy is below 2 %); "

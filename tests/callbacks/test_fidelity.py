@@ -137,8 +137,15 @@ def test_a_limit_of_zero_warns_of_opposite_gradients_alone():
 
 def test_all_layers_that_are_off_are_one_warning():
     with pytest.warns(UserWarning) as caught:
-        watch(Task(Offset()), ours("fp16"), Batches(6, count=1))
+        watch(Task(Offset()), ours("fp16"), Batches(6, count=3))
     assert len([each for each in caught if "no longer points" in str(each.message)]) == 1
+
+
+@pytest.mark.filterwarnings("error:.*(no longer points|differs from fp32)")
+@pytest.mark.parametrize("net", [Phases, Offset])
+def test_one_sample_is_no_reason_to_warn(net):
+    monitor = watch(Task(net()), ours("fp16"), Batches(6, count=1))
+    assert monitor._off or monitor._gap_is_large
 
 
 class Validated(Task):
