@@ -31,6 +31,7 @@ _TRIES = 6
 _MOST_UNDERFLOW = 0.5
 """The largest share of a layer's weight gradient that a smaller loss scale may lose for that scale to be right."""
 _NOT_TOLD = ("frames", "is_search")
+LOST_WEIGHTS = "weights that are not finite"
 _HALVED = "on half of the batch, as memory ran out"
 
 
@@ -283,7 +284,7 @@ class Judge:
 
     def _model(self, wide: _Traced) -> Diagnosis:
         weights = self._nonfinite_weights()
-        detail = f"weights that are not finite: {', '.join(weights[:3])}" if weights else ""
+        detail = f"{LOST_WEIGHTS}: {', '.join(weights[:3])}" if weights else ""
         origin = wide.origin
         if origin is None:
             return Diagnosis("model", self._scale, layer="", direction="forward", op="unknown", detail=detail)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec.callbacks import ranks
-from lightning_mixprec.callbacks.diagnosis import Diagnosis, Judge
+from lightning_mixprec.callbacks.diagnosis import LOST_WEIGHTS, Diagnosis, Judge
 from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome, RandomUse, received
 from lightning_mixprec.callbacks.monitor import ROWS, Monitor, check_count, is_validated_next, takes_iterator, written
 from lightning_mixprec.callbacks.replay import StepReplay
@@ -43,7 +43,8 @@ class OverflowMonitor(Monitor):
         save_batch: Write the batch and the random numbers of each diagnosed step to a file beside the JSONL file, which
             :func:`lightning_mixprec.diagnose` reads. ``"scale"`` verdicts are not saved.
         window: Optimizer steps that the overflow rate looks back on.
-        max_diagnoses: Failed steps that are replayed in a run; later ones are only counted.
+        max_diagnoses: Failed steps that are replayed in a run; later ones are only counted, and so are all that follow
+            once the weights are not finite.
 
     Attributes:
         events: One plain dict per diagnosed overflow: ``step`` (optimizer steps taken before), ``epoch``,
@@ -87,6 +88,7 @@ class OverflowMonitor(Monitor):
         self._random_use: RandomUse | None = None
         self._late: tuple[Evidence, Transfer] | None = None
         self._outcome: Outcome | None = None
+        self._has_lost_weights = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -200,11 +202,14 @@ class OverflowMonitor(Monitor):
         if not outcome.is_bad or trainer is None:
             return
         found, verdict = None, "unknown"
-        if self._diagnoses < self.max_diagnoses and not takes_iterator(trainer):
+        if self._has_lost_weights:
+            verdict = "model"
+        elif self._diagnoses < self.max_diagnoses and not takes_iterator(trainer):
             self._diagnoses += 1
             found = self._diagnosed(trainer, evidence, outcome.scale)
         if found is not None:
             verdict = found["verdict"]
+            self._has_lost_weights = found["detail"].startswith(LOST_WEIGHTS)
         self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
         self._journal.flush()
 
@@ -273,7 +278,7 @@ class OverflowMonitor(Monitor):
         if not accused:
             return title, []
         rows = [["layer", "step", "verdict", "direction", "operation", "format", "value", "fits"]]
-        for event in accused[-ROWS:]:
+        for event in accused[:ROWS]:
             cells = (event["step"], event["verdict"], event["direction"], event["op"], event["format"])
             name = "-" if event["layer"] is None else event["layer"] or '""'
             shown = ["-" if cell is None else str(cell) for cell in cells]

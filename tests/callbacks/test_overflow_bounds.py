@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import Batches, trainer_of
+from helpers import Batches, stock, trainer_of
 from lightning.pytorch.loggers import CSVLogger
 from monitor_models import Spike, Watched, batches, mlp, watch
 from plugin_models import one_line
@@ -167,3 +167,18 @@ def test_a_malformed_argument_is_refused_in_one_line(arguments):
         OverflowMonitor(**arguments)
     ((name, value),) = arguments.items()
     assert f"OverflowMonitor({name}=...) is {value!r}" in one_line(caught)
+
+
+@pytest.mark.filterwarnings("ignore:step 1")
+def test_once_the_weights_are_lost_steps_are_only_counted(capsys):
+    class Lost(Watched):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch * float("nan") if batch_idx == 1 else batch, batch_idx)
+
+    monitor = OverflowMonitor()
+    watch(Lost(mlp(None)), stock("bf16-mixed"), batches(6), monitor)
+    assert [event["verdict"] for event in monitor.events][1:] == ["model"]
+    assert monitor.events[1]["detail"].startswith("weights that are not finite")
+    assert monitor.reasons == {"model": 5}
+    shown = capsys.readouterr().out
+    assert shown.index(" 1    model") < shown.index(" 2    model")
