@@ -23,7 +23,7 @@ from lightning_mixprec.engine.probe import (
     weight_gradients,
 )
 from lightning_mixprec.engine.transfer import Transfer
-from lightning_mixprec.numerics.fidelity import cosine_of
+from lightning_mixprec.numerics.fidelity import cosine_of, decibels
 from lightning_mixprec.numerics.stats import BINS, Histogram
 
 _NO_LOSS = -1.0
@@ -154,9 +154,12 @@ class Study:
             found.cosines = {
                 layer: cosine for layer, cosine, has in zip(layers, cosines, has_gradient, strict=True) if has
             }
-        for layer, (signal, noise) in zip(wanted.layers, energies.view(-1, 2).tolist(), strict=True):
-            if not (signal == noise == 0):
-                found.sqnr_db[layer] = decibels(signal, noise)
+        signal, noise = energies.view(-1, 2).unbind(-1)
+        was_compared = ((signal != 0) | (noise != 0)).tolist()
+        ratios = decibels(signal, noise).tolist()
+        for layer, ratio, was in zip(wanted.layers, ratios, was_compared, strict=True):
+            if was:
+                found.sqnr_db[layer] = ratio
 
     def _sizes(self) -> list[int]:
         layers = len(self._layers)
@@ -207,20 +210,6 @@ class Study:
     def _joined(self, tensors: list[Tensor]) -> Tensor:
         flat = [tensor.detach().to(self._device, torch.float64, non_blocking=True).reshape(-1) for tensor in tensors]
         return torch.cat(flat)
-
-
-def decibels(signal: float, noise: float) -> float:
-    """A ratio of energies in decibels; as :func:`~lightning_mixprec.numerics.fidelity.sqnr_db` where one is not finite.
-
-    >>> decibels(1.0, 1e-3), decibels(1.0, 0.0), decibels(1.0, math.nan), decibels(math.inf, 1.0)
-    (30.0, inf, -inf, nan)
-    """
-    if not math.isfinite(signal):
-        return math.nan
-    if noise == 0:
-        return math.inf
-    ratio = signal / noise if math.isfinite(noise) else 0.0
-    return 10 * math.log10(ratio) if ratio else -math.inf
 
 
 def _largest_gap(low: list[Tensor], reference: list[Tensor]) -> Tensor:

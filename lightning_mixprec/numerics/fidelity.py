@@ -46,9 +46,18 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> Tensor:
     for exact, other in _pairs(first, second):
         signal += exact.square().sum()
         noise += (exact - other).square().sum()
+    return decibels(signal, noise) if first.numel() else torch.full_like(signal, math.nan)
+
+
+def decibels(signal: Tensor, noise: Tensor) -> Tensor:
+    """Ratios of energies in decibels: infinite without noise, minus infinite if it is not finite; NaN if signal is not.
+
+    >>> one = torch.ones((), dtype=torch.float64)
+    >>> decibels(one, one / 1000).item(), decibels(one, 0 * one).item(), decibels(one, one * math.nan).item()
+    (30.0, inf, -inf)
+    """
     ratio = 10 * torch.log10(signal / noise.nan_to_num(nan=math.inf, posinf=math.inf))
-    ratio = torch.where(noise == 0, math.inf, ratio)
-    return torch.where(signal.isfinite(), ratio, math.nan) if first.numel() else torch.full_like(signal, math.nan)
+    return torch.where(signal.isfinite(), torch.where(noise == 0, math.inf, ratio), math.nan)
 
 
 @torch.no_grad()

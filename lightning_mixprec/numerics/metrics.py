@@ -26,6 +26,7 @@ from torchmetrics import Metric
 
 from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics.drawing import draw_exponents
+from lightning_mixprec.numerics.fidelity import decibels
 from lightning_mixprec.numerics.formats import Format, get_format
 from lightning_mixprec.numerics.segments import flatten, flatten_together
 from lightning_mixprec.numerics.stats import HIGHEST, LOWEST, Histogram, histogram
@@ -326,9 +327,7 @@ class SQNR(_Scalar):
 
     def compute(self) -> Tensor:
         """The ratio over everything so far, in dB, as 0-dim fp32."""
-        ratio = 10 * torch.log10(self.signal / self.noise.nan_to_num(nan=torch.inf, posinf=torch.inf))
-        ratio = ratio.where(self.noise != 0, torch.inf)
-        return ratio.where(self.signal.isfinite() & (self.elements > 0), torch.nan).float()
+        return decibels(self.signal, self.noise).where(self.elements > 0, torch.nan).float()
 
 
 _HISTOGRAM_FIELDS = [field.name for field in fields(Histogram)]
