@@ -14,6 +14,8 @@ from lightning_mixprec.policy.strict import active_rules, check, no_such_layer
 if TYPE_CHECKING:
     from lightning_mixprec.policy.rules import PrecisionPolicy
 
+_EDIT_KEYS = ("compute", "output", "recurse")
+
 
 def amend(policy: "PrecisionPolicy", edits: Mapping[str, Any], model: nn.Module) -> "PrecisionPolicy":
     """See :meth:`PrecisionPolicy.amend`."""
@@ -25,7 +27,8 @@ def amend(policy: "PrecisionPolicy", edits: Mapping[str, Any], model: nn.Module)
         if not matches_of(rule, before.inventory, before.classes):
             pattern = rule.patterns[0]
             raise PolicyError(f"edit {pattern!r} matches no layer; {no_such_layer(before, pattern)}")
-    kept = [rule for rule in policy.rules if _single_pattern(rule) not in edits]
+    successors = {(_single_pattern(rule), rule.recurse) for rule in new}
+    kept = [rule for rule in policy.rules if (_single_pattern(rule), rule.recurse) not in successors]
     after = decide(replace(policy, rules=[*new, *kept]), model)
     new = [_storing_as_before(before, after, number) for number in range(len(new))]
     active = active_rules(after)
@@ -70,10 +73,23 @@ def _rule_differences(one: Sequence[Rule], other: Sequence[Rule]) -> list[str]:
 def _edited(policy: "PrecisionPolicy", pattern: str, value: object) -> Rule:
     try:
         said = _said(value)
-        old = next((rule for rule in policy.rules if _single_pattern(rule) == pattern), None)
-        return Rule(pattern, **said) if old is None else replace(old, **said)
+        lender = _lender(policy, pattern, said.get("recurse"))
+        return Rule(pattern, **said) if lender is None else replace(lender, **said)
     except FieldError as error:
         raise PolicyError(f"edit {pattern!r}: {error}") from None
+
+
+def _lender(policy: "PrecisionPolicy", pattern: str, recurse: bool | None) -> Rule | None:
+    """The rule of that very pattern which says what the edit does not say.
+
+    There may be two, for the layer itself and for what is below; an edit that does not say which is for both.
+    """
+    rules = [rule for rule in policy.rules if _single_pattern(rule) == pattern]
+    wanted = recurse is not False
+    lender = next((rule for rule in rules if rule.recurse == wanted), rules[0] if rules else None)
+    if lender is None or recurse in (None, lender.recurse):
+        return lender
+    return replace(lender, param=None, recurse=wanted) if lender.said.keys() != {"param"} else None
 
 
 def _said(value: object) -> dict[str, Any]:
@@ -81,14 +97,17 @@ def _said(value: object) -> dict[str, Any]:
         said: dict[str, Any] = dict(parse_value(value))
     else:
         for key in value:
-            if key not in ("param", "compute", "output"):
-                near = did_you_mean(str(key), ("compute", "output"))
-                raise FieldError(f"unknown key {key!r}{near or ';'} an edit takes compute and output")
+            if key not in ("param", *_EDIT_KEYS):
+                near = did_you_mean(str(key), _EDIT_KEYS)
+                raise FieldError(f"unknown key {key!r}{near or ';'} an edit takes compute, output and recurse")
         said = dict(value)
         for key, format in said.items():
-            check_format(key, format)
+            if key != "recurse":
+                check_format(key, format)
     if "param" in said:
         raise FieldError("param cannot change during a run; an edit takes compute and output")
+    if said.keys() <= {"recurse"}:
+        raise FieldError("an edit must say at least one of compute and output")
     return said
 
 

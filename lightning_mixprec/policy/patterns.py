@@ -89,6 +89,20 @@ def parse(text: str) -> Pattern:
     return Pattern(text, tuple(_segment(segment, text) for segment in segments))
 
 
+def literal(name: str) -> str:
+    r"""The pattern that matches the layer of a dotted name, and no other.
+
+    >>> print(literal("model.head"), literal("heads.[a]"))
+    model.head re:heads\.\[a\]
+    """
+    try:
+        pattern = parse(name)
+    except PolicyError:
+        return REGEX_PREFIX + re.escape(name)
+    is_plain = pattern.regex is None and all(isinstance(segment, Literal) for segment in pattern.segments)
+    return name if is_plain else REGEX_PREFIX + re.escape(name)
+
+
 def check_brackets(text: str, whole: str) -> list[str]:
     """The bodies of the character classes in a glob, as ``fnmatch`` delimits them.
 

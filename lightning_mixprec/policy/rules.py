@@ -116,10 +116,12 @@ class PrecisionPolicy:
         """This policy with some layers changed, as is allowed while a model is running: compute and output only.
 
         New rules go in front. A rule for the very same pattern gives way to the new one and lends it what the edit does
-        not say. Rules that have nothing left to decide are dropped, so the result resolves like any other policy.
+        not say; if the edit is for own operations alone, a recursive rule stays, for the layers below. Rules that have
+        nothing left to decide are dropped, so the result resolves like any other policy.
 
         Args:
-            edits: From pattern to a compute format, to ``"c=fp32,o=input"``, or to a mapping with compute and output.
+            edits: From pattern to a compute format, to ``"c=fp32,o=input"``, or to a mapping with compute, output and
+                recurse.
             model: The model that the policy is in force on.
 
         Raises:

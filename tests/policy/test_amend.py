@@ -68,7 +68,7 @@ def test_an_edit_across_layers_stored_by_different_rules_is_refused():
         ({"model.hed": "fp32"}, "edit 'model.hed' matches no layer; did you mean model.head?"),
         ({"model.head": "p=fp64,c=fp32"}, "edit 'model.head': param cannot change during a run"),
         ({"model.head": {"param": "fp64"}}, "edit 'model.head': param cannot change during a run"),
-        ({"model.head": {"recurse": False}}, "unknown key 'recurse'; an edit takes compute and output"),
+        ({"model.head": {"recurse": False}}, "edit 'model.head': an edit must say at least one of compute and output"),
         ({"model.head": {"cmopute": "fp32"}}, "unknown key 'cmopute', did you mean compute?"),
         ({"model.head": {"compute": None}}, "compute is None"),
         ({"model.head": {}}, "must say at least one"),
@@ -112,3 +112,87 @@ def test_any_run_of_edits_resolves_strictly_and_takes_effect(rules, edits):
         assert own
         assert {assignment[name].compute for name in own} == {wanted}
         assert PrecisionPolicy.from_dict(policy.to_dict()) == policy
+
+
+def computed(policy, model):
+    return {name: layer.compute for name, layer in policy.resolve(model).items()}
+
+
+NON_RECURSIVE_EDITS = st.sampled_from(["", "model", "model.head", "model.blocks.0", "model.blocks.0.norm", "**.norm"])
+
+
+@given(st.dictionaries(patterns, formats, max_size=3), NON_RECURSIVE_EDITS, st.sampled_from(["fp64", "fp16"]))
+def test_an_edit_that_does_not_recurse_moves_what_it_matches_and_nothing_else(rules, pattern, format):
+    model = example()
+    try:
+        policy = PrecisionPolicy.from_dict({"default": "bf16"} | rules)
+        before = computed(policy, model)
+    except PolicyError:
+        assume(False)
+    matched = PrecisionPolicy("bf16", [Rule(pattern, compute="fp32", recurse=False)]).resolve(model)
+    moved = {name for name, layer in matched.items() if layer.compute == "fp32"}
+    amended = policy.amend({pattern: {"compute": format, "recurse": False}}, model)
+    assert computed(amended, model) == {name: format if name in moved else old for name, old in before.items()}
+    assert PrecisionPolicy.from_dict(amended.to_dict()) == amended
+
+
+def test_a_recursive_rule_with_the_same_pattern_still_decides_for_the_children():
+    old = Rule("model", compute="fp16", output="input")
+    amended = PrecisionPolicy("bf16", [old]).amend({"model": {"compute": "fp32", "recurse": False}}, example())
+    assert amended.rules == (Rule("model", compute="fp32", output="input", recurse=False), old)
+    again = amended.amend({"model": {"compute": "fp64", "recurse": False}}, example())
+    assert again.rules == (Rule("model", compute="fp64", output="input", recurse=False), old)
+
+
+def test_of_two_rules_of_a_pattern_the_one_that_gives_way_lends():
+    below = Rule("model", compute="fp16", output="input")
+    rules = [below, Rule("model", param="fp64", compute="fp32", output="fp32", recurse=False)]
+    amended = PrecisionPolicy("bf16", rules).amend({"model": {"compute": "bf16", "recurse": False}}, example())
+    assert amended.rules == (Rule("model", param="fp64", compute="bf16", output="fp32", recurse=False), below)
+
+
+def test_an_edit_that_does_not_say_which_is_for_both_rules_of_a_pattern():
+    rules = [Rule("model", compute="fp32", recurse=False), Rule("model", compute="fp16", output="fp32")]
+    amended = PrecisionPolicy("bf16", rules).amend({"model": "fp64"}, example())
+    assert amended.rules == (Rule("model", compute="fp64", output="fp32"),)
+
+
+def test_an_edit_that_recurses_takes_the_place_of_a_rule_that_does_not():
+    policy = PrecisionPolicy("bf16", [Rule("model", compute="fp32", recurse=False)])
+    assert policy.amend({"model": "fp16"}, example()).rules == (Rule("model", compute="fp16", recurse=False),)
+    amended = policy.amend({"model": {"compute": "fp16", "recurse": True}}, example())
+    assert amended.rules == (Rule("model", compute="fp16"),)
+
+
+def test_a_rule_of_the_same_pattern_with_no_children_left_is_dropped():
+    policy = PrecisionPolicy("bf16", [Rule("model.head", compute="fp16")])
+    amended = policy.amend({"model.head": {"compute": "fp32", "recurse": False}}, example())
+    assert amended.rules == (Rule("model.head", compute="fp32", recurse=False),)
+
+
+def test_weights_stay_as_stored_where_only_own_operations_move():
+    rules = [Rule("model", param="fp64", compute="fp32"), Rule("model.head", param="fp64", compute="fp32")]
+    edits = {"model": {"compute": "bf16", "recurse": False}, "model.head": {"compute": "bf16", "recurse": False}}
+    amended = PrecisionPolicy("bf16", rules).amend(edits, example())
+    assert amended.rules == (
+        Rule("model", compute="bf16", recurse=False),
+        Rule("model.head", param="fp64", compute="bf16", recurse=False),
+        rules[0],
+    )
+    assert {layer.param for name, layer in amended.resolve(example()).items() if name.count(".") > 2} == {"fp64"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        ({"recurse": False}, "edit 'model.blocks': an edit must say at least one of compute and output"),
+        ({"compute": "fp32", "recurse": "no"}, "edit 'model.blocks': recurse is 'no'; it must be true or false"),
+        ({"compute": "fp32", "recurse": 0}, "recurse is 0; it must be true or false"),
+        ({"compute": "fp32", "recurs": False}, "unknown key 'recurs', did you mean recurse?"),
+        ({"compute": "fp32", "recurse": False}, "(model.blocks, recurse=False) does nothing: model.blocks has no"),
+        ({"compute": "fp32", "depth": 1}, "unknown key 'depth'; an edit takes compute, output and recurse"),
+    ],
+)
+def test_edits_about_recursion_that_are_refused(edit, problem):
+    policy = PrecisionPolicy("bf16", [Rule("model.blocks", compute="fp16")])
+    assert problem in error_of(policy, {"model.blocks": edit})

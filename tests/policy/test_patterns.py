@@ -3,10 +3,13 @@ import fnmatch
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.classes import ClassIndex, check_type_pattern, class_names
-from lightning_mixprec.policy.patterns import parse
+from lightning_mixprec.policy.names import walk
+from lightning_mixprec.policy.patterns import literal, parse
+from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
 from lightning_mixprec.policy.tree import NameTree
 
 NAMES = [
@@ -163,15 +166,11 @@ class Outer:
 
 
 def test_class_names_are_the_public_ones_too():
-    import torch.nn as nn
-
     assert {"Linear", "torch.nn.Linear", "torch.nn.modules.linear.Linear"} <= class_names(nn.Linear)
     assert class_names(Outer.LayerNorm) == {"LayerNorm", f"{__name__}.Outer.LayerNorm"}
 
 
 def test_what_a_type_pattern_matches():
-    import torch.nn as nn
-
     class MyNorm(nn.LayerNorm):
         pass
 
@@ -194,3 +193,26 @@ def test_what_a_type_pattern_matches():
 def test_malformed_type_patterns(text):
     with pytest.raises(PolicyError, match="write"):
         check_type_pattern(text)
+
+
+odd_keys = st.one_of(
+    st.sampled_from(["re:", "re:a", "**", "*", "[0:2]", "[0]", "a b", "a\n", "default", "0", "1", "norm", "\\"]),
+    st.text("abré:*?[]!-\\ \t\n(|)^$", min_size=1, max_size=4),
+)
+
+
+@given(st.dictionaries(odd_keys, st.lists(odd_keys, max_size=3), min_size=1, max_size=4))
+def test_a_literal_matches_the_layer_of_that_name_alone(keys):
+    layers = {key: nn.ModuleDict({below: nn.Identity() for below in belows}) for key, belows in keys.items()}
+    model = nn.ModuleDict(layers)
+    names = [node.name for node in walk(model)]
+    for name in names:
+        assert found(literal(name), names) == [name]
+        if isinstance(model.get_submodule(name), nn.Identity):
+            resolved = PrecisionPolicy("bf16", [Rule(literal(name), compute="fp32")]).resolve(model)
+            assert [layer for layer, given in resolved.items() if given.compute == "fp32"] == [name]
+
+
+@pytest.mark.parametrize("name", ["", "model", "model.blocks.10.norm", "model._orig", "é", "a:b", "a(b)"])
+def test_a_literal_is_the_name_where_that_says_it(name):
+    assert literal(name) == name
