@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_mixprec import plugin_checks as checks
 from lightning_mixprec.engine.buffers import BufferGuard
-from lightning_mixprec.errors import MixPrecError, PolicyError
+from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.numerics.scaling import LossScaler
 from lightning_mixprec.plugin_formats import FormatsInForce
@@ -30,7 +30,6 @@ from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.table import show
 
 _LIGHTNING_NAMES = {"fp64": "64-true", "fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-_BEFORE_BACKWARD = ("on_before_zero_grad", "optimizer_zero_grad")
 
 
 class PerLayerPrecision(Precision):
@@ -49,7 +48,7 @@ class PerLayerPrecision(Precision):
 
     Attributes:
         scaler: The loss scaler; ``get_scale()`` is 1 while nothing is scaled.
-        history: One plain dict per precision change: step, layer, from, to, reason. The first assignment is none.
+        history: One plain dict per change (the first assignment is none): step, layer, from, to, reason, any evidence.
 
     Raises:
         MixPrecError: An argument is malformed; one line that says what is allowed.
@@ -126,33 +125,52 @@ class PerLayerPrecision(Precision):
 
     # Changing a running model
 
-    def set_policy(self, policy: str | dict[str, Any] | PrecisionPolicy, reason: str = "set_policy") -> None:
+    def set_policy(
+        self,
+        policy: str | dict[str, Any] | PrecisionPolicy,
+        reason: str = "set_policy",
+        evidence: Mapping[str, Any] | None = None,
+    ) -> None:
         """Replaces the policy of the running model, between steps; changes compute and output formats, never param.
 
         Args:
             policy: A format name, a path, a mapping or a ``PrecisionPolicy``.
             reason: Goes into the history.
+            evidence: Goes into each of the change's entries in the history; of plain types.
 
         Raises:
             PolicyError: No model is running, a step is, or the policy does not fit the model.
         """
-        self._adopt(as_policy(policy), reason)
+        self._adopt(as_policy(policy), reason, evidence)
 
-    def edit_policy(self, edits: Mapping[str, Any], reason: str = "edit_policy") -> None:
+    def edit_policy(
+        self, edits: Mapping[str, Any], reason: str = "edit_policy", evidence: Mapping[str, Any] | None = None
+    ) -> None:
         """Amends the policy of the running model, between steps.
 
         Args:
-            edits: Pattern to compute format, or to ``"c=bf16,o=input"``. They decide before the rules in force.
+            edits: Pattern to compute format, to ``"c=bf16,o=input"``, or to a mapping with compute, output and recurse
+                (false for own operations alone). They decide before the rules in force.
             reason: Goes into the history.
+            evidence: As in :meth:`set_policy`.
 
         Raises:
             PolicyError: As in :meth:`set_policy`.
         """
         model = self._running_model()
         assert self._formats.training is not None
-        self._adopt(self._formats.training.amend(edits, model), reason)
+        self._adopt(self._formats.training.amend(edits, model), reason, evidence)
 
-    def _adopt(self, policy: PrecisionPolicy, reason: str) -> None:
+    def set_loss_scale(self, scale: float) -> None:
+        """Moves the dynamic loss scale of the running model, between steps and within its bounds.
+
+        Raises:
+            ScalingError: Nothing is scaled, the scale is static, or this is no scale.
+        """
+        self._running_model("The loss scale")
+        self.scaler.move_to(scale, self._optimizers)
+
+    def _adopt(self, policy: PrecisionPolicy, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
         model = self._running_model()
         assignment = policy.resolve(model)
         before = self._formats.training_assignment
@@ -162,23 +180,17 @@ class PerLayerPrecision(Precision):
         checks.check_optimizers(self._optimizers, options)
         checks.warn_of_emulation(assignment, model.trainer.strategy.root_device)
         self._ledger.settle()
-        self.history += history_entries(before, assignment, model.trainer.global_step, reason)
+        self.history += history_entries(before, assignment, model.trainer.global_step, reason, evidence)
         self.scaler.configure(options, self._optimizers)
         self._formats.replace(policy, assignment)
 
-    def _running_model(self) -> pl.LightningModule:
-        model = self._model() if self._model is not None else None
-        if model is None or not self._formats.is_attached:
-            raise PolicyError(
-                "The policy of a running model was to change, but none is running; pass the policy to "
-                "PerLayerPrecision(policy=...), or change it from a callback during fit."
-            )
-        if self._formats.in_step or model._current_fx_name in _BEFORE_BACKWARD:
-            raise PolicyError(
-                "The policy was to change in the middle of a step, where backward would recompute in other formats; "
-                "change it between steps, for example in on_train_batch_start or on_train_batch_end."
-            )
-        return model
+    def _running_model(self, what: str = "The policy") -> pl.LightningModule:
+        return self._formats.between_steps(self._model() if self._model is not None else None, what)
+
+    def guard_buffers_anew(self) -> None:
+        """Has skipped steps put buffers back to what they are now; for callbacks that wrote earlier values back."""
+        if self._buffers is not None:
+            self._buffers = BufferGuard(self._running_model(), self._optimizers)
 
     # Set-up and teardown
 
@@ -235,15 +247,16 @@ class PerLayerPrecision(Precision):
         return self._formats.forward()
 
     def replay_context(self) -> contextlib.AbstractContextManager[None]:
-        """Everything within computes as a training step does, also after a validation in other formats.
-
-        For use between steps, as :meth:`set_policy`.
-        """
+        """Everything within computes as a training step, also after a validation in other formats; between steps."""
         return self._formats.replay()
 
     def reference_context(self) -> contextlib.AbstractContextManager[None]:
         """As :meth:`replay_context`, but in fp32 (what is to compute in fp64 does): what callbacks compare with."""
         return self._formats.reference()
+
+    def trial_context(self, policy: PrecisionPolicy) -> contextlib.AbstractContextManager[None]:
+        """As :meth:`replay_context`, but under another policy, as :meth:`set_policy` takes it; the run stays as is."""
+        return self._formats.trial(self._running_model(), policy)
 
     @override
     def convert_input(self, data: Any) -> Any:

@@ -26,6 +26,7 @@ from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.names import walk
 from lightning_mixprec.policy.rules import as_policy
 
+_BEFORE_BACKWARD = ("on_before_zero_grad", "optimizer_zero_grad")
 _STOCK_STATES = ("MixedPrecision", "FSDPPrecision", "native_amp_scaling_state")
 
 
@@ -69,6 +70,27 @@ def check_lightning_module(module: nn.Module) -> pl.LightningModule:
             "to Trainer(plugins=...). Fabric is not supported."
         )
     return module
+
+
+def check_running(model: pl.LightningModule | None, in_step: bool, what: str) -> pl.LightningModule:
+    """The model, if one is running and no step of it is.
+
+    Args:
+        model: The running model.
+        in_step: Whether a forward or backward is under way.
+        what: What was to happen, to begin an error with.
+    """
+    if model is None:
+        raise PolicyError(
+            f"{what} of a running model was to change, but none is running; pass it to PerLayerPrecision, or change it "
+            "from a callback during fit."
+        )
+    if in_step or model._current_fx_name in _BEFORE_BACKWARD:
+        raise PolicyError(
+            f"{what} was to change in the middle of a step, where backward would recompute in other formats; change it "
+            "between steps, for example in on_train_batch_start or on_train_batch_end."
+        )
+    return model
 
 
 def check_strategy(strategy: Strategy, who: str = "PerLayerPrecision") -> None:

@@ -11,6 +11,7 @@ import torch
 from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.plugin_checks import check_running, check_storage_unchanged
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
@@ -38,6 +39,7 @@ class FormatsInForce:
         self._in_force: Assignment | None = None
         self._to_watch = {"train", "eval"}
         self._in_evaluation = False
+        self._is_lent = False
         self.in_step = False
 
     @property
@@ -54,6 +56,11 @@ class FormatsInForce:
     def is_attached(self) -> bool:
         """Whether a model runs."""
         return self._attachment is not None
+
+    def between_steps(self, model: pl.LightningModule | None, what: str) -> pl.LightningModule:
+        """The model, if it runs, no step of it does, and its formats are its own; ``what`` begins an error."""
+        self._check_not_lent()
+        return check_running(model if self.is_attached else None, self.in_step, what)
 
     def choose(self, training: PrecisionPolicy) -> None:
         """The policy of training, now that the device is known."""
@@ -108,16 +115,43 @@ class FormatsInForce:
     @contextlib.contextmanager
     def reference(self) -> Generator[None, None, None]:
         """As :meth:`replay`, but in fp32, and in fp64 what is to compute in fp64."""
-        self._bring_in_force(self.training_assignment)
-        attachment, in_force = self._attachment, self._in_force
-        if attachment is None or in_force is None:
+        assignment = self.training_assignment
+        self._bring_in_force(assignment)
+        if self._attachment is None or assignment is None:
             yield
             return
-        attachment.change({name: widened(layer) for name, layer in in_force.items()})
+        with self._lent_to({name: widened(layer) for name, layer in assignment.items()}):
+            yield
+
+    @contextlib.contextmanager
+    def trial(self, model: pl.LightningModule, policy: PrecisionPolicy) -> Generator[None, None, None]:
+        """As :meth:`replay`, but under another policy for the running model."""
+        self._bring_in_force(self.training_assignment)
+        assert self.training_assignment is not None
+        assignment = policy.resolve(model)
+        check_storage_unchanged(self.training_assignment, assignment)
+        stored = [(buffer, buffer.data) for buffer in model.buffers()]
         try:
+            with self._lent_to(assignment):
+                # Buffers of layers in fp64 are fp64, and would come back rounded where the trial has them narrower.
+                stored = [(buffer, data) for buffer, data in stored if buffer.dtype != data.dtype]
+                yield
+        finally:
+            for buffer, data in stored:
+                buffer.data = data
+
+    @contextlib.contextmanager
+    def _lent_to(self, assignment: Mapping[str, LayerPrecision]) -> Generator[None, None, None]:
+        """Another assignment is in force within, and nothing can bring a third one in force."""
+        attachment, in_force = self._attachment, self._in_force
+        assert attachment is not None and in_force is not None
+        try:
+            attachment.change(assignment)
+            self._is_lent = True
             with self.forward():
                 yield
         finally:
+            self._is_lent = False
             attachment.change(in_force)
 
     def train_step(self) -> contextlib.AbstractContextManager[None]:
@@ -159,9 +193,17 @@ class FormatsInForce:
         return self.training_assignment
 
     def _bring_in_force(self, assignment: Assignment | None) -> None:
+        self._check_not_lent()
         if self._attachment is not None and assignment is not None and self._in_force is not assignment:
             self._attachment.change(assignment)
             self._in_force = assignment
+
+    def _check_not_lent(self) -> None:
+        if self._is_lent:
+            raise PolicyError(
+                "Formats were to be put in force inside trial_context or reference_context, which compute in formats "
+                "of their own; leave the context first."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no run."""

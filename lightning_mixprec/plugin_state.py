@@ -1,7 +1,9 @@
 """The plugin's part of a checkpoint: plain types, versioned, and what resuming it means."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from typing import Any, Literal
 
 from lightning_mixprec.errors import MixPrecError, PolicyError
@@ -91,7 +93,9 @@ class PluginState:
         return in_force if on_policy_change == "checkpoint" else None
 
 
-def history_entries(before: Assignment, after: Assignment, step: int, reason: str) -> list[dict[str, Any]]:
+def history_entries(
+    before: Assignment, after: Assignment, step: int, reason: str, evidence: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """One entry per layer that changed; a subtree that changed as one is one entry, under the name of its top.
 
     Args:
@@ -99,7 +103,12 @@ def history_entries(before: Assignment, after: Assignment, step: int, reason: st
         after: Assignment from now on.
         step: Optimizer steps taken so far.
         reason: Why.
+        evidence: What the change rests on, if it rests on something; goes into each entry.
+
+    Raises:
+        MixPrecError: The evidence is not of plain types.
     """
+    _check_plain(evidence, "evidence")
     changes = {
         name: (_label(old, new), _label(new, old))
         for name, (old, new) in before.changes_to(after).items()
@@ -107,9 +116,36 @@ def history_entries(before: Assignment, after: Assignment, step: int, reason: st
     }
     return [
         {"step": step, "layer": name, "from": old, "to": new, "reason": reason}
+        | ({} if evidence is None else {"evidence": deepcopy(dict(evidence))})
         for name, (old, new) in changes.items()
         if not name or changes.get(name.rpartition(".")[0]) != (old, new)
     ]
+
+
+def _check_plain(value: object, path: str) -> None:
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            if type(key) is not str:
+                raise MixPrecError(f"{path} has the key {key!r}; plain mappings have strings as keys.")
+            _check_plain(entry, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for place, entry in enumerate(value):
+            _check_plain(entry, f"{path}[{place}]")
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise MixPrecError(
+            f"{path} is a {type(value).__name__}, which a checkpoint could not keep; write plain numbers, strings, "
+            "lists and mappings."
+        )
+
+
+def policy_version(history: Sequence[Mapping[str, Any]]) -> int:
+    """How often the policy changed so far; layers that moved at one step for one reason are one change.
+
+    >>> moves = [("net.0", 10, "schedule"), ("net.2", 10, "schedule"), ("net.0", 10, "set_policy")]
+    >>> policy_version([{"layer": layer, "step": step, "reason": reason} for layer, step, reason in moves])
+    2
+    """
+    return sum(1 for _ in groupby(history, key=lambda entry: (entry["step"], entry["reason"])))
 
 
 def _label(layer: LayerPrecision, other: LayerPrecision) -> str:

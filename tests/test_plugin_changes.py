@@ -373,3 +373,95 @@ def test_moves_add_no_weight_and_lose_none():
     )
     assert during.results == [keys] * 4
     assert model.net[4].weight.dtype == FP32
+
+
+# Evidence
+
+
+def test_the_evidence_of_a_change_is_in_each_of_its_entries():
+    evidence = {"loss_gap": 0.5, "layers": {"net.0": {"grad_cosine": 0.1}}, "steps": [3, None, True]}
+    moves = [
+        Call("on_train_batch_end", edit({"net.0": "fp32", "net.2": "fp32"}, reason="drift", evidence=evidence), at=0),
+        Call("on_train_batch_end", replace("bf16", evidence={"cause": "back"}), at=1),
+        Call("on_train_batch_end", edit({"net.1": "fp32"}), at=2),
+    ]
+    plugin = PerLayerPrecision("bf16")
+    model = Task(probes())
+    run = fit(model, plugin, callbacks=moves)
+    by_evidence = [(entry["layer"], entry.get("evidence")) for entry in plugin.history]
+    assert by_evidence[:2] == [("net.0", evidence), ("net.2", evidence)]
+    assert by_evidence[2:] == [("net.0", {"cause": "back"}), ("net.2", {"cause": "back"}), ("net.1", None)]
+    assert "evidence" not in plugin.history[-1]
+    evidence["layers"].clear()
+    plugin.history[0]["evidence"]["steps"].clear()
+    assert plugin.history[1]["evidence"]["layers"] and plugin.history[1]["evidence"]["steps"]
+    run.save_checkpoint("run.ckpt")
+    saved = torch.load("run.ckpt", weights_only=True)["PerLayerPrecision"]["history"]
+    assert saved == plugin.history
+
+
+@pytest.mark.parametrize("value", [torch.ones(()), BF16, {1, 2}, {3: "x"}, [object]], ids=str)
+def test_evidence_that_a_checkpoint_could_not_keep_is_refused_in_one_line(value):
+    plugin = PerLayerPrecision("bf16")
+    with pytest.raises(MixPrecError, match="evidence.*plain") as caught:
+        fit(
+            Task(probes()),
+            plugin,
+            callbacks=[Call("on_train_batch_end", edit({"net.0": "fp32"}, evidence={"why": value}))],
+        )
+    assert "\n" not in str(caught.value)
+    assert plugin.history == []
+
+
+# The loss scale
+
+
+def move_scale(scale):
+    return lambda run, model: run.precision_plugin.set_loss_scale(scale)
+
+
+def test_the_loss_scale_moves_between_steps_and_is_searched_for_from_there():
+    scaling = {"init_scale": 1024.0, "growth_interval": 3, "max_scale": 4096.0}
+    plugin = PerLayerPrecision("fp16", loss_scaling=scaling)
+    scales = Call("on_train_batch_end", lambda run, model: run.scaler.get_scale())
+    moves = [Call("on_train_batch_end", move_scale(scale), at=at) for at, scale in [(1, 64), (4, 1e9)]]
+    fit(Task(mlp()), plugin, Batches(6, count=6), callbacks=[*moves, scales])
+    assert scales.results == [1024, 64, 64, 64, 4096, 4096]
+    assert plugin.history == []
+
+
+def test_gradients_that_wait_for_their_step_follow_a_move_of_the_scale():
+    def run(*callbacks):
+        torch.manual_seed(3)
+        model = Task(nn.Sequential(nn.Linear(6, 8), nn.Identity(), nn.Linear(8, 2)))
+        plugin = PerLayerPrecision("fp32", loss_scaling={"init_scale": 1024.0})
+        fit(model, plugin, accumulate_grad_batches=2, callbacks=[*callbacks])
+        return [*model.state_dict().values()]
+
+    move = Call("on_train_batch_end", move_scale(16), at=0)
+    assert same(run(move), run())
+    assert move.calls == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scale", "says"),
+    [
+        ({"policy": "bf16"}, 8, "nothing is scaled"),
+        ({"policy": "fp16", "loss_scaling": 128}, 8, "is static"),
+        ({"policy": "fp16"}, 0, "positive finite number"),
+    ],
+)
+def test_a_move_of_the_scale_that_cannot_be_is_one_line(arguments, scale, says):
+    plugin = PerLayerPrecision(**arguments)
+    with pytest.raises(MixPrecError, match=says) as caught:
+        fit(Task(mlp()), plugin, callbacks=[Call("on_train_start", move_scale(scale))])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_loss_scale_cannot_be_moved_in_the_middle_of_a_step_or_without_a_run():
+    plugin = PerLayerPrecision("fp16")
+    with pytest.raises(MixPrecError, match="loss scale.*none is running"):
+        plugin.set_loss_scale(8)
+    move = Call("on_before_backward", move_scale(8))
+    with pytest.raises(MixPrecError, match="loss scale.*between steps"):
+        fit(Task(mlp()), plugin, callbacks=[move])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.numerics.gradients import (
     check_and_unscale,
     grads_of,
@@ -191,6 +192,34 @@ class LossScaler:
         ratio = after / before
         if ratio != 1:
             self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio, [])
+
+    def move_to(self, scale: float, waiting: Iterable[Optimizer] = ()) -> None:
+        """Moves the scale between two steps, within the bounds, and counts anew. No host synchronisation.
+
+        Args:
+            scale: Where the search goes on.
+            waiting: Optimizers whose gradients wait for their step; the gradients follow.
+
+        Raises:
+            ScalingError: Nothing searches for a scale, or this is none.
+        """
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not 0 < scale < math.inf:
+            raise ScalingError(f"The loss scale was to become {scale!r}; it has to be a positive finite number.")
+        if self.options is None or self.options.is_static:
+            why = "nothing is scaled" if self.options is None else f"the loss scale is static ({self.get_scale():g})"
+            raise ScalingError(
+                f"The loss scale was to become {scale:g}, but {why}; only a dynamic one moves, such as loss_scaling="
+                "'auto' has where a layer computes in fp16."
+            )
+        after = self.options.bounded(float(scale))
+        ratio = after / self.present_scale
+        if self._scale is None or self._growth_tracker is None or self._overflows is None:
+            self._start_at(after)
+        else:
+            self._scale.fill_(after)
+            self._growth_tracker.zero_()
+            self._overflows.zero_()
+        self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio, [])
 
     def forget_steps(self) -> None:
         """Drops what is left of a step that an exception cut short."""

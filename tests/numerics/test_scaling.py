@@ -449,3 +449,86 @@ def test_a_fused_step_on_cuda_waits_for_nothing() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert scaler.get_scale() == 512.0
     assert torch.isfinite(param).all()
+
+
+def moves_or_batches(options: LossScaling) -> st.SearchStrategy[list[float | bool]]:
+    """Batches (whether they overflow) and moves of the scale, some beyond the bounds."""
+    moves = st.sampled_from([options.min_scale / 4, options.min_scale, 3.0, 1024.0, options.max_scale * 2])
+    return st.lists(st.booleans() | moves, max_size=24)
+
+
+@given(st.data(), options, st.booleans())
+def test_a_moved_scale_is_searched_for_from_there(data: st.DataObject, options: LossScaling, used: bool) -> None:
+    scaler, model = LossScaler(options), Model(options, options.init_scale)
+    optimizer = sgd(parameter())
+    if used:
+        scaler.scale(torch.zeros(()))
+    for event in data.draw(moves_or_batches(options)):
+        if isinstance(event, bool):
+            a_step(scaler, optimizer, math.inf if event else 0.001)
+            model.batch(event)
+        else:
+            scaler.move_to(event)
+            model = Model(options, min(max(event, options.min_scale), options.max_scale))
+        assert scaler.state_dict() == {
+            "scale": model.scale,
+            "growth_tracker": model.good,
+            "overflows": model.overflows if options.hysteresis > 1 else 0,
+        }
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_waiting_gradients_follow_a_scale_that_is_moved(used: bool) -> None:
+    scaler = LossScaler(LossScaling(init_scale=8.0))
+    waiting, clipped = sgd(late := parameter()), sgd(done := parameter())
+    if used:
+        scaler.scale(torch.zeros(()))
+    late.grad, done.grad = torch.full((3,), 4.0), torch.full((3,), 4.0)
+    scaler.unscale_(clipped)
+    scaler.move_to(2.0, [waiting, clipped])
+    scaler.step(waiting)
+    scaler.step(clipped)
+    assert late.tolist() == done.tolist() == [0.5] * 3
+
+
+def test_whoever_holds_the_present_scale_sees_it_move() -> None:
+    scaler = LossScaler(LossScaling())
+    scaler.scale(torch.zeros(()))
+    held = scaler.present_scale
+    scaler.move_to(2)
+    assert scaler.present_scale is held
+    assert float(held) == scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, math.nan, math.inf, True, "8", None])
+def test_what_is_no_scale_is_refused_in_one_line(scale: object) -> None:
+    scaler = LossScaler(LossScaling())
+    with pytest.raises(ScalingError, match="a positive finite number") as error:
+        scaler.move_to(scale)  # type: ignore[arg-type]
+    assert repr(scale) in str(error.value) and "\n" not in str(error.value)
+    assert scaler.get_scale() == 65536.0
+
+
+@pytest.mark.parametrize(
+    ("options", "why"), [(None, "nothing is scaled"), (LossScaling.static(8.0), r"is static \(8\)")], ids=str
+)
+def test_a_scale_that_nothing_searches_for_cannot_be_moved(options: LossScaling | None, why: str) -> None:
+    with pytest.raises(ScalingError, match=why) as error:
+        LossScaler(options).move_to(4.0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+def test_moving_the_scale_on_cuda_waits_for_nothing() -> None:
+    scaler = LossScaler(LossScaling())
+    optimizer = sgd(param := torch.nn.Parameter(torch.zeros(3, device="cuda")))
+    scaler.scale(torch.zeros((), device="cuda"))
+    param.grad = torch.full_like(param, 65536.0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scaler.move_to(1024.0, [optimizer])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert param.grad.tolist() == [1024.0] * 3
+    assert scaler.state_dict() == {"scale": 1024.0, "growth_tracker": 0, "overflows": 0}
