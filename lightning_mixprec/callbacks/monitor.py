@@ -56,7 +56,7 @@ class Monitor(pl.Callback):
         self._forget_run()
         self._formats = formats_of(trainer, type(self).__name__)
         folder = trainer.log_dir
-        self._folder = None if folder is None or _is_quiet(trainer) else Path(folder)
+        self._folder = None if folder is None or is_quiet(trainer) else Path(folder)
         self._journal = Journal(self._folder if trainer.is_global_zero else None)
 
     @override
@@ -71,7 +71,7 @@ class Monitor(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._journal.flush()
-        if trainer.is_global_zero and not _is_quiet(trainer):
+        if trainer.is_global_zero and not is_quiet(trainer):
             title, rows = self._summary()
             print("\n".join([f"{type(self).__name__}: {title}", *(align(rows, right=rows[0][1:]) if rows else ())]))
 
@@ -165,7 +165,7 @@ class Monitor(pl.Callback):
             yield new[0], f" (also {len(new) - 1} more: {named})" if new[1:] else ""
 
 
-def _is_quiet(trainer: pl.Trainer) -> bool:
+def is_quiet(trainer: pl.Trainer) -> bool:
     """Whether a run is to leave neither files nor lines: a trial of a few batches, or one measured bare."""
     return trainer.barebones or bool(getattr(trainer, "fast_dev_run", False))
 

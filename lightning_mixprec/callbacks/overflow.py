@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec.callbacks import ranks
-from lightning_mixprec.callbacks.diagnosis import LOST_WEIGHTS, Diagnosis, Judge
-from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome, RandomUse, received
+from lightning_mixprec.callbacks.diagnosis import LOST_WEIGHTS, Diagnosis
+from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome
+from lightning_mixprec.callbacks.failures import FailureWatch, diagnosed
 from lightning_mixprec.callbacks.monitor import ROWS, Monitor, check_count, is_validated_next, takes_iterator, written
 from lightning_mixprec.callbacks.replay import StepReplay
 from lightning_mixprec.callbacks.saved import save_batch
-from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.drawing import draw_steps
 from lightning_mixprec.plugin import PerLayerPrecision
@@ -84,10 +84,7 @@ class OverflowMonitor(Monitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._trainer: pl.Trainer | None = None
-        self._evidence: Evidence | None = None
-        self._random_use: RandomUse | None = None
-        self._late: tuple[Evidence, Transfer] | None = None
-        self._outcome: Outcome | None = None
+        self._failures: FailureWatch | None = None
         self._has_lost_weights = False
 
     @override
@@ -99,55 +96,30 @@ class OverflowMonitor(Monitor):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._formats is not None
-        if self._evidence is None:
-            self._evidence = Evidence(self._formats, pl_module.device, pl_module.automatic_optimization)
-        if self._random_use is None:
-            self._random_use = RandomUse(pl_module.device)
-        self._evidence.add_batch(batch, batch_idx, self._random_use.begin())
+        if self._failures is None:
+            assert self._formats is not None
+            is_automatic = pl_module.automatic_optimization
+            self._failures = FailureWatch(self._formats, pl_module.device, is_automatic, self._look_into, self._count)
+        self._failures.begin_batch(batch, batch_idx)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._evidence is not None:
-            self._evidence.add_loss(loss)
+        if self._failures is not None:
+            self._failures.add_loss(loss)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        evidence = self._evidence
-        if evidence is None:
-            return
-        evidence.add_step(optimizer, trainer.global_step)
-        if not pl_module.automatic_optimization:
-            return
-        # The device has this step's work by now: waiting for the last one's outcome leaves it no gap.
-        self._settle()
-        if evidence.is_known_before_step:
-            self._outcome = evidence.read()
-            self._look_into(evidence, self._outcome)
+        if self._failures is not None:
+            self._failures.before_step(optimizer, trainer.global_step)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._random_use is not None:
-            self._random_use.end()
-        evidence = self._evidence
-        if evidence is not None and evidence.steps:
-            self._evidence = None
-            self._settle()
-            if self._outcome is not None:
-                self._count(evidence, self._outcome)
-            elif evidence.is_late:
-                self._late = (evidence, evidence.send())
-                if is_validated_next(trainer):
-                    self._settle()  # while modules and formats are those of training
-            else:
-                outcome = evidence.read()
-                self._look_into(evidence, outcome)
-                self._count(evidence, outcome)
-            self._outcome = None
+        if self._failures is not None:
+            self._failures.end_batch(settles=is_validated_next(trainer))
         self._send_to_loggers(trainer)
 
     @override
@@ -163,10 +135,8 @@ class OverflowMonitor(Monitor):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        # Lightning calls no teardown: no batch is kept, and what is still on its way is counted without a replay.
-        self._evidence = None
-        if self._late is not None:
-            self._late[0].batches.clear()
+        if self._failures is not None:
+            self._failures.abandon()  # Lightning calls no teardown
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -174,12 +144,8 @@ class OverflowMonitor(Monitor):
         return super().state_dict()
 
     def _settle(self) -> None:
-        """Takes in the outcome that is still on its way."""
-        if self._late is not None:
-            (evidence, transfer), self._late = self._late, None
-            outcome = received(transfer)
-            self._look_into(evidence, outcome)
-            self._count(evidence, outcome)
+        if self._failures is not None:
+            self._failures.settle()
 
     def _count(self, evidence: Evidence, outcome: Outcome) -> None:
         assert self._trainer is not None
@@ -197,10 +163,9 @@ class OverflowMonitor(Monitor):
         )
 
     def _look_into(self, evidence: Evidence, outcome: Outcome) -> None:
-        """Finds out why a step failed, if it did."""
+        """Finds out why a step failed."""
         trainer = self._trainer
-        if not outcome.is_bad or trainer is None:
-            return
+        assert trainer is not None
         found, verdict = None, "unknown"
         if self._has_lost_weights:
             verdict = "model"
@@ -214,22 +179,11 @@ class OverflowMonitor(Monitor):
         self._journal.flush()
 
     def _diagnosed(self, trainer: pl.Trainer, evidence: Evidence, scale: float) -> dict[str, Any] | None:
-        """The event of the latest batch that a layer, the data or the model spoiled; else of one that the scale did."""
         replay = StepReplay(trainer.lightning_module, evidence.formats, evidence.device)
-        found: tuple[int, KeptBatch, Diagnosis] | None = None
-        for kept in reversed(evidence.batches):
-            judge = Judge(replay, kept.batch, kept.batch_idx, scale, kept.random)
-            if found is not None and judge.is_finite_at(found[2].smaller_scale or scale):
-                continue
-            rank, diagnosis = ranks.first_found(judge.judge())
-            if judge.problem is not None:
-                where = self._where(trainer, evidence.step, kept)
-                self._journal.write(monitor=self._NAME, **where, problem=judge.problem)
-                self._warn_once("problem", f"step {evidence.step} failed and could not be replayed ({judge.problem}).")
-            if diagnosis is not None and (found is None or diagnosis.verdict != "scale"):
-                found = rank, kept, diagnosis
-                if diagnosis.verdict != "scale":
-                    break
+        found, problems = diagnosed(replay, evidence, scale)
+        for kept, problem in problems:
+            self._write(self._where(trainer, evidence.step, kept), problem=problem)
+            self._warn_once("problem", f"step {evidence.step} failed and could not be replayed ({problem}).")
         return None if found is None else self._event(trainer, evidence.step, *found)
 
     def _event(
