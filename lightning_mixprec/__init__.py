@@ -11,9 +11,11 @@
 >>> trainer = pl.Trainer(accelerator="cpu", plugins=plugin, logger=False, barebones=True)
 """
 
+from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.callbacks.diagnose import diagnose
 from lightning_mixprec.callbacks.fidelity import FidelityMonitor
 from lightning_mixprec.callbacks.overflow import OverflowMonitor
+from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
 from lightning_mixprec.callbacks.underflow import UnderflowMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.loss_scaling import LossScaling
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SQNR",
+    "AdaptivePrecision",
     "ExponentHistogram",
     "FidelityMonitor",
     "LossScaling",
@@ -33,6 +36,7 @@ __all__ = [
     "OverflowRate",
     "PerLayerPrecision",
     "PrecisionPolicy",
+    "PrecisionScheduler",
     "Rule",
     "UnderflowMonitor",
     "UnderflowRate",

@@ -11,6 +11,7 @@ import pytest
 import lightning_mixprec
 
 CLASSES = [
+    "AdaptivePrecision",
     "ExponentHistogram",
     "FidelityMonitor",
     "LossScaling",
@@ -19,6 +20,7 @@ CLASSES = [
     "OverflowRate",
     "PerLayerPrecision",
     "PrecisionPolicy",
+    "PrecisionScheduler",
     "Rule",
     "SQNR",
     "UnderflowMonitor",

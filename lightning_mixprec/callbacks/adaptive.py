@@ -1,0 +1,315 @@
+"""``AdaptivePrecision``: moves layers to the formats that the run turns out to need."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mixprec.callbacks.evidence import KeptBatch
+from lightning_mixprec.callbacks.failures import FailureWatch
+from lightning_mixprec.callbacks.formats import PluginFormats
+from lightning_mixprec.callbacks.monitor import (
+    ROWS,
+    Monitor,
+    check_count,
+    check_share,
+    is_quiet,
+    is_validated_next,
+    takes_iterator,
+    written,
+)
+from lightning_mixprec.callbacks.steering import Steering, pinned_layers
+from lightning_mixprec.errors import MixPrecError, SupportError
+from lightning_mixprec.numerics.formats import native_support
+from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin_checks import check_choice
+from lightning_mixprec.plugin_state import policy_version
+from lightning_mixprec.policy.decisions import Decision, Options, quoted
+from lightning_mixprec.policy.rules import PrecisionPolicy
+
+LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"
+
+
+class AdaptivePrecision(Monitor):
+    """Watches a run under :class:`PerLayerPrecision` and moves layers to the formats that it turns out to need.
+
+    Two things make it act. A step that fails is looked into when failures repeat: the layer that overflowed is found,
+    and what the smallest set of promotions is with which the same batch is finite and agrees with fp32. And now and
+    then a step is compared with fp32 before it is taken: its loss, and by layer the gradient of the weights. Where two
+    in a row disagree, a larger loss scale or the smallest set of promotions is looked for that restores agreement.
+    Layers move to bf16 (for its range) where a trial says that this is enough, to fp32 otherwise, alone: a container's
+    own operations, or the LightningModule's (its loss), move without the layers inside. A promoted layer is taken back
+    when steps agree without it again, on probation. A healthy model is not touched, and trials change nothing of the
+    run but its time.
+
+    The policy arrived at is written to ``learned_policy.yaml`` in the run's log directory, with every checkpoint and at
+    the end; a later run takes it as its policy and needs no controller.
+
+    Logs ``mixprec/low_precision_share`` (share of the matrix products' flops in at most 16 bits, once a step was looked
+    at) and ``mixprec/policy_version`` (policy changes so far). Rows of the JSONL file: ``sample``, ``decision``,
+    ``verdict`` or ``problem``.
+
+    Args:
+        mode: ``"act"``, or ``"advise"`` to say only what would be done; the policy is then ``advised_policy.yaml``.
+        pin: Patterns of layers that are left alone.
+        min_low_precision_share: Share of the matrix products' flops that has to stay in at most 16 bits.
+        every_n_steps: Batches between two comparisons with fp32 once the run has settled; they are denser at first and
+            after a move (the 1st, 10th, 30th, 100th and 300th batch).
+        dwell_steps: Batches that a promoted layer stays as it is, at least; four times as long after each relapse.
+        max_trials: Extra steps for one decision, at most.
+        max_assignments: Different assignments in a run, at most: each one costs a compiled model a recompilation.
+
+    Attributes:
+        decisions: One plain dict per decision: ``step``, ``kind`` (``"promote"``, ``"demote"``, ``"scale"`` or
+            ``"restore"``), ``moves`` (layer, from, to), ``scale`` (a loss scale, or None), ``restores`` (whether
+            weights and optimizers went back to the last good copy), ``reason``, ``evidence``.
+
+    Raises:
+        MixPrecError: An argument is malformed.
+    """
+
+    _NAME = "adaptive"
+    _KEYS = ("low_precision_share", "policy_version")
+    _STATE = ("decisions", "_steered")
+
+    def __init__(
+        self,
+        mode: Literal["act", "advise"] = "act",
+        pin: str | Sequence[str] = (),
+        min_low_precision_share: float | None = None,
+        every_n_steps: int = 1000,
+        dwell_steps: int = 1000,
+        max_trials: int = 48,
+        max_assignments: int = 8,
+    ) -> None:
+        name = type(self).__name__
+        check_choice("mode", mode, ("act", "advise"))
+        self.mode = mode
+        self.pin = [pin] if isinstance(pin, str) else list(pin)
+        share = min_low_precision_share
+        self._options = Options(
+            every_n_steps=check_count(name, "every_n_steps", every_n_steps),
+            dwell_steps=check_count(name, "dwell_steps", dwell_steps),
+            max_trials=check_count(name, "max_trials", max_trials),
+            max_assignments=check_count(name, "max_assignments", max_assignments),
+            min_low_precision_share=None if share is None else check_share(name, "min_low_precision_share", share),
+        )
+        self.decisions: list[dict[str, Any]] = []
+        self._steered: dict[str, Any] = {}
+        super().__init__()
+
+    @override
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._trainer: pl.Trainer | None = None
+        self._plugin: PerLayerPrecision | None = None
+        self._watch: FailureWatch | None = None
+        self._steering: Steering | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        plugin = trainer.precision_plugin
+        if not isinstance(plugin, PerLayerPrecision):
+            raise SupportError(
+                f"AdaptivePrecision moves layers between formats, and this Trainer's precision plugin is "
+                f"{type(plugin).__name__}; use Trainer(plugins=PerLayerPrecision('fp16'))."
+            )
+        super().setup(trainer, pl_module, stage)
+        self._trainer, self._plugin = trainer, plugin
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks the pinned layers.
+
+        Raises:
+            PolicyError: A pattern is malformed or matches nothing.
+        """
+        pinned_layers(pl_module, self.pin)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._plugin is not None
+        options = replace(self._options, has_bf16=native_support("bf16", pl_module.device).native)
+        self._steering = Steering(trainer, self._plugin, options, self.pin, self._take_in)
+        if self._steered:
+            self._steering.load_state_dict(self._steered)
+        self._watch = FailureWatch(
+            PluginFormats(self._plugin),
+            pl_module.device,
+            pl_module.automatic_optimization,
+            on_failure=self._steering.see_failure,
+            on_outcome=self._steering.see_outcome,
+        )
+        super().on_train_start(trainer, pl_module)
+
+    def rebase(self, policy: PrecisionPolicy, reason: str) -> None:
+        """Another policy to start from, in a running fit; promotions that are wider than it are kept.
+
+        Args:
+            policy: The policy, without what was promoted.
+            reason: Goes into the history.
+        """
+        assert self._steering is not None
+        self._steering.rebase(policy, reason)
+
+    @property
+    def base(self) -> PrecisionPolicy:
+        """The policy of the running fit without what was promoted."""
+        assert self._steering is not None
+        return self._steering.base
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        watch, steering = self._watch, self._steering
+        assert watch is not None and steering is not None
+        may_sample = not (watch.is_in_window or self._has_no_batches(trainer))
+        steering.begin_batch(KeptBatch(batch, batch_idx, None), may_sample=may_sample)
+        self._carry_out()
+        if not takes_iterator(trainer):
+            watch.begin_batch(batch, batch_idx)
+
+    def _has_no_batches(self, trainer: pl.Trainer) -> bool:
+        if takes_iterator(trainer):
+            self._warn_once(
+                "iterator",
+                "AdaptivePrecision needs batches, and this training_step takes an iterator over them "
+                "(dataloader_iter): nothing will move.",
+            )
+            return True
+        return False
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._watch is not None:
+            self._watch.add_loss(loss)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._watch is not None:
+            self._watch.before_step(optimizer, trainer.global_step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._watch is not None
+        self._watch.end_batch(settles=is_validated_next(trainer))
+        self._carry_out()
+        self._send_to_loggers(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
+        super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
+        self._write_policy()
+        super().on_train_end(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self._watch is not None:
+            self._watch.abandon()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._write_policy()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        if self._steering is not None:
+            self._steered = self._steering.state_dict()
+        return super().state_dict()
+
+    def _settle(self) -> None:
+        """Takes in an outcome that is still on its way, and does what follows."""
+        if self._watch is not None:
+            self._watch.settle()
+            self._carry_out()
+
+    def _carry_out(self) -> None:
+        steering, watch = self._steering, self._watch
+        assert steering is not None and watch is not None
+        if steering.pending is None or watch.is_in_window:
+            return
+        if self.mode == "act":
+            decision = steering.carry_out()
+            self._say(decision, "")
+        else:
+            decision, policy = steering.withdraw() or (None, None)
+            self._say(decision, "would move ")
+            self._write_policy(policy)
+        self._log_progress()
+
+    def _take_in(
+        self, place: Mapping[str, int], decision: Decision | None = None, passes: int | None = None, **seen: Any
+    ) -> None:
+        """Takes over what was seen or decided."""
+        if decision is None:
+            self._write(place, **seen)
+        else:
+            row = decision.to_dict()
+            self.decisions.append({"step": place["step"], **row})
+            self._write(place, decision=row, passes=passes)
+        self._log_progress()
+        self._journal.flush()
+
+    def _say(self, decision: Decision | None, would: str) -> None:
+        trainer = self._trainer
+        if decision is None or trainer is None or not trainer.is_global_zero or is_quiet(trainer):
+            return
+        moves = [f"{quoted([name])} {old} -> {new}" for name, old, new in decision.moves]
+        scale = [f"loss scale -> {decision.scale:g}"] if decision.scale is not None else []
+        restored = ["wrong steps undone" if moves else "restored"] if decision.restores else []
+        step, what = self.decisions[-1]["step"], ", ".join(moves + scale + restored)
+        print(f"AdaptivePrecision: step {step}: {would}{what} ({decision.reason})")
+
+    def _log_progress(self) -> None:
+        assert self._trainer is not None and self._steering is not None and self._plugin is not None
+        version = policy_version(self._plugin.history)
+        share = self._steering.controller.low_share()
+        self._log(self._trainer, {"low_precision_share": share, "policy_version": float(version)})
+
+    def _write_policy(self, advised: PrecisionPolicy | None = None) -> None:
+        trainer, plugin = self._trainer, self._plugin
+        if trainer is None or plugin is None or self._folder is None or not trainer.is_global_zero:
+            return
+        policy = plugin.policy if self.mode == "act" else advised
+        name = LEARNED if self.mode == "act" else ADVISED
+        if policy is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            policy.to_file(self._folder / name)
+        except (OSError, MixPrecError) as error:
+            self._warn_once("file", f"{name} cannot be written ({error}); training goes on.")
+
+    @override
+    def _summary(self) -> tuple[str, list[list[str]]]:
+        moves = [(made["step"], *move, made["reason"]) for made in self.decisions for move in made["moves"]]
+        share = written(self._values["low_precision_share"], ".1%")
+        title = f"{len(moves)} moves, {share} of the matrix products' flops in at most 16 bits"
+        rows = [["layer", "step", "from", "to", "reason"]]
+        rows += [[name or '""', str(step), old, new, reason] for step, name, old, new, reason in moves[-ROWS:]]
+        return title, rows if moves else []
+
+    @override
+    def _draw(self, ax: Any) -> Any:
+        raise SupportError("AdaptivePrecision draws nothing; read its .decisions.")

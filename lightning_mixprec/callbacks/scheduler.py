@@ -1,0 +1,360 @@
+"""``PrecisionScheduler``: policies that come into force at given moments of a run."""
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mixprec import plugin_checks as checks
+from lightning_mixprec.callbacks import ranks
+from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
+from lightning_mixprec.callbacks.monitor import Monitor, is_quiet
+from lightning_mixprec.errors import PolicyError, SupportError
+from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin_state import policy_version
+from lightning_mixprec.policy.rule import did_you_mean
+from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
+from lightning_mixprec.policy.schedule import LowRate, Moment, Now, Phase, Plateau, naming, read_phases
+
+
+class PrecisionScheduler(Monitor):
+    """Changes the policy of ``PerLayerPrecision`` at given moments of training.
+
+    Each phase comes once, before the first step that it is for: never within a step, nor between the batches whose
+    gradients one optimizer step accumulates. Phases that are due at the same moment come in the order listed. Moments
+    of the same kind have to be listed in the order of time. A resumed run goes on with the phases that have not come;
+    those that have come must be listed as they were.
+
+    Logs ``mixprec/policy_version``, the number of policy changes so far. Rows of the JSONL file: ``phase``, ``at`` and
+    ``change`` of each phase that came. List it before monitors that sample, so that they see a step in the formats that
+    it has.
+
+    Args:
+        phases: Mappings with ``at`` and either ``policy`` or ``edit``.
+            ``at`` is a number of optimizer steps (a skipped step is none), ``"80%"`` of training, ``{"step": 100}``,
+            ``{"epoch": 3}`` (its start), or an event:
+            ``{"event": "plateau", "monitor": "val_loss", "mode": "min", "patience": 3, "min_delta": 0.0}``, when a
+            logged metric has not improved for ``patience`` looks at it: after each epoch, or after each validation
+            where a run does not validate once per epoch; a second plateau of the same metric counts from the first on;
+            ``{"event": "lr_below", "share": 0.1}``, when the learning rate, the largest of all parameter groups, has
+            fallen below a share of its peak so far.
+            ``policy`` is what ``PerLayerPrecision`` takes as a policy, except ``"auto"``; ``"configured"`` is the one
+            that it was given. ``edit`` is what ``PerLayerPrecision.edit_policy`` takes.
+
+    Attributes:
+        phases: The phases as they were understood.
+        came: One plain dict per phase that came: phase (its number), at, step, epoch, change.
+
+    Raises:
+        PolicyError: A phase is malformed; one line that says which.
+    """
+
+    _NAME = "schedule"
+    _KEYS = ("policy_version",)
+    _STATE = ("came", "_listed", "_looks", "_peak", "_begins_window")
+
+    def __init__(self, phases: list[dict[str, Any]]) -> None:
+        self.phases = read_phases(phases)
+        super().__init__()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.came: list[dict[str, Any]] = []
+        self._listed = [phase.to_plain() for phase in self.phases]
+        self._looks = _no_looks(len(self.phases))
+        self._peak = 0.0
+        self._begins_window = True
+        self._values = dict.fromkeys(self._KEYS, math.nan)
+
+    # Checks before training
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        _plugin(trainer)
+        super().setup(trainer, pl_module, stage)
+        if trainer.global_step == 0:
+            self._begin()
+        if trainer.max_epochs == -1 and trainer.max_steps == -1:
+            self._refuse_shares("but this training has no end (max_epochs=-1 and max_steps=-1); set one of them")
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks that the phases go on from the checkpoint, if there is one, and fit the model.
+
+        Raises:
+            PolicyError: They do not.
+            SupportError: A phase asks for loss scaling, which an optimizer does not allow.
+        """
+        self._go_on()
+        plugin = _plugin(trainer)
+        formats = plugin._formats
+        assert formats.training is not None
+        assert formats.training_assignment is not None
+        policy = formats.training
+        # An event may come later than what is listed after it, so an edit has to fit the policy of the start, too.
+        has_events = not all(isinstance(phase.when, Moment) for phase in self.phases)
+        for phase in self.phases:
+            with naming(phase.number):
+                for base in (formats.training, policy) if has_events else (policy,):
+                    policy = self._target(plugin, phase, base, pl_module)
+                    assignment = policy.resolve(pl_module)
+                    checks.check_storage_unchanged(formats.training_assignment, assignment)
+                    options = checks.scaling_for(plugin._loss_scaling, assignment)
+                    checks.check_optimizers(plugin._optimizers, options)
+
+    def _target(
+        self, plugin: PerLayerPrecision, phase: Phase, policy: PrecisionPolicy, model: pl.LightningModule
+    ) -> PrecisionPolicy:
+        """What a phase makes of a policy."""
+        if phase.edit is not None:
+            return policy.amend(phase.edit, model)
+        return phase.policy if isinstance(phase.policy, PrecisionPolicy) else _configured(plugin)
+
+    def _go_on(self) -> None:
+        """Takes the state of a checkpoint for the phases listed now."""
+        listed = [phase.to_plain() for phase in self.phases]
+        settled = max((each["phase"] for each in self.came), default=0)
+        for number in range(1, settled + 1):
+            if listed[number - 1 : number] != self._listed[number - 1 : number]:
+                raise PolicyError(
+                    f"phase {number} is not the checkpoint's, {self._listed[number - 1]!r}, whose phase {settled} has "
+                    f"come; list phases 1 to {settled} as they were (later ones may change)."
+                )
+        looks = _no_looks(len(listed))
+        for place, (old, new) in enumerate(zip(self._listed, listed, strict=False)):
+            if old == new:
+                looks[place] = self._looks[place]
+        self._listed, self._looks = listed, looks
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if math.isinf(trainer.num_training_batches) and trainer.max_steps == -1:
+            whole = Fraction(trainer.max_epochs or 1)
+            self._refuse_shares("but the training data has no length to take a share of; set max_steps", of=whole)
+        if not getattr(trainer, "fast_dev_run", False):
+            self._warn_of_what_never_comes(trainer, pl_module)
+        self._values["policy_version"] = float(policy_version(_plugin(trainer).history))
+        super().on_train_start(trainer, pl_module)
+
+    def _refuse_shares(self, why: str, of: Fraction | None = None) -> None:
+        """Raises for shares of training, except for those that are a whole number of epochs."""
+        for phase in self._waiting():
+            when = phase.when
+            if not isinstance(when, Moment) or when.kind != "share":
+                continue
+            if of is None or (when.value * of).denominator != 1:
+                raise PolicyError(
+                    f"phase {phase.number}: it comes at {when}, {why}, or write {{'step': 1000}} or {{'epoch': 3}}."
+                )
+
+    def _warn_of_what_never_comes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # In manual optimization several optimizers may step in a batch.
+        most = trainer.estimated_stepping_batches if pl_module.automatic_optimization else trainer.max_steps
+        ends = {"step": most, "epoch": trainer.max_epochs}
+        for phase in self._waiting():
+            when = phase.when
+            end = ends.get(when.kind) if isinstance(when, Moment) else None
+            if isinstance(when, Moment) and end not in (None, -1) and when.value >= end:
+                rank_zero_warn(
+                    f"phase {phase.number} never comes: it is for {when}, and this training ends after {end} "
+                    f"{when.kind}s."
+                )
+            if isinstance(when, LowRate) and not trainer.lr_scheduler_configs:
+                rank_zero_warn(
+                    f"phase {phase.number} waits for the learning rate to fall, and configure_optimizers returned no "
+                    "schedule of it; it comes only if something else lowers it."
+                )
+
+    # The phases
+
+    def _waiting(self) -> Iterator[Phase]:
+        """The phases that have not come."""
+        came = {each["phase"] for each in self.came}
+        return (phase for phase in self.phases if phase.number not in came)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begins_window = True
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._begins_window = True
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        begins_window, self._begins_window = self._begins_window, False
+        if not begins_window:
+            return
+        due = self._due(trainer)
+        if due and _plugin(trainer).skipped_steps:  # which waits for the outcome of the last step
+            due = self._due(trainer)
+        for phase in due:
+            place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
+            self._come(trainer, phase, place)
+
+    def _due(self, trainer: pl.Trainer) -> list[Phase]:
+        waiting = list(self._waiting())
+        if not waiting:
+            return []
+        rate = _learning_rate(trainer) if any(isinstance(phase.when, LowRate) for phase in waiting) else 0.0
+        self._peak = max(self._peak, rate)
+        now = Now(trainer.global_step, trainer.current_epoch, _share_done(trainer), rate, self._peak)
+        return [phase for phase in waiting if phase.is_due(now, self._looks[phase.number - 1]["looks"])]
+
+    def _come(self, trainer: pl.Trainer, phase: Phase, place: dict[str, int]) -> None:
+        before = _policy(trainer)
+        with naming(phase.number):
+            self._adopt(trainer, phase)
+        row = {"phase": phase.number, "at": str(phase.when), "change": describe_difference(before, _policy(trainer))}
+        self.came.append({**row, "step": place["step"], "epoch": place["epoch"]})
+        self._write(place, **row)
+        if trainer.is_global_zero and not is_quiet(trainer):
+            where = f"step {place['step']}, epoch {place['epoch']}"
+            print(f"{type(self).__name__}: {where}: {row['change']} ({row['at']})")
+
+    def _adopt(self, trainer: pl.Trainer, phase: Phase) -> None:
+        """Brings a phase into force."""
+        plugin, reason = _plugin(trainer), f"schedule: {phase.when}"
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        controller = next((each for each in callbacks if isinstance(each, AdaptivePrecision)), None)
+        before = _policy(trainer) if controller is None else controller.base
+        policy = self._target(plugin, phase, before, trainer.lightning_module)
+        if controller is None:
+            plugin.set_policy(policy, reason=reason)
+        else:
+            controller.rebase(policy, reason)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._log(trainer, {"policy_version": float(policy_version(_plugin(trainer).history))})
+        self._send_to_loggers(trainer)
+
+    # Looks at metrics
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _looks_once_per_epoch(trainer):
+            self._look(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_look = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if is_look and not _looks_once_per_epoch(trainer):
+            self._look(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        looked_at: set[str] = set()
+        for phase in self._waiting():
+            when = phase.when
+            if not isinstance(when, Plateau) or when.monitor in looked_at:
+                continue
+            looked_at.add(when.monitor)
+            value, seen = _metric(trainer, phase.number, when.monitor), self._looks[phase.number - 1]
+            if when.improves(value, seen["best"]):
+                seen.update(best=value, looks=0)
+            else:
+                seen["looks"] += 1
+
+    @override
+    def _summary(self) -> tuple[str, list[list[str]]]:
+        came = {each["phase"]: each for each in self.came}
+        rows = [["phase", "came", "change"]]
+        for phase in self.phases:
+            each = came.get(phase.number)
+            shown = ["did not come", "-"] if each is None else [f"step {each['step']}", each["change"]]
+            rows.append([f"{phase.number}: {phase.when}", *shown])
+        return f"{len(came)} of {len(self.phases)} phases came", rows
+
+    @override
+    def _draw(self, ax: Any) -> Any:
+        raise SupportError("PrecisionScheduler draws nothing; read its .came, or the .history of PerLayerPrecision.")
+
+
+def _no_looks(count: int) -> list[dict[str, Any]]:
+    return [{"best": None, "looks": 0} for _ in range(count)]
+
+
+def _plugin(trainer: pl.Trainer) -> PerLayerPrecision:
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, PerLayerPrecision):
+        raise SupportError(
+            f"PrecisionScheduler changes the policy of PerLayerPrecision, and this Trainer's precision plugin is "
+            f"{type(plugin).__name__}; use Trainer(plugins=PerLayerPrecision(...))."
+        )
+    return plugin
+
+
+def _policy(trainer: pl.Trainer) -> PrecisionPolicy:
+    policy = _plugin(trainer).policy
+    assert policy is not None
+    return policy
+
+
+def _configured(plugin: PerLayerPrecision) -> PrecisionPolicy:
+    """The policy that the plugin was given, or what "auto" chose."""
+    policy = plugin._formats.configured
+    assert policy is not None
+    return policy
+
+
+def _learning_rate(trainer: pl.Trainer) -> float:
+    """The largest of all parameter groups, the same on all ranks."""
+    groups: Sequence[dict[str, Any]] = [group for each in trainer.optimizers for group in each.param_groups]
+    rate = max((float(group["lr"]) for group in groups), default=0.0)
+    # What a metric decides may differ from rank to rank.
+    if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+        _, first = ranks.first_found(rate)
+        return rate if first is None else first
+    return rate
+
+
+def _share_done(trainer: pl.Trainer) -> Fraction:
+    """The share of training that is done, by whichever limit is nearer; in batches, because a skipped step ends one."""
+    done = Fraction(0)
+    if trainer.max_steps > 0:
+        done = Fraction(trainer.global_step, trainer.max_steps)
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        in_epoch = Fraction(0)
+        if not math.isinf(trainer.num_training_batches):
+            in_epoch = Fraction(trainer.fit_loop.epoch_loop.batch_idx, int(trainer.num_training_batches))
+        done = max(done, (trainer.current_epoch + in_epoch) / trainer.max_epochs)
+    return done
+
+
+def _looks_once_per_epoch(trainer: pl.Trainer) -> bool:
+    """Whether metrics are looked at when an epoch ends, where those of training and of validation are both there."""
+    interval = trainer.val_check_interval
+    is_usual = isinstance(interval, float) and interval == 1.0 and trainer.check_val_every_n_epoch == 1
+    return is_usual or not trainer.enable_validation
+
+
+def _metric(trainer: pl.Trainer, number: int, name: str) -> float:
+    """A logged metric as the first rank that has it sees it."""
+    metrics = trainer.callback_metrics
+    own: Tensor | None = metrics.get(name)
+    _, value = ranks.first_found(None if own is None else float(own))
+    if value is None:
+        near = did_you_mean(name, metrics) or ";"
+        known = f"logged are {', '.join(sorted(metrics))}" if metrics else "nothing is logged"
+        raise PolicyError(
+            f"phase {number}: no metric {name!r} is logged{near} {known}. Log it in training_step, validation_step or "
+            "on_validation_epoch_end."
+        )
+    return value

@@ -1,0 +1,109 @@
+"""How a step in the run's formats compares with the same step in fp32, and how much difference is too much."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_LARGEST_NOISE = 2.0**-8
+
+
+class LayerAgreement(NamedTuple):
+    """The gradient of a layer's own weights against fp32's.
+
+    Attributes:
+        cosine: Of the two.
+        ratio: Of their norms; 0 if the layer learns nothing.
+        size: Norm of the layer's gradient, as a share of the largest one of the step.
+    """
+
+    cosine: float
+    ratio: float
+    size: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether rounding is all there is to see: fp32 has next to no gradient here (a bias before a normalization).
+
+        Such a gradient is far larger than fp32's and far smaller than the other layers'.
+        """
+        return self.ratio > 8 and self.size < _LARGEST_NOISE
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a step agrees with fp32.
+
+    Attributes:
+        is_finite: Whether losses and gradients are finite.
+        loss_gap: Largest ``|L_low - L_fp32| / |L_fp32|`` of the step's losses, where one that is next to nothing beside
+            what losses have been is taken as larger than it is; NaN if no loss is known.
+        layers: The layers whose weights have a gradient in fp32.
+    """
+
+    is_finite: bool
+    loss_gap: float
+    layers: Mapping[str, LayerAgreement]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values: the loss gap and the smallest cosine; None where there is none."""
+        if not self.is_finite:
+            return {"is_finite": False}
+        worst = min((layer.cosine for layer in self.layers.values() if not layer.is_noise), default=math.nan)
+        return {"is_finite": True, "loss_gap": _plain(self.loss_gap), "min_grad_cosine": _plain(worst)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a step agrees with fp32 well enough to go on, and when so well that a change may be adopted.
+
+    Gradients decide: where they agree the run learns as in fp32, even if the loss that it prints is off by a few
+    percent, as one that has come down to next to nothing is in bf16. What is adopted has to agree twice as well as what
+    is left alone, so that nothing goes to and fro.
+
+    Attributes:
+        min_cosine: Of each layer's gradient with fp32's.
+        max_loss_gap: Of the loss to fp32's.
+        max_ratio: Of the norms of each layer's gradient in both, either way.
+    """
+
+    min_cosine: float = 0.99
+    max_loss_gap: float = 0.5
+    max_ratio: float = 1.25
+
+    def failing(self, agreement: Agreement) -> list[str]:
+        """The layers that do not agree, the worst first."""
+        bad = {name: layer for name, layer in agreement.layers.items() if self._is_off(layer, 1.0)}
+        return sorted(bad, key=lambda name: bad[name].cosine)
+
+    def starved(self, agreement: Agreement) -> list[str]:
+        """The layers that lose more than half of their gradient."""
+        return [name for name in self.failing(agreement) if agreement.layers[name].ratio < 0.5]
+
+    def poisoned(self, agreement: Agreement) -> list[str]:
+        """The layers whose gradient is more than twice as large as it should be.
+
+        A step with such a gradient stays in an optimizer's second moments for a thousand steps.
+        """
+        return [name for name in self.failing(agreement) if agreement.layers[name].ratio > 2]
+
+    def gap_is_large(self, agreement: Agreement) -> bool:
+        """Whether the loss differs too much."""
+        return agreement.loss_gap > self.max_loss_gap
+
+    def accepts(self, agreement: Agreement) -> bool:
+        """Whether a step agrees so well that its formats may be adopted."""
+        if not agreement.is_finite or agreement.loss_gap > self.max_loss_gap / 2:
+            return False
+        return not any(self._is_off(layer, 0.5) for layer in agreement.layers.values())
+
+    def _is_off(self, layer: LayerAgreement, tolerance: float) -> bool:
+        if layer.is_noise:
+            return False
+        most = self.max_ratio**tolerance
+        off_in_size = not 1 / most <= layer.ratio <= most
+        return off_in_size or not layer.cosine >= 1 - (1 - self.min_cosine) * tolerance
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,342 @@
+"""The adaptive controller: evidence of how a run computes in, decisions about which layer computes in what out.
+
+It looks at nothing itself. It is told how steps went and how sampled steps agree with fp32, it asks for trials of other
+formats on a captured batch, and it answers with decisions. Everything it knows is in its state, of plain types, so a
+run that is resumed decides as one that was not interrupted.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from lightning_mixprec.policy.agreement import Agreement, Limits
+from lightning_mixprec.policy.decisions import Decision, Options, quoted
+from lightning_mixprec.policy.remedies import Layer, Remedies, Remedy, Try, format_in, is_wider
+
+_FIRST_SAMPLES = (0, 10, 30, 100, 300)
+_WINDOW = 100
+_DOUBTS = 2
+_BAD_LOSSES, _SKIPS_IN_A_ROW, _SKIPS_IN_WINDOW = 2, 3, 6
+_SMALL_SHARE = 0.05
+_MOST_RESTORES = 3
+_APPROVALS = 2
+
+
+@dataclass
+class ControllerState:
+    """All that the controller remembers; plain types."""
+
+    batches: int = 0
+    origin: int = -1
+    next_sample: int = 0
+    doubts: int = 0
+    failures: list[list[int]] = field(default_factory=list)
+    skips_in_a_row: int = 0
+    fruitless: int = 0
+    promoted: dict[str, str] = field(default_factory=dict)
+    since: dict[str, int] = field(default_factory=dict)
+    group: dict[str, int] = field(default_factory=dict)
+    relapses: dict[str, int] = field(default_factory=dict)
+    approvals: dict[str, int] = field(default_factory=dict)
+    assignments: list[dict[str, str]] = field(default_factory=lambda: [{}])
+    moves: int = 0
+    restores: int = 0
+    usual_loss: float = 0.0
+
+
+class Controller:
+    """Decides which layers compute wider than the user's policy says.
+
+    Args:
+        layers: The layers that have operations of their own, in the model's order.
+        options: How to decide.
+        limits: When a step agrees with fp32.
+    """
+
+    def __init__(self, layers: Sequence[Layer], options: Options, limits: Limits) -> None:
+        self.options, self.limits = options, limits
+        self.state = ControllerState()
+        self.layers = {layer.name: layer for layer in layers}
+
+    # What it remembers
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain types."""
+        return asdict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Reads :meth:`state_dict`."""
+        copied = ControllerState(**{each.name: state[each.name] for each in fields(ControllerState)})
+        self.state = ControllerState(**asdict(copied))
+
+    def rebase(self, formats: Mapping[str, str]) -> None:
+        """The user's policy says something else from now on; promotions that are no wider than it are over."""
+        self.layers = {name: replace(layer, format=formats[name]) for name, layer in self.layers.items()}
+        state = self.state
+        state.promoted = {
+            name: value
+            for name, value in state.promoted.items()
+            if is_wider(format_in(value), self.layers[name].format)
+        }
+        state.assignments = [dict(state.promoted)]
+        self._settle_in()
+
+    def measured(self, flops: Mapping[str, int]) -> None:
+        """The layers' flops are known."""
+        self.layers = {name: replace(layer, flops=flops.get(name, 0)) for name, layer in self.layers.items()}
+
+    def low_share(self, promoted: Mapping[str, str] | None = None) -> float:
+        """The share of the flops in at most 16 bits; NaN if the layers have no flops."""
+        promoted = self.state.promoted if promoted is None else promoted
+        formats = {name: layer.format for name, layer in self.layers.items()}
+        formats |= {name: format_in(value) for name, value in promoted.items()}
+        low = sum(layer.flops for name, layer in self.layers.items() if formats[name] in ("fp16", "bf16"))
+        total = sum(layer.flops for layer in self.layers.values())
+        return low / total if total else math.nan
+
+    # What it is told
+
+    def begin_batch(self) -> bool:
+        """A batch begins. Whether its step is to be compared with fp32."""
+        self.state.batches += 1
+        is_settled = self.state.origin >= 0 and not self.state.skips_in_a_row
+        return is_settled and self.state.batches >= self.state.next_sample
+
+    def see_step(self, *, skipped: bool, loss_is_bad: bool) -> bool:
+        """A step ended. Whether it is to be looked into."""
+        state = self.state
+        state.skips_in_a_row = state.skips_in_a_row + 1 if skipped else 0
+        if not (skipped or loss_is_bad):
+            if state.origin < 0:
+                self._settle_in()
+            return False
+        state.failures = [each for each in state.failures if state.batches - each[0] < _WINDOW]
+        state.failures.append([state.batches, int(loss_is_bad)])
+        patience = 2**state.fruitless
+        return bool(
+            sum(bad for _, bad in state.failures) >= _BAD_LOSSES * patience
+            or state.skips_in_a_row >= _SKIPS_IN_A_ROW * patience
+            or len(state.failures) >= _SKIPS_IN_WINDOW * max(patience / 2, 1)
+        )
+
+    def see_loss(self, size: float) -> None:
+        """How large the losses of a sampled step are; what was seen before is forgotten by halves."""
+        self.state.usual_loss = max(size, self.state.usual_loss / 2)
+
+    def see_no_sample(self) -> None:
+        """The batch that was to be sampled could not be."""
+        self._next_sample()
+
+    def give_up_looking(self) -> None:
+        """Looking into a failed step came to nothing: the next looks come later and later."""
+        self.state.fruitless = min(self.state.fruitless + 1, 16)
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether samples are still dense, so that wrong steps are undone at the price of few right ones."""
+        return self.state.batches - self.state.origin <= _FIRST_SAMPLES[-1] + _DOUBTS
+
+    # What it decides
+
+    @property
+    def scale_keeps_falling(self) -> bool:
+        """Whether steps failed more often than a search for the loss scale explains."""
+        return len(self.state.failures) >= _SKIPS_IN_WINDOW
+
+    def decide_on_falling_scale(self, scale: float, attempt: Try) -> Decision | None:
+        """The loss scale falls and falls. Whether few layers that cost little are all that needs a smaller one."""
+        remedies = self._remedies(attempt)
+        remedy = remedies.promotions(scale)
+        if remedy is not None and not self._is_small(remedy):
+            remedy = None
+        return self._carried_out(remedy, scale, remedies.attempt({}, scale), {})
+
+    def decide_on_failure(
+        self, culprits: Sequence[str], scale: float, attempt: Try, evidence: Mapping[str, Any]
+    ) -> Decision | None:
+        """A step failed for want of precision. What is to change.
+
+        Args:
+            culprits: The layers that are suspected, the likeliest first.
+            scale: The present loss scale.
+            attempt: Tries formats on the failed step's batch.
+            evidence: What goes into the history.
+        """
+        remedies = self._remedies(attempt)
+        present = remedies.attempt({}, scale)
+        remedy = None if self.limits.accepts(present) else remedies.promotions_or_less(culprits, scale)
+        return self._carried_out(remedy, scale, present, evidence)
+
+    def decide_on_sample(self, present: Agreement, scale: float, attempt: Try) -> Decision | None:
+        """A sampled step was compared with fp32. What is to change.
+
+        Args:
+            present: How it agrees.
+            scale: The present loss scale.
+            attempt: Tries formats on the sampled step's batch.
+        """
+        state = self.state
+        if not present.is_finite:
+            return None  # the step will be skipped, and is looked into if that goes on
+        failing = self.limits.failing(present)
+        if not failing and not self.limits.gap_is_large(present):
+            state.doubts = state.restores = 0
+            self._next_sample()
+            return self._demotion(scale, attempt)
+        state.doubts += 1
+        if state.doubts < _DOUBTS:
+            state.next_sample = state.batches + 1
+            return None
+        state.doubts = 0
+        self._next_sample()
+        remedy = self._remedy(present, scale, self._remedies(attempt))
+        return self._carried_out(remedy, scale, present, {"layers": failing[:8]})
+
+    def decide_on_damage(self, names: Sequence[str]) -> Decision | None:
+        """Weights or buffers are not finite. Whether to go back to the last good copy of them."""
+        if self.state.restores >= _MOST_RESTORES:
+            return None
+        self.state.restores += 1
+        self._settle_in()
+        reason = f"{quoted(names)} not finite"
+        return Decision("restore", (), dict(self.state.promoted), None, reason, {"damaged": list(names[:8])}, True)
+
+    def retract(self) -> None:
+        """The latest decision is not carried out: it was advice. The next ones come later and later."""
+        self.state.promoted = {}
+        self.state.assignments = [{}]
+        self.give_up_looking()
+
+    # How it decides
+
+    def _remedies(self, attempt: Try) -> Remedies:
+        options = self.options
+        return Remedies(self.layers, self.state.promoted, self.limits, options.has_bf16, options.max_trials, attempt)
+
+    def _remedy(self, present: Agreement, scale: float, remedies: Remedies) -> Remedy | None:
+        """The least that helps: a larger loss scale, else few promotions, with a larger loss scale or without."""
+        starved = self.limits.starved(present) if scale != 1.0 else []
+        if starved and (larger := remedies.larger_scale(scale)) is not None:
+            return larger
+        promotions = remedies.promotions(scale)
+        unpinned = remedies.unpinned(starved, scale) if starved else None
+        found = [remedy for remedy in (promotions, unpinned) if remedy is not None]
+        return min(found, key=lambda remedy: self._cost(remedy.promotions), default=None)
+
+    def _is_small(self, remedy: Remedy) -> bool:
+        flops, moved = self._cost(remedy.promotions)
+        total = sum(layer.flops for layer in self.layers.values())
+        return flops <= _SMALL_SHARE * total and moved <= max(1, _SMALL_SHARE * len(self.layers))
+
+    def _cost(self, promotions: Mapping[str, str]) -> tuple[int, int]:
+        """Flops that leave 16 bits, and layers that move."""
+        wide = [name for name, value in promotions.items() if format_in(value) == "fp32"]
+        return sum(self.layers[name].flops for name in wide), len(promotions)
+
+    def _is_allowed(self, promoted: Mapping[str, str]) -> bool:
+        least = self.options.min_low_precision_share
+        if least is not None and self.low_share(promoted) < least:
+            return False
+        known = self.state.assignments
+        return dict(promoted) in known or len(known) < self.options.max_assignments
+
+    def _carried_out(
+        self, remedy: Remedy | None, scale: float, present: Agreement, evidence: Mapping[str, Any]
+    ) -> Decision | None:
+        if remedy is None or not self._is_allowed({**self.state.promoted, **remedy.promotions}):
+            self.give_up_looking()
+            return None
+        state = self.state
+        moves = tuple((name, self._format(name), format_in(value)) for name, value in remedy.promotions.items())
+        for name in remedy.promotions:
+            if name in state.relapses:
+                state.relapses[name] += 1
+            state.since[name], state.group[name] = state.batches, state.moves
+        state.promoted = {**state.promoted, **remedy.promotions}
+        if moves:
+            self._note_assignment()
+        state.failures, state.fruitless = [], 0
+        restores = present.is_finite and self.is_settling and bool(self.limits.poisoned(present))
+        self._settle_in()
+        told = {**evidence, **present.summary(), "loss_scale": scale}
+        kind: Literal["promote", "scale"] = "promote" if moves else "scale"
+        reason = _reason(present, self.limits)
+        return Decision(kind, moves, dict(state.promoted), remedy.scale, reason, told, restores)
+
+    def _demotion(self, scale: float, attempt: Try) -> Decision | None:
+        """The group of promotions that has stayed longest, taken back if the step agrees without it time and again."""
+        group = self._oldest_group()
+        if not group:
+            return None
+        state = self.state
+        remaining = {name: value for name, value in state.promoted.items() if name not in group}
+        if not self._is_allowed(remaining):
+            return None
+        tried = attempt(remaining, scale)
+        key = group[0]
+        if not self.limits.accepts(tried):
+            state.approvals.pop(key, None)
+            for name in group:
+                state.since[name] = state.batches
+            return None
+        state.approvals[key] = state.approvals.get(key, 0) + 1
+        if state.approvals[key] < _APPROVALS:
+            state.next_sample = state.batches + 1
+            return None
+        moves = tuple((name, self._format(name), self.layers[name].format) for name in group)
+        state.approvals.pop(key)
+        state.promoted = remaining
+        for name in group:
+            state.relapses.setdefault(name, 0)
+        self._note_assignment()
+        self._settle_in()
+        return Decision("demote", moves, dict(remaining), None, "agrees with fp32 without it again", tried.summary())
+
+    def _oldest_group(self) -> list[str]:
+        state = self.state
+        due = [
+            name
+            for name in state.promoted
+            if not self.layers[name].is_pinned
+            and state.batches - state.since.get(name, 0)
+            >= self.options.dwell_steps * 4 ** min(state.relapses.get(name, 0), 8)
+        ]
+        if not due:
+            return []
+        number = min(state.group.get(name, 0) for name in due)
+        whole = [name for name in state.promoted if state.group.get(name, 0) == number]
+        return whole if set(whole) <= set(due) else []
+
+    def _format(self, name: str) -> str:
+        promoted = self.state.promoted
+        return format_in(promoted[name]) if name in promoted else self.layers[name].format
+
+    def _note_assignment(self) -> None:
+        self.state.moves += 1
+        if self.state.promoted not in self.state.assignments:
+            self.state.assignments.append(dict(self.state.promoted))
+
+    def _settle_in(self) -> None:
+        """From here on samples are dense at first and sparse later."""
+        self.state.origin = self.state.batches
+        self._next_sample(is_first=True)
+
+    def _next_sample(self, *, is_first: bool = False) -> None:
+        state, every = self.state, self.options.every_n_steps
+        passed = state.batches - state.origin
+        later: Iterable[int] = (offset for offset in _FIRST_SAMPLES if offset < every and (is_first or offset > passed))
+        offset = next(iter(later), (passed // every + 1) * every)
+        state.next_sample = state.origin + offset
+
+
+def _reason(present: Agreement, limits: Limits) -> str:
+    if not present.is_finite:
+        return "overflow"
+    starved = limits.starved(present)
+    if starved:
+        return f"gradients of {quoted(starved)} vanish"
+    failing = limits.failing(present)
+    if failing:
+        return f"gradients of {quoted(failing)} differ from fp32's"
+    return "loss differs from fp32's"

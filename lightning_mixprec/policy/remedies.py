@@ -1,0 +1,207 @@
+"""What makes a step agree with fp32 again: a larger loss scale, or the smallest set of promotions."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lightning_mixprec.policy.agreement import Agreement, Limits
+from lightning_mixprec.policy.search import smallest
+
+Try = Callable[[Mapping[str, str], float], Agreement]
+"""Runs a step on a captured batch with layers promoted (``{"head": "c=fp32"}``), at a loss scale."""
+
+_LARGER_POWERS, _SMALLER_POWERS = (4, 8, 12, 16), (4, 8)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a layer.
+
+    Attributes:
+        name: Its name.
+        format: What the user's policy has it compute in.
+        flops: Multiplications and additions of its own matrix products in a step.
+        is_pinned: Whether it is to be left alone.
+        is_plain: Whether it only hands data on between the layers inside it.
+        height: How many layers deep it is on its longest side: 0 for a layer without layers inside.
+    """
+
+    name: str
+    format: str
+    flops: int = 0
+    is_pinned: bool = False
+    is_plain: bool = False
+    height: int = 0
+
+
+class Remedy(NamedTuple):
+    """Promotions that help, and the loss scale to go with them; None for the present one."""
+
+    promotions: dict[str, str]
+    scale: float | None = None
+
+
+class Manner(NamedTuple):
+    """How layers are promoted, as a policy writes it: to fp32, and to bf16."""
+
+    fp32: str
+    bf16: str
+
+
+TIGHT = Manner("c=fp32,o=input", "c=bf16,o=input")
+"""What comes out has the format of what went in, so no other layer computes in another format than before."""
+
+WIDE = Manner("c=fp32", "c=bf16,o=fp32")
+"""What comes out is handed on in fp32: it may be out of the range of fp16, or lose there what was gained."""
+
+
+class Remedies:
+    """Looks for remedies by trying them on a captured batch.
+
+    Args:
+        layers: The layers by name.
+        promoted: What is promoted already: layers and values as a policy writes them.
+        limits: When a trial is good enough.
+        has_bf16: Whether the device computes in bf16.
+        max_trials: How many trials there may be in all.
+        attempt: Tries promotions and a loss scale.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        promoted: Mapping[str, str],
+        limits: Limits,
+        has_bf16: bool,
+        max_trials: int,
+        attempt: Try,
+    ) -> None:
+        self._layers, self._promoted, self._limits = layers, promoted, limits
+        self._has_bf16, self._attempt = has_bf16, attempt
+        self.trials_left = max_trials
+
+    def larger_scale(self, scale: float) -> Remedy | None:
+        """A larger loss scale that is enough by itself."""
+        for larger in self._larger(scale):
+            tried = self.attempt({}, larger)
+            if not tried.is_finite:
+                return None
+            if self._limits.accepts(tried):
+                return Remedy({}, larger)
+        return None
+
+    def promotions(self, scale: float, spared: Iterable[str] = (), culprits: Sequence[str] = ()) -> Remedy | None:
+        """The smallest set of promotions that is enough: in bf16 where that will do, else in fp32.
+
+        Args:
+            scale: The loss scale.
+            spared: Layers that are not to be promoted.
+            culprits: Layers that are suspected, the likeliest first.
+        """
+        chosen, manner = self._smallest(scale, spared, culprits)
+        return Remedy(self._narrowed(chosen, manner, scale)) if chosen else None
+
+    def promotions_or_less(self, culprits: Sequence[str], scale: float) -> Remedy | None:
+        """As :meth:`promotions`, with a smaller loss scale where that spares layers whose gradients only overflow."""
+        chosen, manner = self._smallest(scale, (), culprits)
+        lower = None
+        for power in _SMALLER_POWERS if len(chosen) > 1 else ():
+            fewer = self._within(chosen, manner, scale / 2.0**power)
+            if fewer and len(fewer) < len(chosen):
+                chosen, lower = fewer, scale / 2.0**power
+        return Remedy(self._narrowed(chosen, manner, lower or scale), lower) if chosen else None
+
+    def unpinned(self, starved: Sequence[str], scale: float) -> Remedy | None:
+        """A larger loss scale for starved layers, and promotions for the layers that hold it down."""
+        others = [name for name in self._movable() if name not in starved]
+        for larger in self._larger(scale):
+            if self._agrees(dict.fromkeys(others, WIDE.fp32), larger):
+                found = self.promotions(larger, spared=starved)
+                return found._replace(scale=larger) if found is not None else None
+        return None
+
+    def attempt(self, promotions: Mapping[str, str], scale: float) -> Agreement:
+        """Tries promotions on top of what is promoted already."""
+        self.trials_left -= 1
+        return self._attempt({**self._promoted, **promotions}, scale)
+
+    def _smallest(self, scale: float, spared: Iterable[str], culprits: Sequence[str]) -> tuple[list[str], Manner]:
+        movable = [name for name in self._movable() if name not in set(spared)]
+        suspects = [name for name in culprits if name in movable]
+        free = [name for name in movable if name not in suspects and self._is_free(name)]
+        rest = [name for name in movable if name not in suspects and not self._is_free(name)]
+        cheap, every = [*suspects, *free], [*suspects, *free, *rest]
+        stages = [(part, manner) for part in (suspects[:1], suspects, cheap) for manner in (TIGHT, WIDE)]
+        if suspects and self._layers[suspects[0]].height:
+            # A container that computes wider also feeds its parts wider: one of them alone may be enough.
+            stages.insert(0, ([name for name in free if not self._layers[name].height], TIGHT))
+        for candidates, manner in dict.fromkeys((tuple(part), manner) for part, manner in [*stages, (every, WIDE)]):
+            if candidates and self._agrees(dict.fromkeys(candidates, manner.fp32), scale):
+                return self._within(candidates, manner, scale), manner
+        return [], WIDE
+
+    def _within(self, candidates: Sequence[str], manner: Manner, scale: float) -> list[str]:
+        if len(candidates) == 1:
+            return list(candidates)
+
+        def works(names: Sequence[str]) -> bool:
+            return self._agrees(dict.fromkeys(names, manner.fp32), scale)
+
+        return smallest(candidates, works, self.trials_left) or list(candidates)
+
+    def _narrowed(self, names: Sequence[str], manner: Manner, scale: float) -> dict[str, str]:
+        """Promotions to bf16 where the step agrees with that, too, and to fp32 elsewhere."""
+        chosen = dict.fromkeys(names, manner.fp32)
+        able = [name for name in names if self._has_bf16 and self.format_of(name) == "fp16"]
+        together = {**chosen, **dict.fromkeys(able, manner.bf16)}
+        if not able or self._agrees(together, scale):
+            return together
+        if len(able) > 1:
+            for name in able:
+                narrower = {**chosen, name: manner.bf16}
+                chosen = narrower if self._agrees(narrower, scale) else chosen
+        return chosen
+
+    def _agrees(self, promotions: Mapping[str, str], scale: float) -> bool:
+        return self.trials_left > 0 and self._limits.accepts(self.attempt(promotions, scale))
+
+    def _larger(self, scale: float) -> Iterable[float]:
+        return (scale * 2.0**power for power in _LARGER_POWERS) if self.trials_left else ()
+
+    def format_of(self, name: str) -> str:
+        """What a layer computes in."""
+        return format_in(self._promoted[name]) if name in self._promoted else self._layers[name].format
+
+    def _movable(self) -> list[str]:
+        """The layers that may be promoted: those without matrix products, then the cheapest, parts before wholes."""
+        movable = [
+            name
+            for name, layer in self._layers.items()
+            if not layer.is_pinned and is_wider("fp32", self.format_of(name))
+        ]
+        return sorted(movable, key=lambda name: self._rank(self._layers[name]))
+
+    def _rank(self, layer: Layer) -> tuple[bool, int, int]:
+        return layer.is_plain, layer.flops, layer.height
+
+    def _is_free(self, name: str) -> bool:
+        return not self._layers[name].flops and not self._layers[name].is_plain
+
+
+def format_in(value: str) -> str:
+    """The compute format of a promotion as a policy writes it.
+
+    >>> format_in("c=bf16,o=fp32"), format_in("c=fp32")
+    ('bf16', 'fp32')
+    """
+    return value.removeprefix("c=").partition(",")[0]
+
+
+def is_wider(format: str, other: str) -> bool:
+    """Whether a format keeps what another one loses: bf16 is wider than fp16 in range, fp32 and fp64 in all.
+
+    >>> is_wider("bf16", "fp16"), is_wider("bf16", "bf16"), is_wider("fp32", "bf16")
+    (True, False, True)
+    """
+    order = ("fp16", "bf16", "fp32", "fp64")
+    return order.index(format) > order.index(other)
