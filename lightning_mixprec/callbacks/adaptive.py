@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -90,7 +91,7 @@ class AdaptivePrecision(Monitor):
         name = type(self).__name__
         check_choice("mode", mode, ("act", "advise"))
         self.mode = mode
-        self.pin = [pin] if isinstance(pin, str) else list(pin)
+        self.pin = _patterns(name, pin)
         share = min_low_precision_share
         self._options = Options(
             every_n_steps=check_count(name, "every_n_steps", every_n_steps),
@@ -204,7 +205,7 @@ class AdaptivePrecision(Monitor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._watch is not None
-        self._watch.end_batch(settles=is_validated_next(trainer))
+        self._watch.end_batch(partial(is_validated_next, trainer))
         self._carry_out()
         self._send_to_loggers(trainer)
 
@@ -313,3 +314,10 @@ class AdaptivePrecision(Monitor):
     @override
     def _draw(self, ax: Any) -> Any:
         raise SupportError("AdaptivePrecision draws nothing; read its .decisions.")
+
+
+def _patterns(owner: str, pin: object) -> list[str]:
+    patterns = [pin] if isinstance(pin, str) else pin
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(each, str) for each in patterns):
+        raise MixPrecError(f"{owner}(pin=...) is {pin!r}; it has to be a pattern of layer names or a list of them.")
+    return list(patterns)

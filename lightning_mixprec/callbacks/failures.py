@@ -84,12 +84,12 @@ class FailureWatch:
             self._outcome = evidence.read()
             self._explain(evidence, self._outcome)
 
-    def end_batch(self, *, settles: bool) -> None:
+    def end_batch(self, settles: Callable[[], bool]) -> None:
         """Closes the window if an optimizer stepped in it.
 
         Args:
             settles: Whether to wait for the outcome, because modules and formats will be others when the next step is
-                taken.
+                taken; asked only of an outcome that has to be waited for.
         """
         self._random_use.end()
         evidence, outcome = self._evidence, self._outcome
@@ -101,7 +101,7 @@ class FailureWatch:
             self._on_outcome(evidence, outcome)
         elif evidence.is_late:
             self._late = evidence, evidence.send()
-            if settles:
+            if settles():
                 self.settle()
         else:
             self._take_in(evidence, evidence.read())

@@ -1,5 +1,6 @@
 """``OverflowMonitor``: overflows, the loss scale and skipped steps, and which layer is to blame."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class OverflowMonitor(Monitor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._failures is not None:
-            self._failures.end_batch(settles=is_validated_next(trainer))
+            self._failures.end_batch(partial(is_validated_next, trainer))
         self._send_to_loggers(trainer)
 
     @override

@@ -16,6 +16,7 @@ from lightning_mixprec.callbacks.study import Study, Wanted
 from lightning_mixprec.callbacks.trial import Trial
 from lightning_mixprec.callbacks.underflow import describe
 from lightning_mixprec.engine.plan import Site, survey
+from lightning_mixprec.engine.sandbox import RandomState
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.policy.agreement import Limits
 from lightning_mixprec.policy.controller import Controller
@@ -179,8 +180,9 @@ class Steering:
         return names is not None
 
     def _trial(self, kept: KeptBatch) -> Trial:
-        trial = Trial(self._module, self._plugin, kept, self._policy_with, self.controller.state.usual_loss)
-        if not self._flops and trial.is_possible:
+        usual, counts = self.controller.state.usual_loss, not self._flops
+        trial = Trial(self._module, self._plugin, kept, self._policy_with, usual, counts=counts)
+        if counts and trial.is_possible:
             _, flops = ranks.first_found(trial.flops)
             self._flops = flops or {}
             self.controller.measured(self._flops)
@@ -203,9 +205,11 @@ class Steering:
         formats = PluginFormats(self._plugin)
         names = tuple(name for name in layers if name)
         wanted = Wanted(statistics=True, layers=names, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES)
+        present = RandomState(self._module.device)
         if kept.random is not None:
             kept.random.restore()
         found = Study(self._module, formats, kept.batch, self._place(kept), wanted).findings()
+        present.restore()
         told: dict[str, Any] = {}
         for name in layers:
             if name in found.weights or name in found.gradients:

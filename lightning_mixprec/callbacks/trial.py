@@ -53,10 +53,11 @@ class Trial:
         kept: The batch, on the device.
         policy_with: The policy in which layers are promoted.
         usual_loss: How large losses have been; a difference that is small beside a tenth of it is small.
+        counts: Whether to count flops, which takes as long as the step itself where steps are short.
 
     Attributes:
         is_possible: Whether the step is finite in fp32, on all ranks, and could be run.
-        flops: What each layer's own matrix products take in this step.
+        flops: What each layer's own matrix products take in this step; empty if they were not counted.
         problem: What went wrong on this rank, if something did.
         passes: How many steps were run.
         loss_size: The largest loss of the step in fp32, without its sign.
@@ -69,9 +70,11 @@ class Trial:
         kept: KeptBatch,
         policy_with: Callable[[Mapping[str, str]], PrecisionPolicy],
         usual_loss: float = 0.0,
+        *,
+        counts: bool = True,
     ) -> None:
         self._module, self._plugin, self._kept, self._policy_with = module, plugin, kept, policy_with
-        self._device = module.device
+        self._device, self._counts = module.device, counts
         self._layers = layers_of(module)
         self._owned = own_parameters(module, self._layers)
         self.problem: str | None = None
@@ -108,10 +111,10 @@ class Trial:
     def _run_reference(self) -> Replayed:
         self.passes += 1
         replay = StepReplay(self._module, PluginFormats(self._plugin), self._device)
-        kept, count = self._kept, FlopCount(self._layers)
-        with replay.opened(reference=True) as stand_ins, count:
+        kept, count = self._kept, FlopCount(self._layers) if self._counts else None
+        with replay.opened(reference=True) as stand_ins, count or contextlib.nullcontext():
             replayed = replay.run(stand_ins, kept.batch, kept.batch_idx, random=kept.random)
-        self.flops = count.flops
+        self.flops = count.flops if count is not None else {}
         return replayed
 
     def _tried(self, run: Callable[[], Replayed]) -> Replayed | None:

@@ -63,7 +63,7 @@ class Diary(pl.Callback):
         self.watch.before_step(optimizer, trainer.global_step)
 
     def on_train_batch_end(self, *_):
-        self.watch.end_batch(settles=self.settles)
+        self.watch.end_batch(lambda: self.settles)
 
     def on_train_end(self, *_):
         self.watch.settle()
@@ -174,7 +174,7 @@ def test_after_an_exception_the_step_that_it_ended_is_forgotten():
     watch, calls = by_hand()
     step(watch)
     watch.abandon()
-    watch.end_batch(settles=True)
+    watch.end_batch(lambda: True)
     assert calls == [("failure", 1)]
 
 
@@ -182,7 +182,7 @@ def test_after_an_exception_what_is_on_its_way_counts_and_its_batches_are_not_ke
     is_sent()
     watch, calls = by_hand()
     step(watch)
-    watch.end_batch(settles=False)
+    watch.end_batch(lambda: False)
     assert calls == []
     watch.abandon()
     watch.settle()
@@ -193,7 +193,7 @@ def test_what_happens_outside_a_batch_is_no_evidence():
     watch, calls = by_hand()
     watch.add_loss(torch.tensor(INF))
     watch.before_step(OPTIMIZER, 0)
-    watch.end_batch(settles=True)
+    watch.end_batch(lambda: True)
     watch.settle()
     watch.abandon()
     assert calls == []
