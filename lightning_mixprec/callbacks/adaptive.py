@@ -254,9 +254,8 @@ class AdaptivePrecision(Monitor):
             decision = steering.carry_out()
             self._say(decision, "")
         else:
-            decision, policy = steering.withdraw() or (None, None)
-            self._say(decision, "would move ")
-            self._write_policy(policy)
+            decision, policy = steering.withdraw()
+            self._advise(decision, policy)
         self._log_progress()
 
     def _take_in(
@@ -267,10 +266,20 @@ class AdaptivePrecision(Monitor):
             self._write(place, **seen)
         else:
             row = decision.to_dict()
-            self.decisions.append({"step": place["step"], **row})
+            is_known = self.mode == "advise" and any(row["moves"] == made["moves"] for made in self.decisions)
+            if not is_known:
+                self.decisions.append({"step": place["step"], **row})
             self._write(place, decision=row, passes=passes)
         self._log_progress()
         self._journal.flush()
+
+    def _advise(self, decision: Decision, policy: PrecisionPolicy) -> None:
+        """Says what would be done, once."""
+        what = str([decision.moves, decision.scale is not None])
+        if what not in self._warned:
+            self._warned.append(what)
+            self._say(decision, "would move ")
+            self._write_policy(policy)
 
     def _say(self, decision: Decision | None, would: str) -> None:
         trainer = self._trainer

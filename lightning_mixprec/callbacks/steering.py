@@ -129,7 +129,7 @@ class Steering:
             self._report(place, problem=trial.problem or "not finite in fp32")
             return
         scale = self._plugin.scaler.get_scale()
-        present = trial.run(self.controller.state.promoted, scale)
+        present = trial.run_as_is(scale)
         self._report(place, sample=present.summary(), loss_scale=scale)
         self.controller.see_loss(trial.loss_size)
         decision = self.controller.decide_on_sample(present, scale, trial.run)
@@ -158,6 +158,8 @@ class Steering:
             self._report(self._place(evidence.batches[-1]), verdict=verdict)
             if verdict == "model":
                 self._is_damaged()
+            return
+        if not (falls or self.controller.accuse()):
             return
         trial = self._trial(found.kept)
         if not trial.is_possible:
@@ -243,11 +245,10 @@ class Steering:
             self._plugin.set_loss_scale(scale)
         return decision
 
-    def withdraw(self) -> tuple[Decision, PrecisionPolicy] | None:
+    def withdraw(self) -> tuple[Decision, PrecisionPolicy]:
         """What was decided and what the policy would be, if that is only advice; it is not carried out."""
         decision, self.pending = self.pending, None
-        if decision is None:
-            return None
+        assert decision is not None
         self.controller.retract()
         return decision, self._policy_with(decision.promoted)
 

@@ -97,13 +97,21 @@ class Trial:
             promoted: Layers and the formats they are promoted to; the others compute as the user's policy says.
             scale: The loss scale.
         """
+        return self._agreement(self._policy_with(promoted), scale)
+
+    def run_as_is(self, scale: float) -> Agreement:
+        """How the step agrees with fp32 in the formats in force."""
+        return self._agreement(None, scale)
+
+    def _agreement(self, policy: PrecisionPolicy | None, scale: float) -> Agreement:
         assert self._reference is not None
-        low = self._tried(partial(self._run, self._policy_with(promoted), scale))
+        low = self._tried(partial(self._run, policy, scale))
         return self._compared(low, self._reference, scale)
 
-    def _run(self, policy: PrecisionPolicy, scale: float) -> Replayed:
+    def _run(self, policy: PrecisionPolicy | None, scale: float) -> Replayed:
         self.passes += 1
-        replay = StepReplay(self._module, TrialFormats(self._plugin, policy), self._device)
+        formats = PluginFormats(self._plugin) if policy is None else TrialFormats(self._plugin, policy)
+        replay = StepReplay(self._module, formats, self._device)
         kept = self._kept
         with replay.opened() as stand_ins:
             return replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)

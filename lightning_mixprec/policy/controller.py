@@ -17,7 +17,7 @@ from lightning_mixprec.policy.remedies import Layer, Remedies, Remedy, Try, form
 _FIRST_SAMPLES = (0, 10, 30, 100, 300)
 _WINDOW = 100
 _DOUBTS = 2
-_BAD_LOSSES, _SKIPS_IN_A_ROW, _SKIPS_IN_WINDOW = 2, 3, 6
+_ACCUSATIONS, _SKIPS_IN_A_ROW, _SKIPS_IN_WINDOW = 2, 3, 6
 _SMALL_SHARE = 0.05
 _MOST_RESTORES = 3
 _APPROVALS = 2
@@ -32,6 +32,7 @@ class ControllerState:
     next_sample: int = 0
     doubts: int = 0
     failures: list[list[int]] = field(default_factory=list)
+    accusations: list[int] = field(default_factory=list)
     skips_in_a_row: int = 0
     fruitless: int = 0
     promoted: dict[str, str] = field(default_factory=dict)
@@ -115,10 +116,18 @@ class Controller:
         state.failures.append([state.batches, int(loss_is_bad)])
         patience = 2**state.fruitless
         return bool(
-            sum(bad for _, bad in state.failures) >= _BAD_LOSSES * patience
+            sum(bad for _, bad in state.failures) >= patience
             or state.skips_in_a_row >= _SKIPS_IN_A_ROW * patience
             or len(state.failures) >= _SKIPS_IN_WINDOW * max(patience / 2, 1)
         )
+
+    def accuse(self) -> bool:
+        """A step that was looked into failed for want of precision. Whether it is time to act: once is an outlier."""
+        state = self.state
+        state.accusations = [batch for batch in state.accusations if state.batches - batch < _WINDOW]
+        state.accusations.append(state.batches)
+        is_persistent = state.skips_in_a_row >= _SKIPS_IN_A_ROW or self.scale_keeps_falling
+        return is_persistent or len(state.accusations) >= _ACCUSATIONS
 
     def see_loss(self, size: float) -> None:
         """How large the losses of a sampled step are; what was seen before is forgotten by halves."""
@@ -206,6 +215,8 @@ class Controller:
         """The latest decision is not carried out: it was advice. The next ones come later and later."""
         self.state.promoted = {}
         self.state.assignments = [{}]
+        self.state.origin = self.state.batches - _FIRST_SAMPLES[-1]
+        self._next_sample()
         self.give_up_looking()
 
     # How it decides
@@ -256,7 +267,7 @@ class Controller:
         state.promoted = {**state.promoted, **remedy.promotions}
         if moves:
             self._note_assignment()
-        state.failures, state.fruitless = [], 0
+        state.failures, state.accusations, state.fruitless = [], [], 0
         restores = present.is_finite and self.is_settling and bool(self.limits.poisoned(present))
         self._settle_in()
         told = {**evidence, **present.summary(), "loss_scale": scale}

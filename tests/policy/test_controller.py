@@ -60,7 +60,7 @@ class World:
             present = attempt(controller.state.promoted, 1024.0)
             decisions.append(controller.decide_on_sample(present, 1024.0, attempt))
         is_finite = self.agreement(controller.state.promoted, number).is_finite
-        if controller.see_step(skipped=not is_finite, loss_is_bad=not is_finite):
+        if controller.see_step(skipped=not is_finite, loss_is_bad=not is_finite) and controller.accuse():
             culprit = self.lacks(controller.state.promoted, number)[:1]
             decisions.append(controller.decide_on_failure(culprit, 1024.0, attempt, {"layer": culprit[0]}))
         return [(number, decision) for decision in decisions if decision is not None]
