@@ -1,5 +1,6 @@
 """``AdaptivePrecision``: moves layers to the formats that the run turns out to need."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -100,9 +101,8 @@ class AdaptivePrecision(Monitor):
             max_assignments=check_count(name, "max_assignments", max_assignments),
             min_low_precision_share=None if share is None else check_share(name, "min_low_precision_share", share),
         )
-        self.decisions: list[dict[str, Any]] = []
-        self._steered: dict[str, Any] = {}
         super().__init__()
+        self._begin()
 
     @override
     def _forget_run(self) -> None:
@@ -124,6 +124,19 @@ class AdaptivePrecision(Monitor):
             )
         super().setup(trainer, pl_module, stage)
         self._trainer, self._plugin = trainer, plugin
+        if trainer.global_step == 0:
+            self._begin()
+
+    def _begin(self) -> None:
+        self.decisions: list[dict[str, Any]] = []
+        self._steered: dict[str, Any] = {}
+        self._values = dict.fromkeys(self._KEYS, math.nan)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._steering is not None:
+            self._steered = self._steering.state_dict()  # for a checkpoint that is saved when the fit is over
+        super().teardown(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

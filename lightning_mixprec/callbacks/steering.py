@@ -1,6 +1,7 @@
 """Between the controller, which decides, and the run: tries formats on captured batches and carries decisions out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,11 +13,12 @@ from lightning_mixprec.callbacks.failures import Found, diagnosed
 from lightning_mixprec.callbacks.formats import PluginFormats
 from lightning_mixprec.callbacks.replay import StepReplay
 from lightning_mixprec.callbacks.snapshot import Snapshots
-from lightning_mixprec.callbacks.study import Study, Wanted
+from lightning_mixprec.callbacks.study import Findings, Study, Wanted
 from lightning_mixprec.callbacks.trial import Trial
 from lightning_mixprec.callbacks.underflow import describe
 from lightning_mixprec.engine.plan import Site, survey
 from lightning_mixprec.engine.sandbox import RandomState
+from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.policy.agreement import Limits
 from lightning_mixprec.policy.controller import Controller
@@ -29,6 +31,7 @@ from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
 _MIN_COSINE_IN_BF16 = 0.9
 _MAX_ELEMENTS = 16384
 _MAX_BYTES = 256 * 2**20
+_ROOM_BITS = 2
 _TOLD = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_bits")
 
 Report = Callable[..., None]
@@ -132,7 +135,7 @@ class Steering:
         present = trial.run_as_is(scale)
         self._report(place, sample=present.summary(), loss_scale=scale)
         self.controller.see_loss(trial.loss_size)
-        decision = self.controller.decide_on_sample(present, scale, trial.run)
+        decision = self.controller.decide_on_sample(present, scale, trial.run, partial(self._has_room, kept))
         if self.controller.limits.accepts(present):
             self._remember()
         self._take(decision, kept, trial)
@@ -204,14 +207,7 @@ class Steering:
         """What the moved layers lose in the formats that they are moved from."""
         if not layers:
             return {}
-        formats = PluginFormats(self._plugin)
-        names = tuple(name for name in layers if name)
-        wanted = Wanted(statistics=True, layers=names, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES)
-        present = RandomState(self._module.device)
-        if kept.random is not None:
-            kept.random.restore()
-        found = Study(self._module, formats, kept.batch, self._place(kept), wanted).findings()
-        present.restore()
+        formats, found = PluginFormats(self._plugin), self._studied(layers, kept)
         told: dict[str, Any] = {}
         for name in layers:
             if name in found.weights or name in found.gradients:
@@ -220,6 +216,22 @@ class Steering:
             if name in found.sqnr_db:
                 told.setdefault(name, {})["sqnr_db"] = found.sqnr_db[name]
         return told
+
+    def _has_room(self, kept: KeptBatch, formats: Mapping[str, str]) -> bool:
+        """Whether outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
+        outputs = self._studied([], kept).outputs
+        return all(headroom(outputs[name], format) >= _ROOM_BITS for name, format in formats.items() if name in outputs)
+
+    def _studied(self, compared: Sequence[str], kept: KeptBatch) -> Findings:
+        names = tuple(name for name in compared if name)
+        wanted = Wanted(statistics=True, layers=names, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES)
+        state = RandomState(self._module.device)
+        if kept.random is not None:
+            kept.random.restore()
+        try:
+            return Study(self._module, PluginFormats(self._plugin), kept.batch, self._place(kept), wanted).findings()
+        finally:
+            state.restore()
 
     def _place(self, kept: KeptBatch) -> dict[str, int]:
         return {**self._now(), "batch_idx": kept.batch_idx}

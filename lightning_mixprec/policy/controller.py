@@ -6,7 +6,7 @@ run that is resumed decides as one that was not interrupted.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ _ACCUSATIONS, _SKIPS_IN_A_ROW, _SKIPS_IN_WINDOW = 2, 3, 6
 _SMALL_SHARE = 0.05
 _MOST_RESTORES = 3
 _APPROVALS = 2
+
+HasRoom = Callable[[Mapping[str, str]], bool]
+"""Whether layers would fit into formats with room to spare."""
 
 
 @dataclass
@@ -177,13 +180,16 @@ class Controller:
         remedy = None if self.limits.accepts(present) else remedies.promotions_or_less(culprits, scale)
         return self._carried_out(remedy, scale, present, evidence)
 
-    def decide_on_sample(self, present: Agreement, scale: float, attempt: Try) -> Decision | None:
+    def decide_on_sample(
+        self, present: Agreement, scale: float, attempt: Try, has_room: HasRoom = lambda formats: True
+    ) -> Decision | None:
         """A sampled step was compared with fp32. What is to change.
 
         Args:
             present: How it agrees.
             scale: The present loss scale.
             attempt: Tries formats on the sampled step's batch.
+            has_room: Whether layers would fit into narrower formats with room to spare, on this batch.
         """
         state = self.state
         if not present.is_finite:
@@ -192,7 +198,7 @@ class Controller:
         if not failing and not self.limits.gap_is_large(present):
             state.doubts = state.restores = 0
             self._next_sample()
-            return self._demotion(scale, attempt)
+            return self._demotion(scale, attempt, has_room)
         state.doubts += 1
         if state.doubts < _DOUBTS:
             state.next_sample = state.batches + 1
@@ -275,7 +281,7 @@ class Controller:
         reason = _reason(present, self.limits)
         return Decision(kind, moves, dict(state.promoted), remedy.scale, reason, told, restores)
 
-    def _demotion(self, scale: float, attempt: Try) -> Decision | None:
+    def _demotion(self, scale: float, attempt: Try, has_room: HasRoom) -> Decision | None:
         """The group of promotions that has stayed longest, taken back if the step agrees without it time and again."""
         group = self._oldest_group()
         if not group:
@@ -286,7 +292,7 @@ class Controller:
             return None
         tried = attempt(remaining, scale)
         key = group[0]
-        if not self.limits.accepts(tried):
+        if not (self.limits.accepts(tried) and has_room({name: self.layers[name].format for name in group})):
             state.approvals.pop(key, None)
             for name in group:
                 state.since[name] = state.batches

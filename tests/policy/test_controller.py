@@ -262,3 +262,22 @@ def test_a_gradient_that_is_nothing_but_rounding_is_no_evidence():
     healthy = LayerAgreement(1.0, 1.0, 1.0)
     assert Limits().accepts(Agreement(True, 0.0, {"bias": noise, "layer": healthy}))
     assert Limits().failing(Agreement(True, 0.0, {"bias": noise._replace(size=0.5), "layer": healthy})) == ["bias"]
+
+
+def test_what_would_have_no_room_to_spare_is_not_taken_back():
+    world = World({"c": "range"}, ends=500)
+    controller = world.controller(dwell_steps=200, every_n_steps=100)
+    world.run(controller, 600)
+    assert controller.state.promoted == {"c": "c=bf16,o=input"}
+    asked = []
+    for _ in range(3):
+        controller.state.batches += 300
+        controller.begin_batch()
+        controller.decide_on_sample(
+            world.agreement(controller.state.promoted, 1000),
+            1024.0,
+            lambda promoted, scale: world.agreement(promoted, 1000),
+            lambda formats: asked.append(dict(formats)) or False,
+        )
+    assert asked == [{"c": "fp16"}] * 3
+    assert controller.state.promoted == {"c": "c=bf16,o=input"}
