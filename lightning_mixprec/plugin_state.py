@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
+from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
 
 _VERSION = 1
@@ -110,12 +110,12 @@ def history_entries(
     """
     _check_plain(evidence, "evidence")
     changes = {
-        name: (_label(old, new), _label(new, old))
+        name: ((old.compute, old.output), (new.compute, new.output))
         for name, (old, new) in before.changes_to(after).items()
         if (old.compute, old.output) != (new.compute, new.output)
     }
     return [
-        {"step": step, "layer": name, "from": old, "to": new, "reason": reason}
+        {"step": step, "layer": name, **_told(old, new), "reason": reason}
         | ({} if evidence is None else {"evidence": deepcopy(dict(evidence))})
         for name, (old, new) in changes.items()
         if not name or changes.get(name.rpartition(".")[0]) != (old, new)
@@ -148,8 +148,10 @@ def policy_version(history: Sequence[Mapping[str, Any]]) -> int:
     return sum(1 for _ in groupby(history, key=lambda entry: (entry["step"], entry["reason"])))
 
 
-def _label(layer: LayerPrecision, other: LayerPrecision) -> str:
-    return layer.compute if layer.output == other.output else f"c={layer.compute},o={layer.output or 'as computed'}"
+def _told(old: tuple[str, str | None], new: tuple[str, str | None]) -> dict[str, str]:
+    """The compute formats, and what the output is handed on in from now on if that changes."""
+    told = {"from": old[0], "to": new[0]}
+    return told if old[1] == new[1] else {**told, "output": new[1] or "as computed"}
 
 
 def _difference(before: str | dict[str, Any], after: str | dict[str, Any]) -> str:

@@ -89,8 +89,7 @@ def test_the_history_has_one_entry_per_change_and_all_that_is_said():
     first, second, *back = plugin.history
     assert first == {"step": 1, "layer": "net.0", "from": "bf16", "to": "fp32", "reason": "first"}
     assert (second["step"], second["layer"], second["reason"]) == (2, "net.0.2", "edit_policy")
-    assert "input" in second["to"]
-    assert "input" not in second["from"]
+    assert (second["from"], second["to"], second["output"]) == ("fp32", "fp32", "input")
     assert {entry["layer"] for entry in back} == {"net.0", "net.0.2"}
     assert {(entry["step"], entry["reason"]) for entry in back} == {(3, "back")}
     assert all(isinstance(value, (int, str)) for entry in plugin.history for value in entry.values())

@@ -77,7 +77,7 @@ class AdaptivePrecision(Monitor):
 
     _NAME = "adaptive"
     _KEYS = ("low_precision_share", "policy_version")
-    _STATE = ("decisions", "_steered")
+    _STATE = ("decisions", "_steered", "_said")
 
     def __init__(
         self,
@@ -130,6 +130,7 @@ class AdaptivePrecision(Monitor):
     def _begin(self) -> None:
         self.decisions: list[dict[str, Any]] = []
         self._steered: dict[str, Any] = {}
+        self._said: list[str] = []
         self._values = dict.fromkeys(self._KEYS, math.nan)
 
     @override
@@ -151,9 +152,10 @@ class AdaptivePrecision(Monitor):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._plugin is not None
         options = replace(self._options, has_bf16=native_support("bf16", pl_module.device).native)
-        self._steering = Steering(trainer, self._plugin, options, self.pin, self._take_in)
+        self._steering = Steering(trainer, self._plugin, options, self.pin, self._take_in, acts=self.mode == "act")
         if self._steered:
             self._steering.load_state_dict(self._steered)
+            self._steered = {}
         self._watch = FailureWatch(
             PluginFormats(self._plugin),
             pl_module.device,
@@ -171,6 +173,7 @@ class AdaptivePrecision(Monitor):
             reason: Goes into the history.
         """
         assert self._steering is not None
+        self._settle()
         self._steering.rebase(policy, reason)
 
     @property
@@ -236,8 +239,10 @@ class AdaptivePrecision(Monitor):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        if self._watch is not None:
-            self._watch.abandon()
+        if self._steering is not None:
+            self._steered = self._steering.state_dict()
+            self._write_policy()
+        self._forget_run()  # Lightning calls no teardown
 
     @override
     def on_save_checkpoint(
@@ -248,9 +253,12 @@ class AdaptivePrecision(Monitor):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._settle()
-        if self._steering is not None:
-            self._steered = self._steering.state_dict()
-        return super().state_dict()
+        if self._steering is None:
+            return super().state_dict()
+        self._steered = self._steering.state_dict()
+        state = super().state_dict()
+        state["steered"]["copy"] = self._steering.copy()
+        return state
 
     def _settle(self) -> None:
         """Takes in an outcome that is still on its way, and does what follows."""
@@ -267,8 +275,7 @@ class AdaptivePrecision(Monitor):
             decision = steering.carry_out()
             self._say(decision, "")
         else:
-            decision, policy = steering.withdraw()
-            self._advise(decision, policy)
+            self._advise(steering.withdraw())
         self._log_progress()
 
     def _take_in(
@@ -286,13 +293,13 @@ class AdaptivePrecision(Monitor):
         self._log_progress()
         self._journal.flush()
 
-    def _advise(self, decision: Decision, policy: PrecisionPolicy) -> None:
+    def _advise(self, decision: Decision) -> None:
         """Says what would be done, once."""
         what = str([decision.moves, decision.scale is not None])
-        if what not in self._warned:
-            self._warned.append(what)
+        if what not in self._said:
+            self._said.append(what)
             self._say(decision, "would move ")
-            self._write_policy(policy)
+        self._write_policy()
 
     def _say(self, decision: Decision | None, would: str) -> None:
         trainer = self._trainer
@@ -307,13 +314,14 @@ class AdaptivePrecision(Monitor):
     def _log_progress(self) -> None:
         assert self._trainer is not None and self._steering is not None and self._plugin is not None
         version = policy_version(self._plugin.history)
-        share = self._steering.controller.low_share()
+        share = self._steering.low_share
         self._log(self._trainer, {"low_precision_share": share, "policy_version": float(version)})
 
-    def _write_policy(self, advised: PrecisionPolicy | None = None) -> None:
+    def _write_policy(self) -> None:
         trainer, plugin = self._trainer, self._plugin
         if trainer is None or plugin is None or self._folder is None or not trainer.is_global_zero:
             return
+        advised = self._steering.advised_policy if self._steering is not None else None
         policy = plugin.policy if self.mode == "act" else advised
         name = LEARNED if self.mode == "act" else ADVISED
         if policy is None:
@@ -328,7 +336,8 @@ class AdaptivePrecision(Monitor):
     def _summary(self) -> tuple[str, list[list[str]]]:
         moves = [(made["step"], *move, made["reason"]) for made in self.decisions for move in made["moves"]]
         share = written(self._values["low_precision_share"], ".1%")
-        title = f"{len(moves)} moves, {share} of the matrix products' flops in at most 16 bits"
+        what = "moves" if self.mode == "act" else "moves advised"
+        title = f"{len(moves)} {what}, {share} of the matrix products' flops in at most 16 bits"
         rows = [["layer", "step", "from", "to", "reason"]]
         rows += [[name or '""', str(step), old, new, reason] for step, name, old, new, reason in moves[-ROWS:]]
         return title, rows if moves else []

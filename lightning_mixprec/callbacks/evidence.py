@@ -143,7 +143,8 @@ class Evidence:
         skipped = min(max(skipped, int(self._scale_fell())), self.steps)
         # Where steps are guarded all ranks skip together; a loss on one rank is no reason to act without the others.
         if ranks.are_many():
-            loss_is_bad = skipped > 0 if self.formats.is_guarded else ranks.is_any(loss_is_bad, self.device)
+            asks = skipped > 0 or not self.formats.is_guarded
+            loss_is_bad = asks and ranks.is_any(loss_is_bad, self.device)
         return Outcome(loss_is_bad, skipped, float(self._scale))
 
     def send(self) -> Transfer:

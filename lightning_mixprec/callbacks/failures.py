@@ -110,7 +110,10 @@ class FailureWatch:
         """Takes in the outcome that is still on its way."""
         if self._late is not None:
             (evidence, transfer), self._late = self._late, None
-            self._take_in(evidence, received(transfer))
+            outcome = received(transfer)
+            if ranks.are_many() and evidence.formats.is_guarded and outcome.skipped:
+                outcome = outcome._replace(loss_is_bad=ranks.is_any(outcome.loss_is_bad, self._device))
+            self._take_in(evidence, outcome)
 
     def abandon(self) -> None:
         """Lets go of all batches, after an exception: what is still on its way can be counted, not replayed."""

@@ -1,8 +1,18 @@
 """The file of a run's per-layer rows: one JSON object a line, in the run's log directory.
 
-Every row has ``"monitor"`` (``"overflow"``, ``"underflow"`` or ``"fidelity"``), ``"step"`` (optimizer steps taken),
-``"epoch"`` and ``"batch_idx"``; the rest is described by the monitor that writes it. A number that is not finite is
-null. Lines are appended, so a resumed run goes on in the same file; a line that a crash cut short is closed first.
+Every row has ``"monitor"`` (``"overflow"``, ``"underflow"``, ``"fidelity"``, ``"schedule"`` or ``"adaptive"``),
+``"step"`` (optimizer steps taken), ``"epoch"`` and ``"batch_idx"``; the rest is described by the monitor that writes
+it. A number that is not finite is null. Lines are appended, so a resumed run goes on in the same file; a line that a
+crash cut short is closed first.
+
+A row of ``"schedule"`` is a phase that came: ``phase`` (its number, from 1), ``at`` (its moment in words) and
+``change`` (what differs from the policy before it). A row of ``"adaptive"`` is one of
+
+- a step that was compared with fp32: ``sample`` (``is_finite``, ``loss_gap``, ``min_grad_cosine``) and ``loss_scale``;
+- what is to change: ``decision`` (``kind``, ``moves`` as [layer, from, to], ``scale``, ``restores``, ``reason``,
+  ``evidence``) and, unless it is only to go back to a copy, ``passes``, the steps that were tried for it;
+- a failed step in which nothing is to be moved: ``verdict`` (as in ``"overflow"``; null if there is none);
+- ``problem``: why a batch could not be tried.
 """
 
 import json

@@ -74,14 +74,15 @@ class Snapshots:
     def damaged(self, pl_module: pl.LightningModule) -> list[str]:
         """The parameters and buffers that are not finite; one read from the device.
 
-        Buffers that held infinities and no NaN when they were first looked at, as masks do, are meant to.
+        Buffers and frozen parameters that held infinities and no NaN when they were first looked at, as masks do, are
+        meant to.
         """
         named = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
         found = [name for name, is_bad in zip(named, _are_nonfinite(list(named.values())), strict=True) if is_bad]
         if self._infinite is None:
-            buffers = {name for name, _ in pl_module.named_buffers()}
+            trained = {name for name, param in pl_module.named_parameters() if param.requires_grad}
             self._infinite = frozenset(
-                name for name in found if name in buffers and not bool(_dense(named[name]).isnan().any())
+                name for name in found if name not in trained and not bool(_dense(named[name]).isnan().any())
             )
         return [name for name in found if name not in self._infinite]
 
@@ -150,7 +151,8 @@ class Snapshots:
         optimizers = []
         for optimizer, states, groups in copy.optimizers:
             numbers = {param: number for number, param in enumerate(_params_of(optimizer))}
-            optimizers.append({"state": {numbers[param]: _taken(state) for param, state in states.items()}})
+            kept = {numbers[param]: _taken(state) for param, state in states.items() if param in numbers}
+            optimizers.append({"state": kept})
             optimizers[-1]["groups"] = _taken(groups)
         return {
             "step": copy.step,

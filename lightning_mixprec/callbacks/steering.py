@@ -1,6 +1,7 @@
 """Between the controller, which decides, and the run: tries formats on captured batches and carries decisions out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,17 +19,16 @@ from lightning_mixprec.callbacks.trial import Trial
 from lightning_mixprec.callbacks.underflow import describe
 from lightning_mixprec.engine.plan import Site, survey
 from lightning_mixprec.engine.sandbox import RandomState
+from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.plugin import PerLayerPrecision
-from lightning_mixprec.policy.agreement import Limits
 from lightning_mixprec.policy.controller import Controller
-from lightning_mixprec.policy.decisions import Decision, Options
+from lightning_mixprec.policy.decisions import Decision, Options, quoted
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.remedies import Layer
 from lightning_mixprec.policy.rule import parse_value
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
 
-_MIN_COSINE_IN_BF16 = 0.9
 _MAX_ELEMENTS = 16384
 _MAX_BYTES = 256 * 2**20
 _ROOM_BITS = 2
@@ -45,6 +45,7 @@ class Steering:
         plugin: Its precision plugin.
         options: How to decide.
         pin: Patterns of layers that are left alone.
+        acts: Whether decisions are carried out; else steps are looked at as if they had been.
         report: Called with a place (step, epoch, batch_idx) and what was seen or decided there.
 
     Attributes:
@@ -53,15 +54,24 @@ class Steering:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, plugin: PerLayerPrecision, options: Options, pin: Sequence[str], report: Report
+        self,
+        trainer: pl.Trainer,
+        plugin: PerLayerPrecision,
+        options: Options,
+        pin: Sequence[str],
+        report: Report,
+        *,
+        acts: bool = True,
     ) -> None:
         assert plugin.policy is not None
-        self._trainer, self._plugin, self._report = trainer, plugin, report
+        self._trainer, self._plugin, self._report, self._acts = trainer, plugin, report, acts
         self._module = trainer.lightning_module
         self._heights = heights(survey(self._module))
         self._base = self._adopted = plugin.policy
         self._flops: dict[str, int] = {}
+        self._outputs: dict[str, str | None] = {}
         self.controller = self._new_controller(options, pin)
+        self._adapt()
         self.pending: Decision | None = None
         self._snapshots = Snapshots()
         self._remember()
@@ -82,31 +92,54 @@ class Steering:
             )
             for site in survey(self._module)
         ]
-        limits = Limits(min_cosine=_MIN_COSINE_IN_BF16) if "bf16" in formats.values() else Limits()
-        return Controller(layers, options, limits)
+        return Controller(layers, options)
 
     def _base_formats(self) -> dict[str, str]:
-        return {name: layer.compute for name, layer in self._base.resolve(self._module).items()}
+        assignment = self._base.resolve(self._module)
+        self._outputs = {name: assignment.hands_on(name) for name in assignment}
+        return {name: layer.compute for name, layer in assignment.items()}
+
+    def _adapt(self) -> None:
+        """Tells the controller between which bounds the loss scale is searched for, if it is."""
+        scaling = self._plugin.scaler.options
+        scales = None if scaling is None or scaling.is_static else (scaling.min_scale, scaling.max_scale)
+        self.controller.options = replace(self.controller.options, scales=scales)
+
+    def _take_over_change(self) -> None:
+        """Takes a policy that somebody else set for the one to start from."""
+        policy = self._plugin.policy
+        if policy is not self._adopted and policy is not None:
+            self.rebase(policy, "adaptive: kept over a change of the policy")
 
     # What a checkpoint keeps
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types; with the copy of weights and optimizers only while the controller may go back to it soon."""
-        copy = self._snapshots.state_dict() if self.controller.is_settling else None
-        rest = {"flops": self._flops, "controller": self.controller.state_dict(), "copy": copy}
-        return {"base": self._base.to_dict(), **rest}
+        """Plain types, but for what :meth:`copy` adds."""
+        policy, pending = self._plugin.policy, self.pending
+        return {
+            "base": self._base.to_dict(),
+            "in_force": None if policy is None else policy.to_dict(),
+            "flops": self._flops,
+            "controller": self.controller.state_dict(),
+            "pending": None if pending is None else pending.state_dict(),
+        }
+
+    def copy(self) -> dict[str, Any] | None:
+        """The copy of weights and optimizers, while the controller undoes wrong steps; later it is not needed."""
+        return self._snapshots.state_dict() if self.controller.is_settling else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint, unless the run has another policy than the one arrived at there."""
-        in_force, self._base = self._base, PrecisionPolicy.from_dict(state["base"])
-        if self._policy_with(state["controller"]["promoted"]).to_dict() != in_force.to_dict():
-            self._base = in_force
+        if self._base.to_dict() != state["in_force"]:
             return
+        self._base = PrecisionPolicy.from_dict(state["base"])
         self.controller.rebase(self._base_formats())
         self._flops = dict(state["flops"])
         self.controller.measured(self._flops)
         self.controller.load_state_dict(state["controller"])
-        if state["copy"] is not None:
+        if state["pending"] is not None:
+            self.pending = Decision.from_state(state["pending"])
+        if state.get("copy") is not None:
             self._snapshots.load_state_dict(self._trainer, self._module, state["copy"])
 
     # What is seen
@@ -118,13 +151,13 @@ class Steering:
             kept: The batch.
             may_sample: Whether formats may change before it.
         """
-        if self._plugin.policy is not self._adopted:
-            assert self._plugin.policy is not None
-            self.rebase(self._plugin.policy, "kept over a change of the policy")
+        self._take_over_change()
         if not (self.controller.begin_batch() and may_sample):
             return
         place = self._place(kept)
         if self._is_damaged():
+            if self.pending is None:
+                self.controller.see_no_sample()
             return
         trial = self._trial(kept)
         if not trial.is_possible:
@@ -132,7 +165,8 @@ class Steering:
             self._report(place, problem=trial.problem or "not finite in fp32")
             return
         scale = self._plugin.scaler.get_scale()
-        present = trial.run_as_is(scale)
+        promoted = self.controller.state.promoted
+        present = trial.run_as_is(scale) if self._acts else trial.run(promoted, scale)
         self._report(place, sample=present.summary(), loss_scale=scale)
         self.controller.see_loss(trial.loss_size)
         decision = self.controller.decide_on_sample(present, scale, trial.run, partial(self._has_room, kept))
@@ -167,22 +201,29 @@ class Steering:
         trial = self._trial(found.kept)
         if not trial.is_possible:
             self.controller.give_up_looking()
-        elif falls:
-            self._take(self.controller.decide_on_falling_scale(outcome.scale, trial.run), found.kept, trial)
+            return
+        if falls:
+            decision = self.controller.decide_on_falling_scale(outcome.scale, trial.run)
         else:
             told = {key: getattr(found.diagnosis, key) for key in ("layer", "direction", "op", "value")}
             decision = self.controller.decide_on_failure(suspects(found), outcome.scale, trial.run, told)
-            self._take(decision, found.kept, trial)
+        self._take(decision, found.kept, trial)
+        if decision is None:
+            self._report(self._place(found.kept), verdict=verdict, remedy=None, passes=trial.passes)
 
     def _is_damaged(self) -> bool:
         """Whether weights or buffers are not finite; they are to go back to the last good copy, if there is one."""
         damaged = self._snapshots.damaged(self._module)
         _, names = ranks.first_found(damaged or None)
-        if names is not None and self._snapshots.step is not None:
+        if names is None:
+            return False
+        if self._snapshots.step is not None:
             self.pending = self.controller.decide_on_damage(names)
-            if self.pending is not None:
-                self._report(self._now(), decision=self.pending)
-        return names is not None
+        if self.pending is not None:
+            self._report(self._now(), decision=self.pending)
+        else:
+            self._report(self._now(), problem=f"{quoted(names)} not finite, and there is no good copy to go back to")
+        return True
 
     def _trial(self, kept: KeptBatch) -> Trial:
         usual, counts = self.controller.state.usual_loss, not self._flops
@@ -219,8 +260,9 @@ class Steering:
 
     def _has_room(self, kept: KeptBatch, formats: Mapping[str, str]) -> bool:
         """Whether outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
-        outputs = self._studied([], kept).outputs
-        return all(headroom(outputs[name], format) >= _ROOM_BITS for name, format in formats.items() if name in outputs)
+        found = self._studied([], kept)
+        known = {name: format for name, format in formats.items() if name in found.outputs}
+        return found.is_any and all(headroom(found.outputs[name], known[name]) >= _ROOM_BITS for name in known)
 
     def _studied(self, compared: Sequence[str], kept: KeptBatch) -> Findings:
         names = tuple(name for name in compared if name)
@@ -251,18 +293,29 @@ class Steering:
         if decision.restores and self._snapshots.step is not None:
             self._snapshots.restore()
         if decision.moves:
-            self._adopted = self._policy_with(decision.promoted)
+            self._adopted = self._policy_with(self.controller.state.promoted)
             self._plugin.set_policy(self._adopted, f"adaptive: {decision.reason}", decision.evidence)
+            self._adapt()
         if self._plugin.scaler.is_active and scale != self._plugin.scaler.get_scale():
             self._plugin.set_loss_scale(scale)
         return decision
 
-    def withdraw(self) -> tuple[Decision, PrecisionPolicy]:
-        """What was decided and what the policy would be, if that is only advice; it is not carried out."""
+    def withdraw(self) -> Decision:
+        """What was decided, if that is only advice; it is not carried out."""
         decision, self.pending = self.pending, None
         assert decision is not None
-        self.controller.retract()
-        return decision, self._policy_with(decision.promoted)
+        return decision
+
+    @property
+    def advised_policy(self) -> PrecisionPolicy | None:
+        """The policy with everything that was advised; None if nothing was."""
+        promoted = self.controller.state.promoted
+        return self._policy_with(promoted) if promoted and not self._acts else None
+
+    @property
+    def low_share(self) -> float:
+        """The share of the matrix products' flops in at most 16 bits, as the run computes; NaN before it is known."""
+        return self.controller.low_share() if self._acts else self.controller.low_share({})
 
     def rebase(self, policy: PrecisionPolicy, reason: str) -> None:
         """Another policy to start from; promotions that are wider than it are kept.
@@ -273,13 +326,15 @@ class Steering:
         """
         self._base = policy
         self.controller.rebase(self._base_formats())
-        self._adopted = self._policy_with(self.controller.state.promoted)
+        self._adopted = self._policy_with(self.controller.state.promoted if self._acts else {})
         if self._adopted is not self._plugin.policy:
             self._plugin.set_policy(self._adopted, reason)
+        self._adapt()
 
     @property
     def base(self) -> PrecisionPolicy:
         """The policy without what was promoted."""
+        self._take_over_change()
         return self._base
 
     def _policy_with(self, promoted: Mapping[str, str]) -> PrecisionPolicy:
@@ -290,6 +345,8 @@ class Steering:
 
     def _edit(self, name: str, value: str) -> dict[str, Any]:
         edit: dict[str, Any] = dict(parse_value(value))
+        if self._outputs[name] is not None:
+            edit.pop("output", None)  # the user's word on it holds
         return {**edit, "recurse": False} if self._heights[name] or not name else edit
 
 
@@ -301,8 +358,15 @@ def pinned_layers(module: nn.Module, pin: Sequence[str]) -> set[str]:
     """
     if not pin:
         return set()
-    rule = Rule(list(pin), compute="fp32")
-    return {name for name, layer in PrecisionPolicy("fp16", [rule]).resolve(module).items() if layer.rule is not None}
+    every: set[str] = set()
+    for pattern in pin:
+        try:
+            covered = PrecisionPolicy("fp16", [Rule(pattern, compute="fp32")]).resolve(module)
+        except PolicyError as error:
+            problem = str(error).removeprefix("rule 1 ").replace(" (allow_unmatched accepts it)", "")
+            raise PolicyError(f"AdaptivePrecision(pin=...): {problem}") from None
+        every |= {name for name, layer in covered.items() if layer.rule is not None}
+    return every
 
 
 def heights(sites: Sequence[Site]) -> dict[str, int]:

@@ -97,22 +97,22 @@ class Trial:
             promoted: Layers and the formats they are promoted to; the others compute as the user's policy says.
             scale: The loss scale.
         """
-        return self._agreement(self._policy_with(promoted), scale)
+        return self._agreement(partial(self._run_with, promoted, scale), scale)
 
     def run_as_is(self, scale: float) -> Agreement:
         """How the step agrees with fp32 in the formats in force."""
-        return self._agreement(None, scale)
+        return self._agreement(partial(self._run, PluginFormats(self._plugin), scale), scale)
 
-    def _agreement(self, policy: PrecisionPolicy | None, scale: float) -> Agreement:
+    def _agreement(self, run: Callable[[], Replayed], scale: float) -> Agreement:
         assert self._reference is not None
-        low = self._tried(partial(self._run, policy, scale))
-        return self._compared(low, self._reference, scale)
+        return self._compared(self._tried(run), self._reference, scale)
 
-    def _run(self, policy: PrecisionPolicy | None, scale: float) -> Replayed:
+    def _run_with(self, promoted: Mapping[str, str], scale: float) -> Replayed:
+        return self._run(TrialFormats(self._plugin, self._policy_with(promoted)), scale)
+
+    def _run(self, formats: PluginFormats, scale: float) -> Replayed:
         self.passes += 1
-        formats = PluginFormats(self._plugin) if policy is None else TrialFormats(self._plugin, policy)
-        replay = StepReplay(self._module, formats, self._device)
-        kept = self._kept
+        kept, replay = self._kept, StepReplay(self._module, formats, self._device)
         with replay.opened() as stand_ins:
             return replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)
 

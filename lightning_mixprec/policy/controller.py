@@ -20,6 +20,9 @@ _DOUBTS = 2
 _ACCUSATIONS, _SKIPS_IN_A_ROW, _SKIPS_IN_WINDOW = 2, 3, 6
 _SMALL_SHARE = 0.05
 _MOST_RESTORES = 3
+_MOST_PATIENCE, _MOST_FRUITLESS = 4, 6
+_BF16_TOLERANCE = 0.1
+_MIN_COSINE_IN_BF16 = 0.9
 _APPROVALS = 2
 
 HasRoom = Callable[[Mapping[str, str]], bool]
@@ -31,6 +34,8 @@ class ControllerState:
     """All that the controller remembers; plain types."""
 
     batches: int = 0
+    steps: int = 0
+    misses: int = 0
     origin: int = -1
     next_sample: int = 0
     doubts: int = 0
@@ -38,6 +43,7 @@ class ControllerState:
     accusations: list[int] = field(default_factory=list)
     skips_in_a_row: int = 0
     fruitless: int = 0
+    next_look: int = 0
     promoted: dict[str, str] = field(default_factory=dict)
     since: dict[str, int] = field(default_factory=dict)
     group: dict[str, int] = field(default_factory=dict)
@@ -55,13 +61,13 @@ class Controller:
     Args:
         layers: The layers that have operations of their own, in the model's order.
         options: How to decide.
-        limits: When a step agrees with fp32.
     """
 
-    def __init__(self, layers: Sequence[Layer], options: Options, limits: Limits) -> None:
-        self.options, self.limits = options, limits
+    def __init__(self, layers: Sequence[Layer], options: Options) -> None:
+        self.options = options
         self.state = ControllerState()
         self.layers = {layer.name: layer for layer in layers}
+        self.adapt({layer.name: layer.format for layer in layers})
 
     # What it remembers
 
@@ -76,7 +82,7 @@ class Controller:
 
     def rebase(self, formats: Mapping[str, str]) -> None:
         """The user's policy says something else from now on; promotions that are no wider than it are over."""
-        self.layers = {name: replace(layer, format=formats[name]) for name, layer in self.layers.items()}
+        self.adapt(formats)
         state = self.state
         state.promoted = {
             name: value
@@ -85,6 +91,11 @@ class Controller:
         }
         state.assignments = [dict(state.promoted)]
         self._settle_in()
+
+    def adapt(self, formats: Mapping[str, str]) -> None:
+        """What the user's policy has layers compute in, and so how well a step can agree with fp32."""
+        self.limits = Limits(min_cosine=_MIN_COSINE_IN_BF16) if "bf16" in formats.values() else Limits()
+        self.layers = {name: replace(layer, format=formats[name]) for name, layer in self.layers.items()}
 
     def measured(self, flops: Mapping[str, int]) -> None:
         """The layers' flops are known."""
@@ -110,15 +121,16 @@ class Controller:
     def see_step(self, *, skipped: bool, loss_is_bad: bool) -> bool:
         """A step ended. Whether it is to be looked into."""
         state = self.state
+        state.steps += 1
         state.skips_in_a_row = state.skips_in_a_row + 1 if skipped else 0
         if not (skipped or loss_is_bad):
             if state.origin < 0:
                 self._settle_in()
             return False
-        state.failures = [each for each in state.failures if state.batches - each[0] < _WINDOW]
-        state.failures.append([state.batches, int(loss_is_bad)])
-        patience = 2**state.fruitless
-        return bool(
+        state.failures = [each for each in state.failures if state.steps - each[0] < _WINDOW]
+        state.failures.append([state.steps, int(loss_is_bad)])
+        patience = 2 ** min(state.fruitless, _MOST_PATIENCE)
+        return state.steps >= state.next_look and bool(
             sum(bad for _, bad in state.failures) >= patience
             or state.skips_in_a_row >= _SKIPS_IN_A_ROW * patience
             or len(state.failures) >= _SKIPS_IN_WINDOW * max(patience / 2, 1)
@@ -127,8 +139,8 @@ class Controller:
     def accuse(self) -> bool:
         """A step that was looked into failed for want of precision. Whether it is time to act: once is an outlier."""
         state = self.state
-        state.accusations = [batch for batch in state.accusations if state.batches - batch < _WINDOW]
-        state.accusations.append(state.batches)
+        state.accusations = [step for step in state.accusations if state.steps - step < _WINDOW]
+        state.accusations.append(state.steps)
         is_persistent = state.skips_in_a_row >= _SKIPS_IN_A_ROW or self.scale_keeps_falling
         return is_persistent or len(state.accusations) >= _ACCUSATIONS
 
@@ -137,12 +149,15 @@ class Controller:
         self.state.usual_loss = max(size, self.state.usual_loss / 2)
 
     def see_no_sample(self) -> None:
-        """The batch that was to be sampled could not be."""
-        self._next_sample()
+        """The batch that was to be sampled could not be, or told nothing: a later one, each time twice as far away."""
+        state = self.state
+        state.next_sample = state.batches + min(2**state.misses, self.options.every_n_steps)
+        state.misses = min(state.misses + 1, 16)
 
     def give_up_looking(self) -> None:
         """Looking into a failed step came to nothing: the next looks come later and later."""
-        self.state.fruitless = min(self.state.fruitless + 1, 16)
+        self.state.fruitless = min(self.state.fruitless + 1, _MOST_FRUITLESS)
+        self.state.next_look = self.state.steps + 2**self.state.fruitless
 
     @property
     def is_settling(self) -> bool:
@@ -158,11 +173,10 @@ class Controller:
 
     def decide_on_falling_scale(self, scale: float, attempt: Try) -> Decision | None:
         """The loss scale falls and falls. Whether few layers that cost little are all that needs a smaller one."""
-        remedies = self._remedies(attempt)
-        remedy = remedies.promotions(scale)
+        remedy = self._remedies(attempt).promotions(scale)
         if remedy is not None and not self._is_small(remedy):
             remedy = None
-        return self._carried_out(remedy, scale, remedies.attempt({}, scale), {})
+        return self._carried_out(remedy, scale, Agreement(False, math.nan, {}), {})
 
     def decide_on_failure(
         self, culprits: Sequence[str], scale: float, attempt: Try, evidence: Mapping[str, Any]
@@ -177,7 +191,7 @@ class Controller:
         """
         remedies = self._remedies(attempt)
         present = remedies.attempt({}, scale)
-        remedy = None if self.limits.accepts(present) else remedies.promotions_or_less(culprits, scale)
+        remedy = None if self.limits.accepts(present) else remedies.promotions_or_less(scale, culprits)
         return self._carried_out(remedy, scale, present, evidence)
 
     def decide_on_sample(
@@ -193,10 +207,13 @@ class Controller:
         """
         state = self.state
         if not present.is_finite:
-            return None  # the step will be skipped, and is looked into if that goes on
+            self.see_no_sample()
+            return None
+        state.misses = 0
         failing = self.limits.failing(present)
         if not failing and not self.limits.gap_is_large(present):
             state.doubts = state.restores = 0
+            state.fruitless //= 2
             self._next_sample()
             return self._demotion(scale, attempt, has_room)
         state.doubts += 1
@@ -217,23 +234,18 @@ class Controller:
         reason = f"{quoted(names)} not finite"
         return Decision("restore", (), dict(self.state.promoted), None, reason, {"damaged": list(names[:8])}, True)
 
-    def retract(self) -> None:
-        """The latest decision is not carried out: it was advice. The next ones come later and later."""
-        self.state.promoted = {}
-        self.state.assignments = [{}]
-        self.state.origin = self.state.batches - _FIRST_SAMPLES[-1]
-        self._next_sample()
-        self.give_up_looking()
-
     # How it decides
 
     def _remedies(self, attempt: Try) -> Remedies:
-        options = self.options
-        return Remedies(self.layers, self.state.promoted, self.limits, options.has_bf16, options.max_trials, attempt)
+        options, promoted = self.options, self.state.promoted
+        has_bf16, scales = options.has_bf16, options.scales
+        return Remedies(self.layers, promoted, self.limits, has_bf16, scales, options.max_trials, attempt)
 
     def _remedy(self, present: Agreement, scale: float, remedies: Remedies) -> Remedy | None:
         """The least that helps: a larger loss scale, else few promotions, with a larger loss scale or without."""
-        starved = self.limits.starved(present) if scale != 1.0 else []
+        starved = self.limits.starved(present)
+        if not starved:
+            remedies.bf16_tolerance = _BF16_TOLERANCE  # it rounds more coarsely, and rounding may be what is wrong
         if starved and (larger := remedies.larger_scale(scale)) is not None:
             return larger
         promotions = remedies.promotions(scale)
@@ -252,8 +264,8 @@ class Controller:
         return sum(self.layers[name].flops for name in wide), len(promotions)
 
     def _is_allowed(self, promoted: Mapping[str, str]) -> bool:
-        least = self.options.min_low_precision_share
-        if least is not None and self.low_share(promoted) < least:
+        least, share = self.options.min_low_precision_share, self.low_share(promoted)
+        if least is not None and share < least and share < self.low_share():
             return False
         known = self.state.assignments
         return dict(promoted) in known or len(known) < self.options.max_assignments

@@ -1,7 +1,7 @@
 """What the adaptive controller is given to decide by, and what it decides."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 
@@ -16,6 +16,7 @@ class Options:
         max_assignments: Different assignments in a run.
         min_low_precision_share: Share of the flops that has to stay in at most 16 bits; None for any.
         has_bf16: Whether the device computes in bf16.
+        scales: The smallest and the largest loss scale; None where it is not searched for.
     """
 
     every_n_steps: int = 1000
@@ -24,6 +25,7 @@ class Options:
     max_assignments: int = 8
     min_low_precision_share: float | None = None
     has_bf16: bool = True
+    scales: tuple[float, float] | None = (2.0**-14, 2.0**24)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ class Decision:
     def with_evidence(self, **more: Any) -> "Decision":
         """The same decision with more evidence."""
         return replace(self, evidence={**self.evidence, **more})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in plain types."""
+        return {**asdict(self), "moves": [list(move) for move in self.moves]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Decision":
+        """Reads :meth:`state_dict`."""
+        return cls(**{**state, "moves": tuple(tuple(move) for move in state["moves"])})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types; of ``promoted`` only what moves now."""

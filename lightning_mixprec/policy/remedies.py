@@ -63,8 +63,12 @@ class Remedies:
         promoted: What is promoted already: layers and values as a policy writes them.
         limits: When a trial is good enough.
         has_bf16: Whether the device computes in bf16.
+        scales: The smallest and the largest loss scale; None where it is not to be moved.
         max_trials: How many trials there may be in all.
         attempt: Tries promotions and a loss scale.
+
+    Attributes:
+        bf16_tolerance: How far from agreement a promotion to bf16 may be, as a part of what would be left alone.
     """
 
     def __init__(
@@ -73,16 +77,20 @@ class Remedies:
         promoted: Mapping[str, str],
         limits: Limits,
         has_bf16: bool,
+        scales: tuple[float, float] | None,
         max_trials: int,
         attempt: Try,
     ) -> None:
         self._layers, self._promoted, self._limits = layers, promoted, limits
-        self._has_bf16, self._attempt = has_bf16, attempt
+        self._has_bf16, self._scales, self._attempt = has_bf16, scales, attempt
+        self.bf16_tolerance = 0.5
         self.trials_left = max_trials
 
     def larger_scale(self, scale: float) -> Remedy | None:
         """A larger loss scale that is enough by itself."""
         for larger in self._larger(scale):
+            if not self.trials_left:
+                return None
             tried = self.attempt({}, larger)
             if not tried.is_finite:
                 return None
@@ -101,15 +109,20 @@ class Remedies:
         chosen, manner = self._smallest(scale, spared, culprits)
         return Remedy(self._narrowed(chosen, manner, scale)) if chosen else None
 
-    def promotions_or_less(self, culprits: Sequence[str], scale: float) -> Remedy | None:
+    def promotions_or_less(self, scale: float, culprits: Sequence[str] = ()) -> Remedy | None:
         """As :meth:`promotions`, with a smaller loss scale where that spares layers whose gradients only overflow."""
-        chosen, manner = self._smallest(scale, (), culprits)
-        lower = None
-        for power in _SMALLER_POWERS if len(chosen) > 1 else ():
-            fewer = self._within(chosen, manner, scale / 2.0**power)
-            if fewer and len(fewer) < len(chosen):
-                chosen, lower = fewer, scale / 2.0**power
-        return Remedy(self._narrowed(chosen, manner, lower or scale), lower) if chosen else None
+        chosen, lower = self._parts_of(culprits, scale)
+        manner = TIGHT
+        if not chosen:
+            chosen, manner = self._smallest(scale, (), culprits)
+            lower = scale
+        for smaller in self._smaller(scale) if len(chosen) > 1 else ():
+            fewer = self._within(chosen, manner, smaller)
+            if len(fewer) < len(chosen):
+                chosen, lower = fewer, smaller
+        if not chosen:
+            return None
+        return Remedy(self._narrowed(chosen, manner, lower), lower if lower < scale else None)
 
     def unpinned(self, starved: Sequence[str], scale: float) -> Remedy | None:
         """A larger loss scale for starved layers, and promotions for the layers that hold it down."""
@@ -130,15 +143,28 @@ class Remedies:
         suspects = [name for name in culprits if name in movable]
         free = [name for name in movable if name not in suspects and self._is_free(name)]
         rest = [name for name in movable if name not in suspects and not self._is_free(name)]
+        leaves = [name for name in free if not self._layers[name].height]
         cheap, every = [*suspects, *free], [*suspects, *free, *rest]
         stages = [(part, manner) for part in (suspects[:1], suspects, cheap) for manner in (TIGHT, WIDE)]
-        if suspects and self._layers[suspects[0]].height:
-            # A container that computes wider also feeds its parts wider: one of them alone may be enough.
-            stages.insert(0, ([name for name in free if not self._layers[name].height], TIGHT))
+        if suspects:
+            stages.insert(2, ([suspects[0], *leaves], TIGHT))  # before what is around the suspect
         for candidates, manner in dict.fromkeys((tuple(part), manner) for part, manner in [*stages, (every, WIDE)]):
             if candidates and self._agrees(dict.fromkeys(candidates, manner.fp32), scale):
                 return self._within(candidates, manner, scale), manner
         return [], WIDE
+
+    def _parts_of(self, culprits: Sequence[str], scale: float) -> tuple[list[str], float]:
+        """The parts that are to blame where a whole is accused, and the loss scale that goes with them.
+
+        A container that computes wider also feeds its parts wider, so it helps where one of them alone would.
+        """
+        if not culprits or not self._layers[culprits[0]].height:
+            return [], scale
+        parts = [name for name in self._movable() if self._is_free(name) and not self._layers[name].height]
+        for tried in (scale, *self._smaller(scale)) if parts else ():
+            if self._agrees(dict.fromkeys(parts, TIGHT.fp32), tried):
+                return self._within(parts, TIGHT, tried), tried
+        return [], scale
 
     def _within(self, candidates: Sequence[str], manner: Manner, scale: float) -> list[str]:
         if len(candidates) == 1:
@@ -154,19 +180,26 @@ class Remedies:
         chosen = dict.fromkeys(names, manner.fp32)
         able = [name for name in names if self._has_bf16 and self.format_of(name) == "fp16"]
         together = {**chosen, **dict.fromkeys(able, manner.bf16)}
-        if not able or self._agrees(together, scale):
+        if not able or self._agrees(together, scale, self.bf16_tolerance):
             return together
         if len(able) > 1:
             for name in able:
                 narrower = {**chosen, name: manner.bf16}
-                chosen = narrower if self._agrees(narrower, scale) else chosen
+                chosen = narrower if self._agrees(narrower, scale, self.bf16_tolerance) else chosen
         return chosen
 
-    def _agrees(self, promotions: Mapping[str, str], scale: float) -> bool:
-        return self.trials_left > 0 and self._limits.accepts(self.attempt(promotions, scale))
+    def _agrees(self, promotions: Mapping[str, str], scale: float, tolerance: float = 0.5) -> bool:
+        return self.trials_left > 0 and self._limits.accepts(self.attempt(promotions, scale), tolerance)
 
-    def _larger(self, scale: float) -> Iterable[float]:
-        return (scale * 2.0**power for power in _LARGER_POWERS) if self.trials_left else ()
+    def _larger(self, scale: float) -> list[float]:
+        largest = self._scales[1] if self._scales is not None else scale
+        larger = dict.fromkeys(min(scale * 2.0**power, largest) for power in _LARGER_POWERS)
+        return [each for each in larger if each > scale]
+
+    def _smaller(self, scale: float) -> list[float]:
+        smallest_scale = self._scales[0] if self._scales is not None else scale
+        smaller = dict.fromkeys(max(scale / 2.0**power, smallest_scale) for power in _SMALLER_POWERS)
+        return [each for each in smaller if each < scale]
 
     def format_of(self, name: str) -> str:
         """What a layer computes in."""

@@ -43,9 +43,9 @@ class World:
         layers = {name: LayerAgreement(cosine, 1.0, 1.0) for name in self.names}
         return Agreement(is_finite, 0.9 if lacking else 1e-4, layers)
 
-    def controller(self, limits=None, pinned=(), **options):
+    def controller(self, pinned=(), **options):
         layers = [Layer(name, self.default, self.flops.get(name, 10), name in pinned) for name in self.names]
-        return Controller(layers, Options(**options), limits or Limits())
+        return Controller(layers, Options(**options))
 
     def batch(self, controller):
         """One batch, as the callback plays it; the decisions, each with its batch."""
@@ -127,7 +127,7 @@ def test_a_failure_that_begins_late_is_found():
 
 def test_a_uniform_bf16_run_is_promoted_to_fp32():
     world = World({"f": "precision"}, is_loud=False, default="bf16")
-    [(_, decision)] = world.run(world.controller(Limits(min_cosine=0.9)), 1000)
+    [(_, decision)] = world.run(world.controller(), 1000)
     assert decision.moves == (("f", "bf16", "fp32"),)
 
 
@@ -228,7 +228,7 @@ class Pinned:
 
     def decide(self, scale, flops=None):
         flops = flops or dict.fromkeys(self.names, 10)
-        controller = Controller([Layer(name, "fp16", flops[name]) for name in self.names], Options(), Limits())
+        controller = Controller([Layer(name, "fp16", flops[name]) for name in self.names], Options())
         controller.begin_batch()
         controller.see_step(skipped=False, loss_is_bad=False)
         for _ in range(2):
