@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from lightning_mixprec import MixPrecError, PrecisionPolicy
+from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPolicy, PrecisionScheduler
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "image_classification.py"
 CONFIGS = ROOT / "examples" / "configs"
+README = (ROOT / "README.md").read_text()
+EXAMPLES_README = (ROOT / "examples" / "README.md").read_text()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's of jsonargparse
 MAIN_CONFIG = f"--config={CONFIGS / 'image_classification.yaml'}"
 TINY_RUN = ["--trainer.fast_dev_run=1", "--data.batch_size=4"]
@@ -167,6 +171,10 @@ def test_every_config_is_tried_here() -> None:
         "image_classification_fp16",
         "cifar10",
         "imagenet",
+        "schedule_fp32_warmup",
+        "schedule_bf16_tail",
+        "schedule_fp32_end",
+        "adaptive",
     }
 
 
@@ -232,6 +240,127 @@ def test_the_digits_are_split_evenly_and_always_alike(examples: None) -> None:
     assert train.tensors[0].shape[1:] == (3, 8, 8)
     assert abs(train.tensors[0].mean()) < 1e-5
     assert abs(train.tensors[0].std() - 1) < 1e-5
+
+
+# Formats that change while it trains
+
+CHANGING = {
+    "schedule_fp32_warmup": ("fp32", "bf16", "epoch 1"),
+    "schedule_bf16_tail": ("fp32", "bf16", "learning rate below 0.95 of its peak"),
+    "schedule_fp32_end": ("bf16", "fp32", "epoch 10"),
+}
+EPOCHS_OF_ONE_STEP = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--data.batch_size=4"]
+
+
+def trained(classification: ModuleType, config: str, *arguments: str) -> object:
+    """Run it under the main config and another one after it, quickly."""
+    changes = f"--config={CONFIGS / config}.yaml"
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+    return classification.main(["fit", MAIN_CONFIG, changes, *EPOCHS_OF_ONE_STEP, *quiet, *arguments]).trainer
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_scheduled_phase_comes_when_the_readme_says(
+    classification: ModuleType, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    old, new, moment = CHANGING[name]
+    trainer = trained(classification, name)
+    entries = [entry for entry in trainer.precision_plugin.history if entry["layer"] == ""]
+    assert (entries[-1]["from"], entries[-1]["to"]) == (old, new)
+    assert entries[-1]["reason"] == f"schedule: {moment}"
+    line = rf"PrecisionScheduler: step {entries[-1]['step']}, epoch \d+: default {old} -> {new}; .* \({moment}\)\n"
+    assert re.search(line, capsys.readouterr().out)
+    example = re.search(rf"{name}\.yaml.*PrecisionScheduler: step (\d+), epoch (\d+).*\({moment}\)", EXAMPLES_README)
+    assert example is not None
+    if moment.startswith("epoch"):  # the other moment depends on how many steps there are
+        epoch = entries[-1]["step"]
+        assert [int(number) for number in example.groups()] == [22 * epoch, epoch]
+
+
+def test_a_healthy_run_moves_nothing_and_learns_the_policy_it_began_with(
+    classification: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    trainer = trained(classification, "adaptive", "--trainer.max_epochs=2", "--data.batch_size=16")
+    assert trainer.precision_plugin.history == []
+    printed = capsys.readouterr().out
+    assert "AdaptivePrecision: 0 moves, 99.7% of the matrix products' flops in at most 16 bits\n" in printed
+    assert "AdaptivePrecision: 0 moves, 99.7% of the matrix products' flops in at most 16 bits" in EXAMPLES_README
+    assert {"OverflowMonitor", "AdaptivePrecision"} <= {type(each).__name__ for each in trainer.callbacks}
+    learned = (Path(trainer.log_dir) / "learned_policy.yaml").read_text()
+    assert f"```yaml\n{learned}```" in EXAMPLES_README
+    assert PrecisionPolicy.from_dict(yaml.safe_load(learned)) == trainer.precision_plugin.policy
+
+
+def block(language: str, word: str) -> str:
+    """Return the README's only block of code in a language that holds a word."""
+    languages, codes = zip(*(each.split("\n", 1) for each in README.split("```")[1::2]), strict=True)
+    (code,) = (code for known, code in zip(languages, codes, strict=True) if known == language and word in code)
+    return code
+
+
+def test_the_readme_s_failing_model_is_rescued_as_it_says(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(block("python", "class RMSNorm"))
+    done = run(tmp_path / "train.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    moved = re.compile(r"^model\.1 +\d+  fp16  bf16 +gradients of .* vanish$", re.MULTILINE)
+    loss = re.compile(r"^loss 0\.010\d$", re.MULTILINE)
+    for text in (done.stdout, block("", "AdaptivePrecision: 1 moves")):
+        assert moved.search(text), text
+        assert loss.search(text), text
+    learned = (tmp_path / "lightning_logs" / "version_0" / "learned_policy.yaml").read_text()
+    assert learned == block("yaml", "- layers: model.1\n")
+
+
+def recipes() -> list[str]:
+    """Return the phases in the README's table of recipes."""
+    (table,) = re.findall(r"\| recipe \| `phases` \|\n\|---\|---\|\n((?:\|.*\n)+)", README)
+    return re.findall(r"\| `(\[.*\])` \|\n", table)
+
+
+@pytest.mark.parametrize("phases", recipes())
+def test_every_phase_of_the_readme_s_recipes_comes(phases: str, tmp_path: Path) -> None:
+    scheduler = PrecisionScheduler(yaml.safe_load(phases))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=20,
+        limit_train_batches=2,
+        log_every_n_steps=1,
+        callbacks=scheduler,
+        plugins=PerLayerPrecision("bf16"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Stalling())
+    assert len(scheduler.came) == len(scheduler.phases)
+    assert trainer.precision_plugin.history
+
+
+class Stalling(pl.LightningModule):
+    """A model with a head whose learning rate decays and whose validation loss stays where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 1)})
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.model["head"](self.model["body"](batch[0])).square().mean()
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("val_loss", 1.0, batch_size=1)
+
+    def train_dataloader(self) -> object:
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, 4)), batch_size=2)
+
+    def val_dataloader(self) -> object:
+        return self.train_dataloader()
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 # The benchmarks

@@ -1,0 +1,55 @@
+"""A fast part of the rescue suite (examples/benchmarks/rescue.py): one seed of a few cases of each kind."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+OVERFLOW, SILENT = ["ffn", "likelihood", "dice", "tasks"], ["rms-norm", "fourier", "offset", "words"]
+
+
+@pytest.fixture(scope="module")
+def suite():
+    """The suite's modules, imported as its command does."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import rescue
+        import rescue_cases.runs
+    finally:
+        sys.path.remove(str(FOLDER))
+    return rescue, rescue_cases
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, recwarn):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*OVERFLOW, *SILENT])
+def test_a_lost_run_is_rescued(suite, name):
+    rescue, cases = suite
+    runs = {how: [cases.runs.run_case(name, 0, how)] for how in ("fp32", "16-mixed", "ours")}
+    verdict = rescue.judge(cases.CASES[name], runs, is_control=False)
+    assert str(verdict) == "yes", verdict
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mlp", "contrastive", "tiny-weight"])
+def test_a_healthy_run_is_left_alone(suite, name):
+    rescue, cases = suite
+    runs = {how: [cases.runs.run_case(name, 0, how)] for how in ("fp32", "16-mixed", "ours")}
+    verdict = rescue.judge(cases.CONTROLS[name], runs, is_control=True)
+    assert str(verdict) == "yes", verdict
+    assert verdict.moves == [0]
+
+
+def test_the_rule_is_not_met_by_anything(suite):
+    rescue, cases = suite
+    case = cases.CASES["ffn"]
+    runs = {how: [cases.runs.run_case("ffn", 0, how)] for how in ("fp32", "16-mixed")}
+    lost = rescue.judge(case, {**runs, "ours": runs["16-mixed"]}, is_control=False)
+    assert not (lost.checks["b"] or lost.checks["c"] or lost.checks["d"] or lost.checks["f"])
+    void = rescue.judge(case, {**runs, "16-mixed": runs["fp32"], "ours": runs["fp32"]}, is_control=False)
+    assert str(void) == "void"
