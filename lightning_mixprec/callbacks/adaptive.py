@@ -46,8 +46,9 @@ class AdaptivePrecision(Monitor):
     in a row disagree, a larger loss scale or the smallest set of promotions is looked for that restores agreement.
     Layers move to bf16 (for its range) where a trial says that this is enough, to fp32 otherwise, alone: a container's
     own operations, or the LightningModule's (its loss), move without the layers inside. A promoted layer is taken back
-    when steps agree without it again, on probation. A healthy model is not touched, and trials change nothing of the
-    run but its time.
+    when steps agree without it again, on probation. A healthy model is not touched; trials change
+    nothing of the run but its time, and take the memory of a monitor's sample. Besides, a copy of weights and optimizer
+    states is kept where it takes at most a quarter of the free memory, to undo steps whose gradients were wrong.
 
     The policy arrived at is written to ``learned_policy.yaml`` in the run's log directory, with every checkpoint and at
     the end; a later run takes it as its policy and needs no controller.
@@ -63,8 +64,9 @@ class AdaptivePrecision(Monitor):
         every_n_steps: Batches between two comparisons with fp32 once the run has settled; they are denser at first and
             after a move (the 1st, 10th, 30th, 100th and 300th batch).
         dwell_steps: Batches that a promoted layer stays as it is, at least; four times as long after each relapse.
-        max_trials: Extra steps for one decision, at most.
-        max_assignments: Different assignments in a run, at most: each one costs a compiled model a recompilation.
+        max_trials: Steps that are tried for one decision, at most, beside the diagnosis of a failed one.
+        max_assignments: Different assignments under one base policy, at most: each one costs a compiled model a
+            recompilation.
 
     Attributes:
         decisions: One plain dict per decision: ``step``, ``kind`` (``"promote"``, ``"demote"``, ``"scale"`` or

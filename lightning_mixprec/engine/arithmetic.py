@@ -10,7 +10,6 @@ operation belongs to the innermost module whose forward runs; of a module that i
 ``__call__`` (as ``nn.MultiheadAttention`` uses its ``out_proj``), to the caller.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils.flop_counter import flop_registry
 
 from lightning_mixprec.engine.running import Running
-from lightning_mixprec.numerics.formats import get_format
 
 _aten = torch.ops.aten
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -61,21 +59,6 @@ class FlopCount:
         layer, _ = self._running.now()
         assert layer is not None
         self.flops[layer] += flops
-
-
-def low_share(flops: Mapping[str, int], formats: Mapping[str, str]) -> float:
-    """The share of the operations that are done in formats of at most 16 bits; NaN if there are none.
-
-    >>> low_share({"a": 3, "b": 1, "c": 0}, {"a": "bf16", "b": "fp32"})
-    0.75
-
-    Args:
-        flops: Operations by layer.
-        formats: Each layer's compute format.
-    """
-    low = sum(count for layer, count in flops.items() if count and get_format(formats[layer]).is_low_precision)
-    total = sum(flops.values())
-    return low / total if total else math.nan
 
 
 class _Counter(TorchDispatchMode):

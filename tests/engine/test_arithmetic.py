@@ -1,7 +1,5 @@
 """Counted operations, against torch's own counter where it counts, and against sums by hand where it does not."""
 
-import math
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mixprec.callbacks.formats import PolicyFormats
 from lightning_mixprec.callbacks.replay import StepReplay
-from lightning_mixprec.engine.arithmetic import FlopCount, low_share
+from lightning_mixprec.engine.arithmetic import FlopCount
 from lightning_mixprec.engine.probe import layers_of
 
 CPU = torch.device("cpu")
@@ -388,12 +386,3 @@ def test_a_replayed_step_is_counted_without_a_trace(use_reentrant, reference):
     assert "net.block.0.weight" in replayed.gradients
     assert hooks_on(model) == 0
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
-
-
-def test_the_low_share_weighs_layers_by_their_operations():
-    flops, formats = {"a": 6, "b": 1, "c": 1, "d": 0}, {"a": "fp16", "b": "fp32", "c": "bf16"}
-    assert low_share(flops, formats) == 7 / 8
-    assert low_share(flops, dict.fromkeys("abc", "fp8")) == 1.0
-    assert low_share(flops, dict.fromkeys("abc", "fp64")) == 0.0
-    assert math.isnan(low_share({"a": 0}, {"a": "fp16"}))
-    assert math.isnan(low_share({}, {}))

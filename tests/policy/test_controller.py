@@ -1,6 +1,7 @@
 """The adaptive controller without a Trainer: pure-Python worlds in which it is known what each layer needs."""
 
 import json
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -281,3 +282,12 @@ def test_what_would_have_no_room_to_spare_is_not_taken_back():
         )
     assert asked == [{"c": "fp16"}] * 3
     assert controller.state.promoted == {"c": "c=bf16,o=input"}
+
+
+def test_the_low_share_weighs_layers_by_their_flops():
+    world = World(names=tuple("abc"), flops={"a": 6, "b": 1, "c": 1})
+    controller = world.controller()
+    assert controller.low_share() == 1.0
+    assert controller.low_share({"b": "c=fp32", "c": "c=bf16,o=fp32"}) == 7 / 8
+    controller.measured({})
+    assert math.isnan(controller.low_share())
