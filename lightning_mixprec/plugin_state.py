@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
 
 _VERSION = 1
@@ -114,12 +114,18 @@ def history_entries(
         for name, (old, new) in before.changes_to(after).items()
         if (old.compute, old.output) != (new.compute, new.output)
     }
+    whole = {name: change for name, change in changes.items() if _covers(before[name]) and _covers(after[name])}
     return [
         {"step": step, "layer": name, **_told(old, new), "reason": reason}
         | ({} if evidence is None else {"evidence": deepcopy(dict(evidence))})
         for name, (old, new) in changes.items()
-        if not name or changes.get(name.rpartition(".")[0]) != (old, new)
+        if not name or whole.get(name.rpartition(".")[0]) != (old, new)
     ]
+
+
+def _covers(layer: LayerPrecision) -> bool:
+    """Whether what decided for a layer decides for those inside it, too."""
+    return layer.rule is None or layer.rule.recurse
 
 
 def _check_plain(value: object, path: str) -> None:

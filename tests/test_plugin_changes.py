@@ -96,6 +96,18 @@ def test_the_history_has_one_entry_per_change_and_all_that_is_said():
     assert json.loads(json.dumps(plugin.history)) == plugin.history
 
 
+def test_own_operations_and_a_layer_inside_that_change_alike_are_two_entries():
+    alone = {"compute": "fp32", "recurse": False}
+    plugin = PerLayerPrecision("bf16")
+    moves = [
+        Call("on_train_batch_start", edit({"": alone, "net.4": "fp32", "net": alone}), at=1),
+        Call("on_train_batch_start", replace("bf16"), at=2),
+    ]
+    fit(Task(mlp()), plugin, callbacks=moves)
+    there, back = plugin.history[:3], plugin.history[3:]
+    assert [entry["layer"] for entry in there] == [entry["layer"] for entry in back] == ["", "net", "net.4"]
+
+
 def test_a_change_of_the_whole_model_is_one_entry():
     plugin = PerLayerPrecision("bf16")
     fit(Task(mlp()), plugin, callbacks=[Call("on_train_batch_end", replace("fp32", reason="all"), at=1)])
