@@ -158,7 +158,8 @@ class Remedies:
 
         A container that computes wider also feeds its parts wider, so it helps where one of them alone would.
         """
-        if not culprits or not self._layers[culprits[0]].height:
+        accused = self._layers.get(culprits[0]) if culprits else None
+        if accused is None or not accused.height:
             return [], scale
         parts = [name for name in self._movable() if self._is_free(name) and not self._layers[name].height]
         for tried in (scale, *self._smaller(scale)) if parts else ():

@@ -291,3 +291,12 @@ def test_the_low_share_weighs_layers_by_their_flops():
     assert controller.low_share({"b": "c=fp32", "c": "c=bf16,o=fp32"}) == 7 / 8
     controller.measured({})
     assert math.isnan(controller.low_share())
+
+
+def test_an_accused_part_that_never_runs_by_itself_is_looked_for_elsewhere():
+    world = World({"c": "range"})
+    controller = world.controller()
+    controller.begin_batch()
+    attempt = lambda promoted, scale: world.agreement(promoted, 1)  # noqa: E731
+    decision = controller.decide_on_failure(["c.out_proj", "c", ""], 1024.0, attempt, {})
+    assert decision.moves == (("c", "fp16", "bf16"),)
