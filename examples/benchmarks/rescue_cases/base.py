@@ -89,8 +89,13 @@ class Case(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=self.rate, eps=self.epsilon)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / self.steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(falling, steps=self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def falling(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: from all to nothing."""
+    return max(0.0, 1 - step / steps)
 
 
 class Feedforward(nn.Module):
