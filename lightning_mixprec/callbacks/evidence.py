@@ -142,8 +142,8 @@ class Evidence:
         skipped = sum(flag.item() > 0 for flag in self._flags)
         skipped = min(max(skipped, int(self._scale_fell())), self.steps)
         # Where steps are guarded all ranks skip together; a loss on one rank is no reason to act without the others.
-        if ranks.are_many():
-            asks = skipped > 0 or not self.formats.is_guarded
+        asks = skipped > 0 or not self.formats.is_guarded
+        if (asks or loss_is_bad) and ranks.are_many():
             loss_is_bad = asks and ranks.is_any(loss_is_bad, self.device)
         return Outcome(loss_is_bad, skipped, float(self._scale))
 

@@ -96,10 +96,16 @@ class Snapshots:
         return self._place(trainer, pl_module) is not None
 
     @torch.no_grad()
-    def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> bool:
+    def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, *, is_sound: bool = False) -> bool:
         """Replaces the copy by one of now, if everything in it is finite and it fits; on all ranks or on none.
 
         For use between steps. Waits for the device and for the other ranks.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its LightningModule.
+            step: Optimizer steps taken.
+            is_sound: Whether :meth:`damaged` has found nothing since the last step.
 
         Returns:
             Whether a copy was taken; else the last one is still there.
@@ -107,7 +113,7 @@ class Snapshots:
         device = pl_module.device
         is_ready = not any(map(is_lazy, pl_module.parameters())) and not any(map(is_lazy, pl_module.buffers()))
         place = self._place(trainer, pl_module) if is_ready else None
-        is_good = place is not None and not self.damaged(pl_module)
+        is_good = place is not None and (is_sound or not self.damaged(pl_module))
         is_good = is_good and not any(_are_nonfinite(list(_tensors_in(_states(trainer.optimizers)))))
         if ranks.is_any(not is_good, device):
             return False
@@ -186,6 +192,8 @@ class Snapshots:
     def _place(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool | None:
         """Whether the copy goes to the host; None if it goes nowhere."""
         needed, held = self.bytes_needed(trainer, pl_module), sum(map(_bytes_of, self._storage))
+        if needed == held and (self.max_bytes is None or held <= self.max_bytes):
+            return self._is_on_host
         for device in dict.fromkeys([pl_module.device, _CPU]):
             on_host = device.type == "cpu"
             reused = held if on_host == self._is_on_host else 0

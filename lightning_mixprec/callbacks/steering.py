@@ -76,9 +76,9 @@ class Steering:
         self._snapshots = Snapshots()
         self._remember()
 
-    def _remember(self) -> None:
+    def _remember(self, *, is_sound: bool = False) -> None:
         """Keeps a copy of weights and optimizers that are as they would be in fp32, if it fits."""
-        self._snapshots.take(self._trainer, self._module, self._trainer.global_step)
+        self._snapshots.take(self._trainer, self._module, self._trainer.global_step, is_sound=is_sound)
 
     def _new_controller(self, options: Options, pin: Sequence[str]) -> Controller:
         formats, pinned = self._base_formats(), pinned_layers(self._module, pin)
@@ -171,7 +171,7 @@ class Steering:
         self.controller.see_loss(trial.loss_size)
         decision = self.controller.decide_on_sample(present, scale, trial.run, partial(self._has_room, kept))
         if self.controller.limits.accepts(present):
-            self._remember()
+            self._remember(is_sound=True)
         self._take(decision, kept, trial)
 
     def see_outcome(self, evidence: Evidence, outcome: Outcome) -> None:
