@@ -154,7 +154,7 @@ class Adversarial(Case):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.generator = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 8))
+        self.generator = nn.Sequential(nn.Linear(8, 192), nn.GELU(), nn.Linear(192, 192), nn.GELU(), nn.Linear(192, 8))
         self.discriminator = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 1))
         with torch.no_grad():
             self.generator[-1].weight.mul_(0.1)
@@ -212,7 +212,7 @@ class Adversarial(Case):
 
     def configure_optimizers(self) -> Any:
         optimizers = [
-            torch.optim.Adam(self.generator.parameters(), lr=2e-3, eps=1e-20, betas=(0.5, 0.99)),
+            torch.optim.Adam(self.generator.parameters(), lr=5e-4, eps=1e-20, betas=(0.5, 0.99)),
             torch.optim.Adam(self.discriminator.parameters(), lr=1e-3, eps=1e-20, betas=(0.5, 0.99)),
         ]
         share = partial(falling, steps=self.steps)
