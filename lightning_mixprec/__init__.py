@@ -21,6 +21,7 @@ from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
 from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin_fsdp import PerLayerFSDPPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "MixPrecError",
     "OverflowMonitor",
     "OverflowRate",
+    "PerLayerFSDPPrecision",
     "PerLayerPrecision",
     "PrecisionPolicy",
     "PrecisionScheduler",

@@ -2,8 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -23,13 +22,12 @@ from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.numerics.scaling import LossScaler
 from lightning_mixprec.plugin_formats import FormatsInForce
-from lightning_mixprec.plugin_state import PluginState, history_entries
+from lightning_mixprec.plugin_state import PluginState, history_entries, saved_state
 from lightning_mixprec.plugin_steps import SchedulerGate, StepLedger
+from lightning_mixprec.plugin_throughput import tell_throughput_monitors
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.table import show
-
-_LIGHTNING_NAMES = {"fp64": "64-true", "fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class PerLayerPrecision(Precision):
@@ -97,8 +95,7 @@ class PerLayerPrecision(Precision):
     @property
     def precision(self) -> str:  # type: ignore[override]
         """Lightning's name for the default format, for its model summary and others that ask the Trainer."""
-        policy = self._formats.training
-        return _LIGHTNING_NAMES[policy.default] if policy is not None else "32-true"
+        return self._formats.lightning_name
 
     @property
     def policy(self) -> PrecisionPolicy | None:
@@ -146,16 +143,13 @@ class PerLayerPrecision(Precision):
     def edit_policy(
         self, edits: Mapping[str, Any], reason: str = "edit_policy", evidence: Mapping[str, Any] | None = None
     ) -> None:
-        """Amends the policy of the running model, between steps.
+        """Amends the policy of the running model, between steps; raises as :meth:`set_policy`.
 
         Args:
             edits: Pattern to compute format, to ``"c=bf16,o=input"``, or to a mapping with compute, output and recurse
                 (false for own operations alone). They decide before the rules in force.
             reason: Goes into the history.
             evidence: As in :meth:`set_policy`.
-
-        Raises:
-            PolicyError: As in :meth:`set_policy`.
         """
         model = self._running_model()
         assert self._formats.training is not None
@@ -194,23 +188,36 @@ class PerLayerPrecision(Precision):
 
     # Set-up and teardown
 
+    def fully_shard(self, pl_module: pl.LightningModule, modules: Sequence[nn.Module], **options: Any) -> None:
+        """Shards modules with FSDP2, each gathered in the format its layers compute in; for ``configure_model``.
+
+        Args:
+            pl_module: The LightningModule, with all its layers.
+            modules: Modules of it, in any order; the outermost one that is called has to be among them.
+            options: What ``torch.distributed.fsdp.fully_shard`` takes beside ``mp_policy``.
+
+        Raises:
+            MixPrecError: The strategy is no ModelParallelStrategy, or the policy does not fit the model.
+        """
+        self._formats.shard(checks.check_lightning_module(pl_module), modules, options)
+
+    _check_strategy = staticmethod(checks.check_strategy)
+
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         self.teardown()
         model = checks.check_lightning_module(module)
         strategy = model.trainer.strategy
-        checks.check_strategy(strategy)
-        chosen = ""
-        if self._formats.training is None:
-            default, chosen = checks.choose_format(strategy.root_device)
-            self._formats.choose(PrecisionPolicy(default))
+        self._check_strategy(strategy)
+        self.scaler.shared_on = strategy.root_device if checks.is_sharding(strategy) else None
         training, evaluation = self._formats.resolve(model)
         checks.check_assignments(model, training, evaluation)
         self.scaler.configure(checks.scaling_for(self._loss_scaling, training))
         self._formats.attach(model, strategy.root_device.type)
         self._model = weakref.ref(model)
         if model.trainer.state.fn == TrainerFn.FITTING and strategy.is_global_zero and not model.trainer.barebones:
-            show(training, title=f"policy 'auto': {chosen}" if chosen else None)
+            show(training, title=f"policy 'auto': {self._formats.chosen}" if self._formats.chosen else None)
+        tell_throughput_monitors(model.trainer, *self._formats.defaults)
         return module
 
     @override
@@ -262,8 +269,7 @@ class PerLayerPrecision(Precision):
     def convert_input(self, data: Any) -> Any:
         """Casts a batch for a LightningModule whose own operations compute in fp64; others take it as it comes."""
         model = self._model() if self._model is not None else None
-        trains = model is None or model.trainer.training
-        return self._formats.cast_batch(data, "train" if trains else "eval")
+        return self._formats.cast_batch(data, "train" if model is None or model.trainer.training else "eval")
 
     @override
     @contextlib.contextmanager
@@ -272,27 +278,22 @@ class PerLayerPrecision(Precision):
             if self._buffers is not None:
                 self._buffers.open()
             yield
-        if not self._is_automatic():
+        model = self._model() if self._model is not None else None
+        if model is not None and not model.automatic_optimization:
             self.scaler.update(self._optimizers)
 
     @override
-    @contextlib.contextmanager
-    def val_step_context(self) -> Generator[None, None, None]:
-        with self._formats.eval_step():
-            yield
+    def val_step_context(self) -> "contextlib._GeneratorContextManager[None, None, None]":
+        return self._formats.eval_step()
 
     test_step_context = val_step_context
     predict_step_context = val_step_context
-
-    def _is_automatic(self) -> bool:
-        model = self._model() if self._model is not None else None
-        return model is None or model.automatic_optimization
 
     @override
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
         """Shows the hooks the loss as the user knows it, and hands on the scaled one."""
         self._formats.in_step = True
-        return self.scaler.scale(super().pre_backward(tensor, module))
+        return self.scaler.scale(Precision.pre_backward(self, tensor, module))
 
     @override
     def backward(  # type: ignore[override]
@@ -305,7 +306,7 @@ class PerLayerPrecision(Precision):
 
     @override
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
-        self._formats.in_step = not self._is_automatic()
+        self._formats.in_step = not module.automatic_optimization
         return super().post_backward(tensor, module)
 
     @override
@@ -322,7 +323,7 @@ class PerLayerPrecision(Precision):
         elif self.scaler.guards:
             closure_result, skipped = self.scaler.step_by_closure(optimizer, evaluate, prepare, **kwargs)
         else:
-            closure_result, skipped = super().optimizer_step(optimizer, model, evaluate, **kwargs), False
+            closure_result, skipped = Precision.optimizer_step(self, optimizer, model, evaluate, **kwargs), False
         torch.clear_autocast_cache()
         at_minimum = self.scaler.is_at_minimum() if skipped is not False else False
         if self._buffers is not None:
@@ -368,9 +369,13 @@ class PerLayerPrecision(Precision):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over the loss scale of a checkpoint of Lightning's own plugins, and weights in full precision."""
         self._resumed_step = checkpoint.get("global_step", 0)
-        if type(self).__qualname__ not in checkpoint:
-            self.scaler.load_state_dict(checks.stock_scaler_state(checkpoint))
         self._formats.restore_precise(checkpoint.get("current_model_state", checkpoint.get("state_dict", {})))
+        if type(self).__qualname__ in checkpoint:
+            return
+        if (state := saved_state(checkpoint)) is not None:  # by a class of another name
+            self.load_state_dict(state)
+        else:
+            self.scaler.load_state_dict(checks.stock_scaler_state(checkpoint))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -387,11 +392,8 @@ class PerLayerPrecision(Precision):
             return
         if taken is None and self._formats.configured is not None:  # moves of an earlier run are none of this one's
             self._adopt(self._formats.configured, "checkpoint")
-        self.history = list(state.history)
-        resolved = self._formats.training_assignment
-        if taken is None and self._configured != state.configured and resolved is not None:
-            written_under = replace(PrecisionPolicy.from_dict(state.policy), allow_unmatched=True).resolve(model)
-            reason = "resumed with another configured policy"
-            self.history += history_entries(written_under, resolved, self._resumed_step, reason)
+        assignment = self._formats.training_assignment
+        assert assignment is not None
+        self.history = state.history_under(self._configured, assignment, model, self._resumed_step)
         self.scaler.load_state_dict(state.scaler)
         self._ledger.load_state_dict(state.steps)

@@ -9,6 +9,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
     Strategy,
@@ -22,10 +24,17 @@ from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, Su
 from lightning_mixprec.numerics.formats import format_of, native_support
 from lightning_mixprec.numerics.gradients import needs_closure
 from lightning_mixprec.numerics.loss_scaling import LossScaling
+from lightning_mixprec.plugin_hooks import check_hook_state
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.names import walk
 from lightning_mixprec.policy.rules import as_policy
 
+_WHY_NOT: dict[type[Strategy], str] = {
+    DeepSpeedStrategy: ", whose engine casts weights and scales the loss by itself, past the policy",
+    FSDPStrategy: ", which has a plugin of its own: PerLayerFSDPPrecision",
+    XLAStrategy: ", whose compiler decides about formats by itself",
+    SingleDeviceXLAStrategy: ", whose compiler decides about formats by itself",
+}
 _BEFORE_BACKWARD = ("on_before_zero_grad", "optimizer_zero_grad")
 _STOCK_STATES = ("MixedPrecision", "FSDPPrecision", "native_amp_scaling_state")
 
@@ -94,20 +103,52 @@ def check_running(model: pl.LightningModule | None, in_step: bool, what: str) ->
 
 
 def check_strategy(strategy: Strategy, who: str = "PerLayerPrecision") -> None:
-    """Raises for strategies and devices on which a policy could not be honoured, nor a step be replayed."""
-    is_supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
+    """Raises for strategies and devices on which a policy could not be honoured."""
+    is_supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)) and not isinstance(
         strategy, (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
     )
     if not is_supported:
+        why = next((why for kind, why in _WHY_NOT.items() if isinstance(strategy, kind)), "")
         raise SupportError(
-            f"{who} does not support {type(strategy).__name__}; supported are the single-device and DDP "
-            "strategies (Trainer(strategy='auto', devices=1) or Trainer(strategy='ddp'))."
+            f"{who} does not support {type(strategy).__name__}{why}; supported are the single-device strategies, DDP "
+            "and FSDP2 (Trainer(strategy='auto', devices=1), Trainer(strategy='ddp'), "
+            "Trainer(strategy=ModelParallelStrategy()))."
         )
+    check_hook_state(strategy, who)
     if strategy.root_device.type not in ("cpu", "cuda"):
         raise SupportError(
             f"{who} does not support the device {str(strategy.root_device)!r}; supported are CPU and CUDA "
             "(Trainer(accelerator='cpu') or Trainer(accelerator='cuda'))."
         )
+
+
+def check_replay(strategy: Strategy, who: str) -> None:
+    """Raises where a step cannot be replayed on one rank, as a callback has to."""
+    check_strategy(strategy, who)
+    if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in (1, "auto"):
+        raise SupportError(
+            f"{who} replays steps on each rank by itself, which tensor parallelism does not allow; use it with "
+            "ModelParallelStrategy(tensor_parallel_size=1), which shards data and weights (FSDP2)."
+        )
+
+
+def data_parallel_mesh(strategy: Strategy) -> Any:
+    """The mesh over which weights are sharded.
+
+    Raises:
+        SupportError: The strategy has none.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        raise SupportError(
+            f"fully_shard needs Trainer(strategy=ModelParallelStrategy()), and this Trainer has a "
+            f"{type(strategy).__name__}."
+        )
+    return strategy.device_mesh["data_parallel"]
+
+
+def is_sharding(strategy: Strategy) -> bool:
+    """Whether ranks hold parts of the same weights."""
+    return isinstance(strategy, (ModelParallelStrategy, FSDPStrategy))
 
 
 def choose_format(device: torch.device) -> tuple[str, str]:

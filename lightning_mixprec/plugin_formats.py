@@ -1,19 +1,24 @@
 """Which policy holds when: the one of training and the one of evaluation, brought in force on the model that runs."""
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 
+from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.casting import cast_floating
+from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.plugin_checks import check_running, check_storage_unchanged
+from lightning_mixprec.plugin_checks import check_running, check_storage_unchanged, choose_format, data_parallel_mesh
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy
+
+_LIGHTNING_NAMES = {"fp64": "64-true", "fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class FormatsInForce:
@@ -30,6 +35,7 @@ class FormatsInForce:
     def __init__(self, training: PrecisionPolicy | None, evaluation: PrecisionPolicy | None) -> None:
         self.configured = self.training = training
         self.evaluation = evaluation
+        self.chosen = ""
         self.training_assignment: Assignment | None = None
         self.evaluation_assignment: Assignment | None = None
         self._forget_run()
@@ -53,6 +59,17 @@ class FormatsInForce:
         return self._assignment_of("eval" if self._in_evaluation else "train")
 
     @property
+    def lightning_name(self) -> str:
+        """Lightning's name for the default format."""
+        return "32-true" if self.training is None else _LIGHTNING_NAMES[self.training.default]
+
+    @property
+    def defaults(self) -> tuple[str, str]:
+        """The default formats of training and of evaluation, once they are known."""
+        assert self.training is not None
+        return self.training.default, (self.evaluation or self.training).default
+
+    @property
     def is_attached(self) -> bool:
         """Whether a model runs."""
         return self._attachment is not None
@@ -62,16 +79,24 @@ class FormatsInForce:
         self._check_not_lent()
         return check_running(model if self.is_attached else None, self.in_step, what)
 
-    def choose(self, training: PrecisionPolicy) -> None:
-        """The policy of training, now that the device is known."""
-        self.configured = self.training = training
+    def known_on(self, device: torch.device) -> PrecisionPolicy:
+        """The policy of training, which ``"auto"`` leaves to the device."""
+        if self.training is None:
+            default, self.chosen = choose_format(device)
+            self.configured = self.training = PrecisionPolicy(default)
+        return self.training
 
     def resolve(self, model: pl.LightningModule) -> tuple[Assignment, Assignment | None]:
         """Resolves both policies against the model that is about to run."""
-        assert self.training is not None
-        self.training_assignment = self.training.resolve(model)
+        self.training_assignment = self.known_on(model.trainer.strategy.root_device).resolve(model)
         self.evaluation_assignment = None if self.evaluation is None else self.evaluation.resolve(model)
         return self.training_assignment, self.evaluation_assignment
+
+    def shard(self, model: pl.LightningModule, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
+        """Shards modules of a model over the strategy's mesh, or the one in the options, as training gathers them."""
+        strategy = model.trainer.strategy
+        assignment = self.known_on(strategy.root_device).resolve(model)
+        sharding.shard(model, modules, assignment, **{"mesh": data_parallel_mesh(strategy), **options})
 
     def attach(self, model: pl.LightningModule, device_type: str) -> None:
         """Makes the model obey the policy of training."""
@@ -142,13 +167,13 @@ class FormatsInForce:
 
     @contextlib.contextmanager
     def _lent_to(self, assignment: Mapping[str, LayerPrecision]) -> Generator[None, None, None]:
-        """Another assignment is in force within, and nothing can bring a third one in force."""
+        """Another assignment is in force within, uncompiled, and nothing can bring a third one in force."""
         attachment, in_force = self._attachment, self._in_force
         assert attachment is not None and in_force is not None
         try:
-            attachment.change(assignment)
+            attachment.change(assignment, is_lent=True)
             self._is_lent = True
-            with self.forward():
+            with uncompiled(), self.forward():
                 yield
         finally:
             self._is_lent = False

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from typing import Any, Literal
+
+from torch import nn
 
 from lightning_mixprec.errors import MixPrecError, PolicyError
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
@@ -46,26 +48,16 @@ class PluginState:
             whole: A state that lacks nothing, to compare with.
 
         Raises:
-            MixPrecError: The state is of a later version, or not whole.
+            MixPrecError: The state is of a later version, not whole, or damaged.
         """
-        version = state.get("version")
-        if not isinstance(version, int) or version > _VERSION:
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if not isinstance(version, int) or isinstance(version, bool) or version > _VERSION:
             raise MixPrecError(
                 f"The checkpoint's PerLayerPrecision state has version {version!r}, this release of lightning_mixprec "
                 f"reads up to {_VERSION}; upgrade lightning_mixprec, or load the weights alone."
             )
         names = {field.name for field in fields(cls)}
-        missing = sorted(names - state.keys()) + [
-            f"{part}.{key}"
-            for part in ("scaler", "steps")
-            for key in whole[part]
-            if key not in state.get(part, whole[part])
-        ]
-        if missing:
-            raise MixPrecError(
-                f"The checkpoint's PerLayerPrecision state lacks {', '.join(missing)}; it was not written whole. "
-                "Resume from another checkpoint, or load the weights alone."
-            )
+        _check_whole(state, whole, names)
         return cls(**{name: state[name] for name in names})
 
     def policy_to_resume(
@@ -79,9 +71,13 @@ class PluginState:
         chosen anew for the present device.
 
         Raises:
-            PolicyError: Another policy is configured now, and ``on_policy_change`` is ``"raise"``.
+            PolicyError: Another policy is configured now, and ``on_policy_change`` is ``"raise"``; or the checkpoint's
+                is malformed.
         """
-        in_force = PrecisionPolicy.from_dict(self.policy)
+        try:
+            in_force = PrecisionPolicy.from_dict(self.policy)
+        except PolicyError as error:
+            raise PolicyError(f"The checkpoint's policy cannot be read: {error}") from None
         if configured == self.configured:
             return None if configured == "auto" and not self.history else in_force
         if on_policy_change == "raise":
@@ -91,6 +87,29 @@ class PluginState:
                 "on_policy_change='accept' (go on with the one configured now) or 'checkpoint' (with the checkpoint's)."
             )
         return in_force if on_policy_change == "checkpoint" else None
+
+    def history_under(
+        self, configured: str | dict[str, Any], assignment: Assignment, model: nn.Module, step: int
+    ) -> list[dict[str, Any]]:
+        """The history so far, and what changes because another policy is configured now.
+
+        Args:
+            configured: What is configured now, as :func:`configured_form` gives it.
+            assignment: The policy in force from now on, resolved.
+            model: The model.
+            step: Optimizer steps taken so far.
+        """
+        if configured == self.configured:
+            return list(self.history)
+        written_under = replace(PrecisionPolicy.from_dict(self.policy), allow_unmatched=True).resolve(model)
+        reason = "resumed with another configured policy"
+        return [*self.history, *history_entries(written_under, assignment, step, reason)]
+
+
+def saved_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plugin's state in a checkpoint, whatever its class was called when it wrote it; None if there is none."""
+    keys = {"configured", "history", "scaler"}
+    return next((state for state in checkpoint.values() if isinstance(state, dict) and keys <= state.keys()), None)
 
 
 def history_entries(
@@ -121,6 +140,58 @@ def history_entries(
         for name, (old, new) in changes.items()
         if not name or whole.get(name.rpartition(".")[0]) != (old, new)
     ]
+
+
+def _check_whole(state: Mapping[str, Any], whole: Mapping[str, Any], names: set[str]) -> None:
+    missing = sorted(names - state.keys()) + [
+        f"{part}.{key}"
+        for part in ("scaler", "steps")
+        for key in whole[part]
+        if not isinstance(held := state.get(part, whole[part]), Mapping) or key not in held
+    ]
+    if missing:
+        raise MixPrecError(
+            f"The checkpoint's PerLayerPrecision state lacks {', '.join(missing)}; it was not written whole. "
+            "Resume from another checkpoint, or load the weights alone."
+        )
+    damaged = [] if isinstance(state["configured"], (str, Mapping)) else ["configured"]
+    damaged += [] if _is_history(state["history"]) else ["history"]
+    damaged += [
+        f"{part}.{key}" for part in ("scaler", "steps") for key in whole[part] if not _is_sound(key, state[part][key])
+    ]
+    if damaged:
+        raise MixPrecError(
+            f"The checkpoint's PerLayerPrecision state is damaged in {', '.join(damaged)}. Resume from another "
+            "checkpoint, or load the weights alone."
+        )
+
+
+def _is_history(value: object) -> bool:
+    try:
+        _check_plain(value, "history")
+    except MixPrecError:
+        return False
+    return isinstance(value, list) and all(
+        isinstance(entry, Mapping)
+        and type(entry.get("step")) is int
+        and all(isinstance(entry.get(key), str) for key in ("layer", "from", "to", "reason"))
+        for entry in value
+    )
+
+
+def _is_sound(key: str, value: object) -> bool:
+    """Whether a part of the scaler's or the ledger's state is a scale, a count, counts, or tallies of schedules."""
+    if key == "scale":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if key == "in_a_row":
+        return isinstance(value, list) and all(map(_is_count, value))
+    if key == "schedules":
+        return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    return _is_count(value)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _covers(layer: LayerPrecision) -> bool:

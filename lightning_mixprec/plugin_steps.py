@@ -23,6 +23,7 @@ from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.numerics.gradients import grads_of
 from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.numerics.scaling import LossScaler
+from lightning_mixprec.plugin_hooks import forget_errors
 from lightning_mixprec.policy.names import walk
 
 
@@ -182,6 +183,8 @@ class StepLedger:
         self._in_a_row[index] = self._in_a_row.get(index, 0) + 1 if skipped else 0
         if skipped:
             self._skipped_steps += 1
+            if self._model is not None:
+                forget_errors(self._model.trainer.strategy)
             self._hold_global_step(1)
             if self._may_give_up:
                 self._give_up_if_hopeless(self._in_a_row[index], at_minimum)

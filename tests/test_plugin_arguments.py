@@ -206,12 +206,11 @@ def strategy(kind, device="cpu"):
 
 REFUSED = {
     "mps": (SingleDeviceStrategy, "mps", "supported are CPU and CUDA"),
-    "tpu": (SingleDeviceXLAStrategy, "xla", "single-device and DDP"),
-    "tpus": (XLAStrategy, "xla", "single-device and DDP"),
+    "tpu": (SingleDeviceXLAStrategy, "xla", "whose compiler decides about formats by itself"),
+    "tpus": (XLAStrategy, "xla", "single-device strategies, DDP and FSDP2"),
     "hpu": (SingleDeviceStrategy, "hpu", "supported are CPU and CUDA"),
-    "fsdp": (FSDPStrategy, "cuda", "single-device and DDP"),
-    "deepspeed": (DeepSpeedStrategy, "cuda", "single-device and DDP"),
-    "model parallel": (ModelParallelStrategy, "cuda", "single-device and DDP"),
+    "fsdp": (FSDPStrategy, "cuda", "which has a plugin of its own: PerLayerFSDPPrecision"),
+    "deepspeed": (DeepSpeedStrategy, "cuda", "whose engine casts weights and scales the loss by itself"),
 }
 
 
@@ -229,7 +228,7 @@ def test_what_is_not_supported_is_refused_in_one_line(kind, device, says):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("kind", [SingleDeviceStrategy, DDPStrategy])
+@pytest.mark.parametrize("kind", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_supported_is_not_refused(kind, device):
     from lightning_mixprec.plugin_checks import check_strategy

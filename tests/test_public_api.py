@@ -18,6 +18,7 @@ CLASSES = [
     "MixPrecError",
     "OverflowMonitor",
     "OverflowRate",
+    "PerLayerFSDPPrecision",
     "PerLayerPrecision",
     "PrecisionPolicy",
     "PrecisionScheduler",

@@ -3,13 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.evidence import KeptBatch
@@ -17,15 +14,14 @@ from lightning_mixprec.callbacks.failures import FailureWatch
 from lightning_mixprec.callbacks.formats import PluginFormats
 from lightning_mixprec.callbacks.monitor import (
     ROWS,
-    Monitor,
     check_count,
     check_share,
     is_quiet,
-    is_validated_next,
     takes_iterator,
     written,
 )
-from lightning_mixprec.callbacks.steering import Steering, pinned_layers
+from lightning_mixprec.callbacks.steering import NOT_FINITE, Steering, pinned_layers
+from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError, SupportError
 from lightning_mixprec.numerics.formats import native_support
 from lightning_mixprec.plugin import PerLayerPrecision
@@ -37,7 +33,7 @@ from lightning_mixprec.policy.rules import PrecisionPolicy
 LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"
 
 
-class AdaptivePrecision(Monitor):
+class AdaptivePrecision(FailureMonitor):
     """Watches a run under :class:`PerLayerPrecision` and moves layers to the formats that it turns out to need.
 
     Two things make it act. A step that fails is looked into when failures repeat: the layer that overflowed is found,
@@ -109,9 +105,7 @@ class AdaptivePrecision(Monitor):
     @override
     def _forget_run(self) -> None:
         super()._forget_run()
-        self._trainer: pl.Trainer | None = None
         self._plugin: PerLayerPrecision | None = None
-        self._watch: FailureWatch | None = None
         self._steering: Steering | None = None
 
     @override
@@ -125,7 +119,7 @@ class AdaptivePrecision(Monitor):
                 f"{type(plugin).__name__}; use Trainer(plugins=PerLayerPrecision('fp16'))."
             )
         super().setup(trainer, pl_module, stage)
-        self._trainer, self._plugin = trainer, plugin
+        self._plugin = plugin
         if trainer.global_step == 0:
             self._begin()
 
@@ -156,9 +150,8 @@ class AdaptivePrecision(Monitor):
         options = replace(self._options, has_bf16=native_support("bf16", pl_module.device).native)
         self._steering = Steering(trainer, self._plugin, options, self.pin, self._take_in, acts=self.mode == "act")
         if self._steered:
-            self._steering.load_state_dict(self._steered)
-            self._steered = {}
-        self._watch = FailureWatch(
+            self._go_on(self._steering)
+        self._failures = FailureWatch(
             PluginFormats(self._plugin),
             pl_module.device,
             pl_module.automatic_optimization,
@@ -166,6 +159,17 @@ class AdaptivePrecision(Monitor):
             on_outcome=self._steering.see_outcome,
         )
         super().on_train_start(trainer, pl_module)
+
+    def _go_on(self, steering: Steering) -> None:
+        """Takes over what a checkpoint kept of the controller."""
+        state, self._steered = self._steered, {}
+        try:
+            steering.load_state_dict(state)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise MixPrecError(
+                f"The checkpoint's AdaptivePrecision state cannot be read ({type(error).__name__}: {error}); it is "
+                "damaged or of another model. Resume from another checkpoint, or without the callback."
+            ) from error
 
     def rebase(self, policy: PrecisionPolicy, reason: str) -> None:
         """Another policy to start from, in a running fit; promotions that are wider than it are kept.
@@ -188,11 +192,11 @@ class AdaptivePrecision(Monitor):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        watch, steering = self._watch, self._steering
+        watch, steering = self._failures, self._steering
         assert watch is not None and steering is not None
         may_sample = not (watch.is_in_window or self._has_no_batches(trainer))
         steering.begin_batch(KeptBatch(batch, batch_idx, None), may_sample=may_sample)
-        self._carry_out()
+        self._follow_up()
         if not takes_iterator(trainer):
             watch.begin_batch(batch, batch_idx)
 
@@ -205,32 +209,6 @@ class AdaptivePrecision(Monitor):
             )
             return True
         return False
-
-    @override
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._watch is not None:
-            self._watch.add_loss(loss)
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        if self._watch is not None:
-            self._watch.before_step(optimizer, trainer.global_step)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._watch is not None
-        self._watch.end_batch(partial(is_validated_next, trainer))
-        self._carry_out()
-        self._send_to_loggers(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._settle()
-        super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -262,14 +240,9 @@ class AdaptivePrecision(Monitor):
         state["steered"]["copy"] = self._steering.copy()
         return state
 
-    def _settle(self) -> None:
-        """Takes in an outcome that is still on its way, and does what follows."""
-        if self._watch is not None:
-            self._watch.settle()
-            self._carry_out()
-
-    def _carry_out(self) -> None:
-        steering, watch = self._steering, self._watch
+    @override
+    def _follow_up(self) -> None:
+        steering, watch = self._steering, self._failures
         assert steering is not None and watch is not None
         if steering.pending is None or watch.is_in_window:
             return
@@ -286,6 +259,12 @@ class AdaptivePrecision(Monitor):
         """Takes over what was seen or decided."""
         if decision is None:
             self._write(place, **seen)
+            if seen.get("problem", NOT_FINITE) != NOT_FINITE:
+                self._warn_once(
+                    "problem",
+                    f"AdaptivePrecision could not look at step {place['step']} ({seen['problem']}); training goes on, "
+                    "and nothing moves because of it.",
+                )
         else:
             row = decision.to_dict()
             is_known = self.mode == "advise" and any(row["moves"] == made["moves"] for made in self.decisions)

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
 from lightning_mixprec.callbacks.diagnosis import Judge
 from lightning_mixprec.callbacks.formats import PolicyFormats
 from lightning_mixprec.callbacks.replay import StepReplay
 from lightning_mixprec.callbacks.saved import load_batch
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.policy.names import unwrap
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
 _DEFAULT_SCALE = 65536.0
@@ -78,6 +80,7 @@ def diagnose(
 
 
 def _checked(module: object) -> pl.LightningModule:
+    module = unwrap(module) if isinstance(module, nn.Module) else module
     if isinstance(module, pl.LightningModule):
         return module
     raise MixPrecError(

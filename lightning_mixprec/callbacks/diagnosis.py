@@ -280,7 +280,12 @@ class Judge:
         return found if self._is_finite_repaired() or self._nonfinite_weights() else []
 
     def _nonfinite_weights(self) -> list[str]:
-        return [name for name, param in self._replay.module.named_parameters() if not are_finite([param.detach()])]
+        return [
+            f"{layer}.{name}" if layer else name
+            for layer, module in layers_of(self._replay.module).items()
+            for name, param in module._parameters.items()
+            if param is not None and not are_finite([param.detach()])
+        ]
 
     def _model(self, wide: _Traced) -> Diagnosis:
         weights = self._nonfinite_weights()

@@ -107,7 +107,8 @@ class Evidence:
 
     def add_loss(self, loss: Tensor) -> None:
         """Notes a loss that goes backward."""
-        self._losses.append(loss.detach())
+        kept = loss.detach()
+        self._losses.append(kept.clone() if self.is_late else kept)  # CUDA graphs write the next one to the same place
 
     def add_step(self, optimizer: Optimizer, step: int) -> None:
         """Notes the flag of non-finite gradients of an optimizer that is about to step, and the scale.

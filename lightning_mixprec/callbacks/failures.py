@@ -139,16 +139,16 @@ class Found(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Why a batch could not be replayed."""
+    """Why a batch could not be replayed, on some rank."""
 
-    kept: KeptBatch
+    batch_idx: int
     message: str
 
 
 def diagnosed(replay: StepReplay, evidence: Evidence, scale: float) -> tuple[Found | None, list[Problem]]:
     """Looks for the latest batch that a layer, the data or the model spoiled; else for one that the scale did.
 
-    All ranks have to look together. They find the same, and each has problems of its own.
+    All ranks have to look together. They find the same.
 
     Args:
         replay: How to replay a batch.
@@ -163,9 +163,13 @@ def diagnosed(replay: StepReplay, evidence: Evidence, scale: float) -> tuple[Fou
             continue
         rank, diagnosis = ranks.first_found(judge.judge())
         if judge.problem is not None:
-            problems.append(Problem(kept, judge.problem))
+            problems.append(Problem(kept.batch_idx, judge.problem))
         if diagnosis is not None and (found is None or diagnosis.verdict != "scale"):
             found = Found(rank, kept, diagnosis)
             if diagnosis.verdict != "scale":
                 break
-    return found, problems
+    return found, [
+        problem._replace(message=ranks.told_by(rank, problem.message))
+        for rank, each in enumerate(ranks.all_values(problems))
+        for problem in each
+    ]

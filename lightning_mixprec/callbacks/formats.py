@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.plugin import PerLayerPrecision
-from lightning_mixprec.plugin_checks import check_strategy
+from lightning_mixprec.plugin_checks import check_replay
 from lightning_mixprec.plugin_formats import widened
 from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
 
@@ -204,7 +204,7 @@ def formats_of(trainer: pl.Trainer, who: str) -> RunFormats:
     Raises:
         SupportError: The steps of the Trainer's strategy or precision plugin cannot be replayed.
     """
-    check_strategy(trainer.strategy, who)
+    check_replay(trainer.strategy, who)
     plugin = trainer.precision_plugin
     if isinstance(plugin, PerLayerPrecision):
         return PluginFormats(plugin)

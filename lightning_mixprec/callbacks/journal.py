@@ -17,6 +17,7 @@ A row of ``"schedule"`` is a phase that came: ``phase`` (its number, from 1), ``
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,7 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             opening = "" if _ends_whole(self.path) else "\n"
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(opening + text)
+            _append(self.path, opening + text)
         except OSError as error:
             rank_zero_warn(f"{self.path} cannot be written ({error}); the run goes on without per-layer rows.")
             self.path = None
@@ -72,6 +72,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def _append(path: Path, text: str) -> None:
+    """Appends all of the text, or nothing where the disk is full."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        if path.is_file():
+            os.truncate(path, size)
+        raise
 
 
 def _ends_whole(path: Path) -> bool:

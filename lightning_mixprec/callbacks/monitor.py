@@ -57,7 +57,8 @@ class Monitor(pl.Callback):
         self._formats = formats_of(trainer, type(self).__name__)
         folder = trainer.log_dir
         self._folder = None if folder is None or is_quiet(trainer) else Path(folder)
-        self._journal = Journal(self._folder if trainer.is_global_zero else None)
+        first = _monitors(trainer)[0]  # has been set up: all write to one file, in the order of what they see
+        self._journal = Journal(self._folder if trainer.is_global_zero else None) if first is self else first._journal
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -78,8 +79,7 @@ class Monitor(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._show(trainer, {key: value for key, value in self._values.items() if not math.isnan(value)})
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        monitors = [each for each in callbacks if isinstance(each, Monitor)]
+        monitors = _monitors(trainer)
         self._logs_for = monitors if monitors[-1] is self else []
 
     @override
@@ -90,6 +90,12 @@ class Monitor(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._show(trainer, self._values)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._journal.flush()  # a run that goes on from the checkpoint does not see again what these rows are about
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -103,8 +109,15 @@ class Monitor(pl.Callback):
                 f"The checkpoint's {type(self).__name__} state has version {state_dict.get('version')!r}, this release "
                 "of lightning_mixprec reads version 1; upgrade lightning_mixprec, or resume without the callback."
             )
-        for name in ("_values", "_warned", *self._STATE):
-            setattr(self, name, _plain_copy(state_dict[name.lstrip("_")]))
+        names = {name: name.lstrip("_") for name in ("_values", "_warned", *self._STATE)}
+        missing = sorted(set(names.values()) - state_dict.keys())
+        if missing:
+            raise MixPrecError(
+                f"The checkpoint's {type(self).__name__} state lacks {', '.join(missing)}; it was not written whole. "
+                "Resume from another checkpoint, or without the callback."
+            )
+        for name, key in names.items():
+            setattr(self, name, _plain_copy(state_dict[key]))
 
     def plot(self, ax: Any = None) -> Any:
         """Draws what the class says of its plot.
@@ -163,6 +176,11 @@ class Monitor(pl.Callback):
         if new:
             named = ", ".join(map(repr, new[1:_NAMED])) + (", ..." if len(new) > _NAMED else "")
             yield new[0], f" (also {len(new) - 1} more: {named})" if new[1:] else ""
+
+
+def _monitors(trainer: pl.Trainer) -> list[Monitor]:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in callbacks if isinstance(each, Monitor)]
 
 
 def is_quiet(trainer: pl.Trainer) -> bool:

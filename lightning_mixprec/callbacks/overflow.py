@@ -1,21 +1,19 @@
 """``OverflowMonitor``: overflows, the loss scale and skipped steps, and which layer is to blame."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec.callbacks import ranks
 from lightning_mixprec.callbacks.diagnosis import LOST_WEIGHTS, Diagnosis
 from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome
 from lightning_mixprec.callbacks.failures import FailureWatch, diagnosed
-from lightning_mixprec.callbacks.monitor import ROWS, Monitor, check_count, is_validated_next, takes_iterator, written
+from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator, written
 from lightning_mixprec.callbacks.replay import StepReplay
 from lightning_mixprec.callbacks.saved import save_batch
+from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.drawing import draw_steps
 from lightning_mixprec.plugin import PerLayerPrecision
@@ -23,7 +21,7 @@ from lightning_mixprec.plugin import PerLayerPrecision
 _MOST_SCALES = 1000
 
 
-class OverflowMonitor(Monitor):
+class OverflowMonitor(FailureMonitor):
     """Counts overflows and skipped steps, and says of each which layer did it and whether precision is to blame.
 
     When a step is skipped or its loss is not finite, the step is replayed on copies of the weights, in the run's
@@ -84,14 +82,7 @@ class OverflowMonitor(Monitor):
     @override
     def _forget_run(self) -> None:
         super()._forget_run()
-        self._trainer: pl.Trainer | None = None
-        self._failures: FailureWatch | None = None
         self._has_lost_weights = False
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._trainer = trainer
 
     @override
     def on_train_batch_start(
@@ -104,49 +95,10 @@ class OverflowMonitor(Monitor):
         self._failures.begin_batch(batch, batch_idx)
 
     @override
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._failures is not None:
-            self._failures.add_loss(loss)
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        if self._failures is not None:
-            self._failures.before_step(optimizer, trainer.global_step)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._failures is not None:
-            self._failures.end_batch(partial(is_validated_next, trainer))
-        self._send_to_loggers(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._settle()
-        super().on_train_epoch_end(trainer, pl_module)
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._settle()
-        super().on_train_end(trainer, pl_module)
-
-    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         if self._failures is not None:
             self._failures.abandon()  # Lightning calls no teardown
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        self._settle()
-        return super().state_dict()
-
-    def _settle(self) -> None:
-        if self._failures is not None:
-            self._failures.settle()
 
     def _count(self, evidence: Evidence, outcome: Outcome) -> None:
         assert self._trainer is not None
@@ -182,23 +134,23 @@ class OverflowMonitor(Monitor):
     def _diagnosed(self, trainer: pl.Trainer, evidence: Evidence, scale: float) -> dict[str, Any] | None:
         replay = StepReplay(trainer.lightning_module, evidence.formats, evidence.device)
         found, problems = diagnosed(replay, evidence, scale)
-        for kept, problem in problems:
-            self._write(self._where(trainer, evidence.step, kept), problem=problem)
+        for batch_idx, problem in problems:
+            self._write(self._where(trainer, evidence.step, batch_idx), problem=problem)
             self._warn_once("problem", f"step {evidence.step} failed and could not be replayed ({problem}).")
         return None if found is None else self._event(trainer, evidence.step, *found)
 
     def _event(
         self, trainer: pl.Trainer, step: int, rank: int, kept: KeptBatch, diagnosis: Diagnosis
     ) -> dict[str, Any]:
-        event = {**self._where(trainer, step, kept), **diagnosis.to_dict()}
+        event = {**self._where(trainer, step, kept.batch_idx), **diagnosis.to_dict()}
         if ranks.are_many():
             event["rank"] = rank
         _, saved = ranks.first_found(self._save(trainer, kept, event) if rank == trainer.global_rank else None)
         self._tell(event, diagnosis, saved)
         return event
 
-    def _where(self, trainer: pl.Trainer, step: int, kept: KeptBatch) -> dict[str, int]:
-        return {"step": step, "epoch": trainer.current_epoch, "batch_idx": kept.batch_idx}
+    def _where(self, trainer: pl.Trainer, step: int, batch_idx: int) -> dict[str, int]:
+        return {"step": step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
 
     def _tell(self, event: dict[str, Any], diagnosis: Diagnosis, saved: Path | None) -> None:
         self.events.append(event)

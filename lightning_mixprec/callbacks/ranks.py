@@ -14,6 +14,11 @@ def are_many() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def count() -> int:
+    """How many ranks there are."""
+    return distributed.get_world_size() if are_many() else 1
+
+
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replaces tensors by their sums over all ranks, one message for each dtype."""
     _reduce(tensors, distributed.ReduceOp.SUM)
@@ -35,11 +40,27 @@ def is_any(claim: bool, device: torch.device) -> bool:
 
 def first_found(value: T | None) -> tuple[int, T | None]:
     """The first rank that has a value, and the value. Waits for all ranks; the value has to be picklable."""
+    return next(((rank, each) for rank, each in enumerate(all_values(value)) if each is not None), (0, None))
+
+
+def all_values(value: T) -> list[T]:
+    """The values of all ranks, in their order. Waits for all ranks; the value has to be picklable."""
     if not are_many():
-        return 0, value
-    values: list[T | None] = [None] * distributed.get_world_size()
+        return [value]
+    values: list[Any] = [None] * count()
     distributed.all_gather_object(values, value)
-    return next(((rank, each) for rank, each in enumerate(values) if each is not None), (0, None))
+    return values
+
+
+def told_by(rank: int, message: str) -> str:
+    """A message of a rank, for the one that speaks for all."""
+    return f"{message}, on rank {rank}" if are_many() else message
+
+
+def first_told(message: str | None) -> str | None:
+    """The message of the first rank that has one. Waits for all ranks."""
+    rank, found = first_found(message)
+    return None if found is None else told_by(rank, found)
 
 
 def _reduce(tensors: Sequence[Tensor], operation: Any) -> None:

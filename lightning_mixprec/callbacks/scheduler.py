@@ -140,6 +140,7 @@ class PrecisionScheduler(Monitor):
         if math.isinf(trainer.num_training_batches) and trainer.max_steps == -1:
             whole = Fraction(trainer.max_epochs or 1)
             self._refuse_shares("but the training data has no length to take a share of; set max_steps", of=whole)
+        self._refuse_epochs_that_differ(trainer)
         if not getattr(trainer, "fast_dev_run", False):
             self._warn_of_what_never_comes(trainer, pl_module)
         self._values["policy_version"] = float(policy_version(_plugin(trainer).history))
@@ -155,6 +156,19 @@ class PrecisionScheduler(Monitor):
                 raise PolicyError(
                     f"phase {phase.number}: it comes at {when}, {why}, or write {{'step': 1000}} or {{'epoch': 3}}."
                 )
+
+    def _refuse_epochs_that_differ(self, trainer: pl.Trainer) -> None:
+        """Raises for phases that would come at other steps on other ranks, because their epochs have other lengths."""
+        phase = next((each for each in self._waiting() if _follows_epochs(trainer, each)), None)
+        if phase is None:
+            return
+        lengths = ranks.all_values(trainer.num_training_batches)
+        if len(set(lengths)) > 1:
+            raise PolicyError(
+                f"phase {phase.number}: it comes at {phase.when}, but the ranks' epochs have {_listing(lengths)} "
+                "batches, so that it would come at another step on each; write {'step': 1000}, or give all ranks as "
+                f"many batches (limit_train_batches={min(lengths)})."
+            )
 
     def _warn_of_what_never_comes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # In manual optimization several optimizers may step in a batch.
@@ -336,6 +350,21 @@ def _share_done(trainer: pl.Trainer) -> Fraction:
             in_epoch = Fraction(trainer.fit_loop.epoch_loop.batch_idx, int(trainer.num_training_batches))
         done = max(done, (trainer.current_epoch + in_epoch) / trainer.max_epochs)
     return done
+
+
+def _follows_epochs(trainer: pl.Trainer, phase: Phase) -> bool:
+    """Whether it depends on the lengths of epochs at which step a phase comes."""
+    when = phase.when
+    if isinstance(when, Moment):
+        ends = trainer.max_epochs not in (None, -1)
+        return when.value > 0 and (when.kind == "epoch" or (when.kind == "share" and ends))
+    configs = trainer.lr_scheduler_configs
+    return isinstance(when, Plateau) or any(each.interval == "epoch" or each.reduce_on_plateau for each in configs)
+
+
+def _listing(numbers: Sequence[float]) -> str:
+    *others, last = (f"{number:g}" for number in sorted(set(numbers)))
+    return f"{', '.join(others)} and {last}"
 
 
 def _looks_once_per_epoch(trainer: pl.Trainer) -> bool:

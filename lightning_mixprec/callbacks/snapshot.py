@@ -6,11 +6,8 @@ schedules go on from where they are, and with them what schedules write into an 
 weight_decay). Gradients that wait for their step were made with damaged weights and are dropped.
 """
 
-import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -20,7 +17,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_mixprec.callbacks import ranks
+from lightning_mixprec.engine.memory import bytes_of, free_host_bytes
+from lightning_mixprec.engine.sharding import is_sharded, reshard
+from lightning_mixprec.numerics.finite import are_nonfinite, dense
+from lightning_mixprec.numerics.segments import local_part
 from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.policy.names import walk
 
 _SHARE = 0.25
 _OF_SCHEDULES = {"lr", "initial_lr", "max_lr", "min_lr", "momentum", "base_momentum", "max_momentum", "betas"}
@@ -39,6 +41,7 @@ class _Copy(NamedTuple):
     """What is kept; the tensors in it as :class:`_Kept`."""
 
     step: int
+    module: pl.LightningModule
     plugin: PerLayerPrecision
     params: Sequence[tuple[Tensor, Any]]
     buffers: list[tuple[nn.Module, str, Any]]
@@ -77,19 +80,18 @@ class Snapshots:
         Buffers and frozen parameters that held infinities and no NaN when they were first looked at, as masks do, are
         meant to.
         """
-        named = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
-        found = [name for name, is_bad in zip(named, _are_nonfinite(list(named.values())), strict=True) if is_bad]
+        named = _named_tensors(pl_module)
+        found = [name for name, is_bad in zip(named, are_nonfinite(list(named.values())), strict=True) if is_bad]
         if self._infinite is None:
-            trained = {name for name, param in pl_module.named_parameters() if param.requires_grad}
             self._infinite = frozenset(
-                name for name in found if name not in trained and not bool(_dense(named[name]).isnan().any())
+                name for name in found if not (named[name].requires_grad or bool(dense(named[name]).isnan().any()))
             )
         return [name for name in found if name not in self._infinite]
 
     @staticmethod
     def bytes_needed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         """What a copy takes now. Optimizers that make their state in the first step need more from then on."""
-        return sum(map(_bytes_of, _tensors_of(trainer, pl_module)))
+        return sum(map(bytes_of, _tensors_of(trainer, pl_module)))
 
     def fits(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether a copy fits within ``max_bytes`` and the free memory; on this rank."""
@@ -110,11 +112,12 @@ class Snapshots:
         Returns:
             Whether a copy was taken; else the last one is still there.
         """
+        reshard(pl_module)
         device = pl_module.device
         is_ready = not any(map(is_lazy, pl_module.parameters())) and not any(map(is_lazy, pl_module.buffers()))
         place = self._place(trainer, pl_module) if is_ready else None
         is_good = place is not None and (is_sound or not self.damaged(pl_module))
-        is_good = is_good and not any(_are_nonfinite(list(_tensors_in(_states(trainer.optimizers)))))
+        is_good = is_good and not any(are_nonfinite(list(_tensors_in(_states(trainer.optimizers)))))
         if ranks.is_any(not is_good, device):
             return False
         assert place is not None
@@ -133,6 +136,7 @@ class Snapshots:
         """
         copy, pairs = self._copy, list[tuple[Tensor, Tensor]]()
         assert copy is not None
+        reshard(copy.module)
         for param, kept in copy.params:
             _restored(param, kept, pairs)
             param.grad = None
@@ -150,9 +154,9 @@ class Snapshots:
         return copy.step
 
     def state_dict(self) -> dict[str, Any] | None:
-        """The copy, in plain containers and tensors; None if there is none."""
+        """The copy, in plain containers and tensors; None if there is none, or if each rank has a part of it."""
         copy = self._copy
-        if copy is None:
+        if copy is None or any(map(is_sharded, (param for param, _ in copy.params))):
             return None
         optimizers = []
         for optimizer, states, groups in copy.optimizers:
@@ -187,17 +191,17 @@ class Snapshots:
             (module, name, _saved(kept, keep))
             for (module, name, _), kept in zip(_buffers(pl_module), state["buffers"], strict=True)
         ]
-        self._copy = _Copy(state["step"], plugin, params, buffers, optimizers, state["scaler"])
+        self._copy = _Copy(state["step"], pl_module, plugin, params, buffers, optimizers, state["scaler"])
 
     def _place(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool | None:
         """Whether the copy goes to the host; None if it goes nowhere."""
-        needed, held = self.bytes_needed(trainer, pl_module), sum(map(_bytes_of, self._storage))
+        needed, held = self.bytes_needed(trainer, pl_module), sum(map(bytes_of, self._storage))
         if needed == held and (self.max_bytes is None or held <= self.max_bytes):
             return self._is_on_host
         for device in dict.fromkeys([pl_module.device, _CPU]):
             on_host = device.type == "cpu"
             reused = held if on_host == self._is_on_host else 0
-            free = _free_host_bytes() // max(trainer.num_devices, 1) if on_host else torch.cuda.mem_get_info(device)[0]
+            free = free_host_bytes() // max(trainer.num_devices, 1) if on_host else torch.cuda.mem_get_info(device)[0]
             room = reused + int(free * _SHARE) if self.max_bytes is None else min(self.max_bytes, reused + free)
             if needed <= room:
                 return on_host
@@ -217,6 +221,7 @@ class _Writer:
 
     def keep(self, tensor: Tensor) -> _Kept:
         """Where the copy of a tensor will be; that of a sparse one is there at once."""
+        tensor = local_part(tensor)
         device = self._device or tensor.device
         if tensor.layout != torch.strided:
             copy = tensor.detach().to(device, copy=True)
@@ -241,6 +246,7 @@ def _copy_of(trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, keep
     assert isinstance(plugin, PerLayerPrecision)
     return _Copy(
         step,
+        pl_module,
         plugin,
         [(param, keep(param)) for param in pl_module.parameters()],
         [(module, name, _saved(buffer, keep)) for module, name, buffer in _buffers(pl_module)],
@@ -256,6 +262,16 @@ def _tensors_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
     yield from pl_module.parameters()
     yield from (tensor for _, _, buffer in _buffers(pl_module) for tensor in _tensors_in(buffer))
     yield from _tensors_in(_states(trainer.optimizers))
+
+
+def _named_tensors(pl_module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their names without those of wrappers, each once."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for layer, module, _ in walk(pl_module):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                named.setdefault(id(tensor), (f"{layer}.{name}" if layer else name, tensor))
+    return dict(named.values())
 
 
 def _buffers(pl_module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor | None]]:
@@ -323,8 +339,8 @@ def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
 def _restored(present: Any, saved: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
     """What is to stand where something stands now: the same tensor, to be copied to, wherever it has the shape."""
     if isinstance(saved, _Kept):
-        if isinstance(present, Tensor) and _takes(present, saved.data):
-            pairs.append((present, saved.data))
+        if isinstance(present, Tensor) and _takes(local_part(present), saved.data):
+            pairs.append((local_part(present), saved.data))
             return present
         return saved.data.to(saved.device, copy=True)
     if isinstance(saved, dict):
@@ -355,49 +371,3 @@ def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     for to, source in pairs:
         if to.layout != torch.strided:
             to.copy_(source)
-
-
-def _are_nonfinite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Which tensors hold a NaN or an infinity; one read from each device."""
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
-    for place, tensor in enumerate(tensors):
-        if (tensor.is_floating_point() or tensor.is_complex()) and (values := _dense(tensor)).numel():
-            groups.setdefault((values.device, values.dtype), []).append((place, values))
-    norms: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
-    for (device, _), group in groups.items():
-        largest = torch.stack(list(torch._foreach_norm([values for _, values in group], float("inf"))))
-        norms.setdefault(device, []).append(([place for place, _ in group], ~torch.isfinite(largest)))
-    result = [False] * len(tensors)
-    for parts in norms.values():
-        flags = torch.cat([flags for _, flags in parts]).tolist()
-        for place, flag in zip((place for places, _ in parts for place in places), flags, strict=True):
-            result[place] = flag
-    return result
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """A tensor's values, as real numbers of a format that norms can be taken in."""
-    values = tensor.detach()
-    if values.layout == torch.sparse_coo:
-        values = values._values()
-    elif values.layout != torch.strided:
-        values = values.values()
-    if values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
-    return values.float() if values.dtype.itemsize == 1 else values
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    if tensor.layout == torch.sparse_coo:
-        return tensor._values().nbytes + tensor._indices().nbytes
-    return tensor.nbytes if tensor.layout == torch.strided else tensor.values().nbytes * 2
-
-
-def _free_host_bytes() -> int:
-    """Memory that this machine can give; 0 where it does not say."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    names = getattr(os, "sysconf_names", {})
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in names else 0

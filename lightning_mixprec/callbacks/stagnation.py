@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mixprec.callbacks import ranks
+from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.numerics.gradients import params_of
-from lightning_mixprec.numerics.segments import sample
+from lightning_mixprec.numerics.segments import local_part, sample
 
 
 class StepWatch:
@@ -63,6 +65,8 @@ class StepWatch:
         for name, (param, weights, has_gradient) in self._before.items():
             stays = has_gradient & (self._sampled(param) == weights)
             counts[row[self._layer_of[name]]] += torch.stack([stays.sum(), has_gradient.sum()])
+        if any(is_sharded(param) for param, _, _ in self._before.values()):
+            ranks.add_up([counts])
         self._before.clear()
         self._transfer = Transfer([counts])
 
@@ -79,4 +83,4 @@ class StepWatch:
         }
 
     def _sampled(self, tensor: Tensor) -> Tensor:
-        return sample([tensor.detach().reshape(-1)], self._max_elements)[0]
+        return sample([local_part(tensor.detach()).reshape(-1)], self._max_elements)[0]

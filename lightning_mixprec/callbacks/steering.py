@@ -29,6 +29,9 @@ from lightning_mixprec.policy.remedies import Layer
 from lightning_mixprec.policy.rule import parse_value
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
 
+NOT_FINITE = "not finite in fp32"
+"""Why a batch tells nothing of precision: no problem of this callback's."""
+
 _MAX_ELEMENTS = 16384
 _MAX_BYTES = 256 * 2**20
 _ROOM_BITS = 2
@@ -162,7 +165,7 @@ class Steering:
         trial = self._trial(kept)
         if not trial.is_possible:
             self.controller.see_no_sample()
-            self._report(place, problem=trial.problem or "not finite in fp32")
+            self._report(place, problem=trial.problem or NOT_FINITE)
             return
         scale = self._plugin.scaler.get_scale()
         promoted = self.controller.state.promoted
@@ -187,7 +190,7 @@ class Steering:
         replay = StepReplay(self._module, PluginFormats(self._plugin), evidence.device)
         found, problems = diagnosed(replay, evidence, outcome.scale)
         for problem in problems:
-            self._report(self._place(problem.kept), problem=problem.message)
+            self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
         verdict = None if found is None else found.diagnosis.verdict
         falls = verdict == "scale" and self.controller.scale_keeps_falling
         if found is None or not (verdict == "precision" or falls):
@@ -236,8 +239,8 @@ class Steering:
 
     def _take(self, decision: Decision | None, kept: KeptBatch, trial: Trial) -> None:
         place = self._place(kept)
-        if trial.problem is not None:
-            self._report(place, problem=trial.problem, passes=trial.passes)
+        if (problem := ranks.first_told(trial.problem)) is not None:
+            self._report(place, problem=problem, passes=trial.passes)
         if decision is None:
             return
         seen = self._statistics([name for name, _, _ in decision.moves], kept)

@@ -76,8 +76,8 @@ class Findings:
             of them is not finite.
         sqnr_db: By layer, of those that were compared.
         too_large: Layers whose input and output would not have fitted.
-        problem: What went wrong, if something did, on this rank.
-        is_complete: Whether this rank's batch, or half of it, was studied.
+        problem: What went wrong, if something did, on this rank; if its batch was left out, on the first such rank.
+        is_complete: Whether the batches of all ranks, or half of them, were studied.
         is_any: Whether that of some rank was.
     """
 
@@ -135,10 +135,18 @@ class Study:
             self._read(sums, maxima)
         return self._findings
 
+    def _tell_all(self, found: Findings) -> None:
+        """Tells all ranks why the batch of one was left out: the first rank alone speaks and writes."""
+        rank, problem = ranks.first_found(None if found.is_complete else found.problem)
+        found.is_complete = False
+        found.problem = f"{problem}, on rank {rank}" if ranks.are_many() else problem
+
     def _read(self, sums: Tensor, maxima: Tensor) -> None:
         wanted, found, layers = self.wanted, self._findings, self._findings.layers
         tables, parts, energies, ranks_studied = sums.split(self._sizes())
         found.is_any = bool(ranks_studied > 0)
+        if ranks_studied < ranks.count():
+            self._tell_all(found)
         if wanted.statistics:
             shape = (3, len(layers))
             rows = Histogram.from_tensors(tables.view(*shape, -1), maxima[:-1].view(*shape))

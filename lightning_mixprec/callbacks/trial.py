@@ -83,6 +83,8 @@ class Trial:
         self._reference = self._tried(self._run_reference)
         is_bad = self._reference is None or not bool(_are_finite(self._reference))
         self.is_possible = not ranks.is_any(is_bad, self._device)
+        if not self.is_possible:
+            self.problem = ranks.first_told(self.problem)
         losses = self._reference.losses if self._reference is not None and self.is_possible else []
         sizes = torch.stack([torch.zeros((), device=self._device), *(loss.float().sum().abs() for loss in losses)])
         largest = sizes.amax()

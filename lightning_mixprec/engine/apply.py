@@ -2,14 +2,15 @@
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_mixprec.engine import fastpath
-from lightning_mixprec.engine.borders import Border
+from lightning_mixprec.engine import fastpath, sharding
+from lightning_mixprec.engine.borders import Border, border_of
+from lightning_mixprec.engine.compiling import CompilerSettings
 from lightning_mixprec.engine.plan import Plan, Precision, Site, bypassing, draw, survey
 from lightning_mixprec.engine.watch import Watch
 from lightning_mixprec.engine.weights import Gate, Storage, reflatten
@@ -68,19 +69,25 @@ class Attachment:
         self._model: nn.Module | None = model
         self._device = device_type
         self._sites = survey(model)
+        self._groups = sharding.groups_of(self._sites)
         self._gate = Gate()
         self._weights, self._buffers = Storage(), Storage()
         self._fast_paths = fastpath.FastPaths()
         self._borders: dict[Site, Border] = {}
         self._assignment: Mapping[str, Precision] = {}
         self._plan = Plan(torch.float32, {}, {}, False)
+        self._settings = CompilerSettings()
         self._watch: Watch | None = None
         _attached.add(unwrap(model))
 
-    def change(self, assignment: Mapping[str, Precision]) -> None:
+    def change(self, assignment: Mapping[str, Precision], *, is_lent: bool = False) -> None:
         """Puts another assignment in force, between steps. What is stored in which format stays as it is.
 
-        A module that has been a border before gets the same wrapper back, so that code compiled for it is found again.
+        A compiled model is compiled once more for an assignment that it has not had yet, and found again for others.
+
+        Args:
+            assignment: what each module is assigned.
+            is_lent: whether nothing is compiled under it, because it is tried or compared with.
 
         Raises:
             PolicyError: a part of the model cannot be given its format; the old assignment is still in force.
@@ -90,6 +97,7 @@ class Attachment:
         plan = draw(self._sites, assignment)
         if self._widen_buffers(assignment):
             plan = draw(self._sites, assignment)
+        sharding.gather(self._groups, assignment)
         for site in self._plan.crossings.keys() - plan.crossings.keys():
             self._borders[site].remove()
         for site, crossing in plan.crossings.items():
@@ -99,12 +107,15 @@ class Attachment:
             self._borders[site].install()
         self._fast_paths.keep_off(bypassing(self._sites, plan))
         self._plan, self._assignment = plan, assignment
+        if not is_lent:
+            self._settings.make_room(self._model, self._sites, plan)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """The format of the root's own operations, to be entered around each step; it may be entered again inside."""
         dtype, device = self._plan.root, self._device
         if dtype in (torch.bfloat16, torch.float16):
-            return torch.autocast(device, dtype=dtype, cache_enabled=True)
+            # Of weights that are gathered for a moment no cast is to stay.
+            return torch.autocast(device, dtype=dtype, cache_enabled=not self._groups)
         if torch.is_autocast_enabled(device):
             return torch.autocast(device, enabled=False)
         return contextlib.nullcontext()
@@ -141,6 +152,7 @@ class Attachment:
         """Leaves the model as it was: forwards, hooks, stored formats. Doing it again does nothing."""
         if self._model is None:
             return
+        self._settings.end()
         with contextlib.suppress(PolicyError):
             self.end_watch()
         for site in self._plan.crossings:
@@ -149,14 +161,17 @@ class Attachment:
         self._buffers.keep_only(())
         if self._weights.keep_only(()):
             reflatten(self._model.modules())
+        if self._groups:
+            sharding.reshard(self._model)
         _attached.discard(unwrap(self._model))
-        self._model, self._sites, self._borders = None, [], {}
+        self._model, self._sites, self._groups, self._borders = None, [], [], {}
         self._plan = self._plan._replace(crossings={}, formats={})
 
     def _store(self, assignment: Mapping[str, Precision]) -> None:
         assert self._model is not None
         # All are asked before any is converted: a tied weight is stored as one of its modules says.
         asked = [(module, _asked_param(module, assignment[name])) for name, module, _ in walk(self._model)]
+        _refuse_sharded(asked)
         converted = [
             module
             for module, dtype in asked
@@ -193,9 +208,18 @@ def _asked_param(module: nn.Module, precision: Precision) -> torch.dtype | None:
     return format.dtype if isinstance(format, Format) else None
 
 
+def _refuse_sharded(asked: Iterable[tuple[nn.Module, torch.dtype | None]]) -> None:
+    for module, dtype in asked:
+        for param in _own(module._parameters) if dtype is not None else ():
+            if sharding.is_sharded(param) and param.dtype != dtype:
+                raise PolicyError(
+                    f"a {type(module).__name__} is to store its weights in {dtype}, but they are sharded in "
+                    f"{param.dtype}; store them so before fully_shard (module.to), and leave param out of the policy"
+                )
+
+
 def _strip(module: nn.Module) -> None:
     """Takes off what a deep copy of an attached model has inherited."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, Border):
-        forward.remove()
+    if (border := border_of(module)) is not None:
+        border.remove()
     fastpath.strip(module)

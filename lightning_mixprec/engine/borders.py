@@ -1,6 +1,8 @@
 """Border modules: what is cast, and which autocast state holds, where one format meets another."""
 
+import contextlib
 import inspect
+from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,8 +31,12 @@ from lightning_mixprec.engine.weights import Gate, Slot, with_seen
 _HALF = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}
 _ALL_TO = {dtype: all_to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
-_REPARAMETRIZATIONS = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Hooks that compute a module's weight before its forward: own operations, although torch runs them outside."""
+_REPARAMETRIZATIONS = (WeightNorm, SpectralNorm)
+"""Hooks that compute a module's weight before its forward: own operations, although torch runs them outside.
+
+Pruning is no such hook: who prunes further looks for the one that is there, and a mask times a weight is the same in
+any region, unless the region sees casts of both.
+"""
 
 
 def _into(dtype: torch.dtype, comes_from: torch.dtype) -> Casts:
@@ -69,8 +75,8 @@ class Crossing(NamedTuple):
 class Border:
     """A module's forward, called in the module's own format.
 
-    Set as the instance attribute ``forward``. It finds the class's forward at each call, because lazy modules change
-    their class, and holds nothing but the module, so that copies compute with their own weights.
+    Its call is set as the instance attribute ``forward``. It finds the class's forward at each call, because lazy
+    modules change their class, and holds nothing but the module, so that copies compute with their own weights.
 
     Args:
         module: the module whose forward this is.
@@ -86,6 +92,9 @@ class Border:
         self.hooks: dict[int, Any] = {}
         self.order: list[int] = []
         self.entered = False
+        # Dynamo compares a bound method's code, and the identity of any other callable: with that, blocks that compute
+        # alike would each be compiled for themselves.
+        self.method = MethodType(_with_signature_of(self.inner or type(module).forward, self.inner is None), self)
         self.become(Crossing(torch.float32))
 
     def become(self, crossing: Crossing) -> None:
@@ -97,10 +106,10 @@ class Border:
     def install(self) -> None:
         """Puts the border in place, and the hooks that make the module's weight behind it."""
         module = self.module
-        if module.__dict__.get("forward") is self:
+        if border_of(module) is self:
             return
         self.inner = module.__dict__.get("forward")
-        module.__dict__["forward"] = self
+        module.__dict__["forward"] = self.method
         hooks = module._forward_pre_hooks
         self.order = list(hooks)
         self.hooks = {key: hook for key, hook in hooks.items() if isinstance(hook, _REPARAMETRIZATIONS)}
@@ -110,7 +119,7 @@ class Border:
     def remove(self) -> None:
         """Gives the module its own forward and hooks back."""
         module = self.module
-        if module.__dict__.get("forward") is self:
+        if border_of(module) is self:
             if self.inner is None:
                 del module.__dict__["forward"]
             else:
@@ -122,11 +131,6 @@ class Border:
                 if key in hooks:
                     hooks.move_to_end(key)  # type: ignore[attr-defined]
             self.hooks = {}
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The signature of the module's own forward, for code that asks what it takes."""
-        return inspect.signature(self.inner or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward. Written out flat: this is what a border costs."""
@@ -192,6 +196,10 @@ class Border:
         if self.hooks:
             for hook in self.hooks.values():
                 hook(module, args)
+        if self.slots:
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, BasePruningMethod):
+                    hook(module, args)
         if self.attends and (changed := arrive_cast(module, args, kwargs)) is not None:
             args, kwargs = changed
         if self.inner is not None:
@@ -210,6 +218,23 @@ class Border:
         with torch.autocast(device, dtype=dtype, enabled=self.is_half, cache_enabled=caches):
             result = self._compute(args, kwargs)
         return _handed_on(result, output, caller, back)
+
+
+def border_of(module: nn.Module) -> Border | None:
+    """The border that is in place on a module."""
+    border = getattr(module.__dict__.get("forward"), "__self__", None)
+    return border if isinstance(border, Border) else None
+
+
+def _with_signature_of(forward: Any, has_self: bool) -> FunctionType:
+    """The call of a border, for code that asks what the module's own forward takes."""
+    call = FunctionType(Border.__call__.__code__, globals(), "__call__")
+    itself = [] if has_self else [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    with contextlib.suppress(ValueError, TypeError):  # of code that has none
+        signature = inspect.signature(forward)
+        signature = signature.replace(parameters=[*itself, *signature.parameters.values()])
+        call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
 
 
 def _handed_on(result: Any, output: torch.dtype | None, caller: torch.dtype, back: Casts) -> Any:

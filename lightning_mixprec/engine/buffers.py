@@ -106,10 +106,10 @@ class _Window:
         news, olds = [], []
         for slot, old in self._saved:
             new = slot.tensor
-            if new is not None and new.shape == old.shape:
+            if new is not None and new.shape == old.shape and _is_written_in_place(new):
                 news.append(new)
                 olds.append(old)
-            elif skipped:  # nothing on the device chooses between two shapes, so here a flag is read
+            elif skipped and not _is_equal(new, old):  # nothing on the device chooses here, so a flag is read
                 slot.module._buffers[slot.name] = old.clone()
         if isinstance(skipped, Tensor):
             _copy_where(skipped, olds, news)
@@ -121,7 +121,7 @@ class _Window:
     def _save(self, slots: list[_Slot]) -> None:
         tensors = [tensor for slot in slots if (tensor := slot.tensor) is not None]
         saved = [old for _, old in self._saved]
-        if [(t.shape, t.dtype, t.device) for t in tensors] == [(t.shape, t.dtype, t.device) for t in saved]:
+        if list(map(_kind, tensors)) == list(map(_kind, saved)) and all(t.layout == torch.strided for t in tensors):
             if tensors:
                 torch._foreach_copy_(saved, tensors)
         else:
@@ -153,8 +153,30 @@ def _version(slot: _Slot) -> tuple[int, int]:
     return id(tensor), tensor._version
 
 
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _is_written_in_place(tensor: Tensor) -> bool:
+    """Whether kernels copy into a tensor as it is: not into a sparse one, nor into one that was expanded."""
+    return tensor.layout == torch.strided and torch._debug_has_internal_overlap(tensor) != 1
+
+
 def _is_equal(tensor: Tensor | None, old: Tensor) -> bool:
-    return tensor is not None and tensor.shape == old.shape and torch.equal(tensor, old)
+    if tensor is None or (tensor.shape, tensor.layout) != (old.shape, old.layout):
+        return False
+    return all(map(torch.equal, _parts(tensor), _parts(old)))
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a sparse one is made of."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
 
 def _slots_by_owner(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[_Slot]]:

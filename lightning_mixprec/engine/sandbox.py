@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.attributes import Attributes
+from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import SupportError
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -123,8 +125,9 @@ class Sandbox:
         for tensors, originals in self._kept:
             tensors.clear()
             tensors.update(originals)
-        for param, grad, requires_grad in self._grads:
+        for param, _, requires_grad in self._grads:
             param.requires_grad_(requires_grad)
+        for param, grad, _ in self._grads:
             param.grad = grad
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
@@ -137,7 +140,8 @@ class Sandbox:
 def sandbox(model: nn.Module, device: torch.device, *, widen: bool = False) -> Iterator[Sandbox]:
     """Opens a sandbox around a model: whatever is run inside leaves the model and the random numbers as they were.
 
-    Compiled modules run eagerly inside. Takes a copy of the weights and buffers in memory for as long as it is open.
+    Compiled modules run eagerly inside. Takes a copy of the weights and buffers in memory for as long as it is open; of
+    weights that are sharded over ranks the whole, so all ranks have to open it together.
 
     Args:
         model: The model.
@@ -148,10 +152,10 @@ def sandbox(model: nn.Module, device: torch.device, *, widen: bool = False) -> I
         SupportError: The model has lazy parameters that are not initialised yet.
     """
     state = RandomState(device)
-    opened = Sandbox(model, widen)
     with contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sharding.bypassed(model))
+        opened = Sandbox(model, widen)
+        stack.enter_context(uncompiled())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.callback(state.restore)
@@ -162,7 +166,8 @@ def sandbox(model: nn.Module, device: torch.device, *, widen: bool = False) -> I
 
 
 def _copy(tensor: Tensor, widen: bool) -> Tensor:
-    copied = tensor.detach().clone()
+    whole: Tensor = tensor.full_tensor() if sharding.is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    copied = whole.detach().clone()
     if widen and copied.dtype in _HALF:
         copied = copied.float()
     if isinstance(tensor, nn.Parameter):

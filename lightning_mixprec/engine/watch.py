@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.borders import Border
+from lightning_mixprec.engine.compiling import compiled_parts
 from lightning_mixprec.engine.plan import Plan, Precision, Site
 from lightning_mixprec.errors import PolicyError
 
@@ -79,14 +80,7 @@ class Watch:
 
 def _compiled(model: nn.Module, sites: list[Site]) -> set[Site]:
     """The sites in or below modules that torch.compile or Lightning has compiled."""
-    inside: set[int] = set()
-    for module in model.modules():
-        if (
-            type(module).__name__ == "OptimizedModule"
-            or getattr(module, "_compiled_call_impl", None) is not None
-            or getattr(module, "_compiler_ctx", None) is not None
-        ):
-            inside.update(id(inner) for inner in module.modules())
+    inside = {id(inner) for part in compiled_parts(model) for inner in part.modules()}
     return {site for site in sites if id(site.module) in inside}
 
 

@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 _HALF = (torch.bfloat16, torch.float16)
 _LAZY = (UninitializedParameter, UninitializedBuffer)
 _STORABLE = (torch.float64, torch.float32, *_HALF)
+_CONVERTIBLE = (torch.strided, torch.sparse_coo)  # torch cannot give a compressed tensor data of another dtype
 
 
 class Slot(NamedTuple):
@@ -72,6 +73,7 @@ class _Swap(NamedTuple):
     slot: Slot
     stored: Tensor
     seen: Tensor
+    version: int
 
 
 def with_seen(slots: Iterable[Slot], gate: Gate, call: Callable[[], Any]) -> Any:
@@ -86,8 +88,9 @@ def with_seen(slots: Iterable[Slot], gate: Gate, call: Callable[[], Any]) -> Any
     try:
         for slot in slots:
             _swap_in(slot, swaps)
-        for module in {id(slot.module): slot.module for slot, _, _ in swaps}.values():
-            if isinstance(module, nn.RNNBase):
+        for module in [slot.module for slot, *_ in swaps]:
+            # Dynamo would compile anew for each module whose id() it is asked for.
+            if isinstance(module, nn.RNNBase) and all(module is not known for known, _ in flat_weights):
                 flat_weights.append((module, module._flat_weights))
                 module._flat_weights = _seen_by_rnn(module, swaps)
         return call()
@@ -107,12 +110,13 @@ def _swap_in(slot: Slot, swaps: list[_Swap]) -> None:
     if stored is None or stored.dtype == slot.dtype or isinstance(stored, _LAZY):
         return
     seen = stored.to(slot.dtype)
-    swaps.append(_Swap(slot, stored, seen))
+    # Versions tell of sparse buffers alone, and Dynamo is not to see one.
+    swaps.append(_Swap(slot, stored, seen, 0 if stored.layout == torch.strided else seen._version))
     tensors[slot.name] = seen
 
 
 def _swap_out(swap: _Swap) -> None:
-    slot, stored, seen = swap
+    slot, stored, seen, _ = swap
     tensors = slot.tensors
     now = tensors.get(slot.name)
     tensors[slot.name] = stored
@@ -120,6 +124,8 @@ def _swap_out(swap: _Swap) -> None:
         return
     if now is not seen:
         tensors[slot.name] = now if now is None else now.to(stored.dtype)
+    elif stored.layout != torch.strided:
+        tensors[slot.name] = stored if seen._version == swap.version else seen.to(stored.dtype)
     else:
         # BatchNorm's statistics change without a count in their version, so each forward may have changed them. What it
         # did not change keeps all its bits.
@@ -145,7 +151,7 @@ class Storage:
         """Stores tensors in another dtype, their gradients too; whether there was anything to do."""
         any_changed = False
         for tensor in tensors:
-            if tensor.dtype not in _STORABLE or tensor.dtype == dtype:
+            if tensor.dtype not in _STORABLE or tensor.dtype == dtype or tensor.layout not in _CONVERTIBLE:
                 continue
             before = self._before[id(tensor)][1] if id(tensor) in self._before else tensor.dtype
             self._before[id(tensor)] = (tensor, before, dtype)

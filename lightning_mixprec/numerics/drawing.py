@@ -68,7 +68,7 @@ def draw_layers(
     figure, ax = _axes(ax, height=1.2 + 0.22 * max(len(shown), 4))
     places = range(len(shown))
     ax.barh(places, list(shown.values()), color=_BARS)
-    ax.set_yticks(places, [name or '""' for name in shown], fontsize="small")
+    ax.set_yticks(places, [_label(name) for name in shown], fontsize="small", parse_math=False)
     ax.set_ylim(len(shown) - 0.4, -0.6)
     if limit is not None:
         ax.axvline(limit, color=_COLORS["fp16"], linestyle="--")
@@ -148,3 +148,10 @@ def draw_steps(
     if marks:
         ax.legend(title="failed steps")
     return figure, ax
+
+
+def _label(name: str) -> str:
+    """A layer's name as it can be drawn."""
+    if not name:
+        return '""'
+    return name if name.isprintable() else repr(name)[1:-1]

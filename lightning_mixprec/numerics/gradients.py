@@ -2,14 +2,19 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
+
+from lightning_mixprec.numerics.segments import local_part
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -35,6 +40,8 @@ def obeys_found_inf(optimizer: Optimizer) -> bool:
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
+    if any(type(param) not in _PLAIN for param in params_of(optimizer)):
+        return False  # of DTensors: kernels take no plain tensor, which the flag is, beside them
     if not isinstance(optimizer, torch.optim.SGD):
         return True
     return all(
@@ -64,11 +71,11 @@ def params_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def grads_of(params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of those parameters that have one, sparse ones as their values."""
+    """The gradients of those parameters that have one; sparse ones as their values, of DTensors the local part."""
     grads = [grad for param in params if (grad := param.grad) is not None]
     if any(map(attrgetter("is_sparse"), grads)):
         return [_values(param) if grad.is_sparse else grad for param in params if (grad := param.grad) is not None]
-    return grads
+    return [local_part(grad) for grad in grads] if any(type(grad) is not Tensor for grad in grads) else grads
 
 
 def _values(param: Tensor) -> Tensor:
@@ -91,3 +98,26 @@ def check_and_unscale(grads: list[Tensor], factor: Tensor, found_inf: Tensor) ->
         if flag is not found_inf:
             found_inf = torch.maximum(found_inf, flag.to(found_inf.device, non_blocking=True))
     return found_inf
+
+
+class GradMark:
+    """Tells a gradient from a later one, and from itself with more added."""
+
+    def __init__(self, grad: Tensor | None) -> None:
+        self._grad = None if grad is None else weakref.ref(grad)
+        self._version = None if grad is None else grad._version
+
+    def fits(self, grad: Tensor | None) -> bool:
+        """Whether this is still the gradient it was."""
+        return self._grad is not None and grad is not None and self._grad() is grad and self._version == grad._version
+
+
+def spent_params(stepped: Iterable[Optimizer], marks: Mapping[int, GradMark]) -> set[int]:
+    """Parameters, by ``id``, whose gradients were stepped on and are no others since.
+
+    Args:
+        stepped: Optimizers that took their step.
+        marks: By the parameter's ``id``, what its gradient was before a later backward; none if there was none.
+    """
+    params = (param for optimizer in stepped for param in params_of(optimizer))
+    return {id(param) for param in params if id(param) not in marks or marks[id(param)].fits(param.grad)}

@@ -14,7 +14,7 @@ by 1/S before the optimizer sees them; S is searched for while training runs [1]
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -23,15 +23,19 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.numerics.gradients import (
+    GradMark,
     check_and_unscale,
     grads_of,
     obeys_found_inf,
     params_of,
     scalar,
+    spent_params,
     tell_found_inf,
     untell_found_inf,
 )
 from lightning_mixprec.numerics.loss_scaling import LossScaling
+
+_INT32 = torch.iinfo(torch.int32)
 
 
 class LossScaler:
@@ -44,16 +48,22 @@ class LossScaler:
     Args:
         options: How to scale; None for not at all.
         guards: Whether steps with non-finite gradients are skipped when nothing is scaled.
+
+    Attributes:
+        shared_on: The device on which ranks tell each other what they found, because each holds a part of the same
+            gradients (FSDP); None where gradients are whole.
     """
 
     def __init__(self, options: LossScaling | None = None, guards: bool = True) -> None:
         self.options = options
         self.guards = guards
+        self.shared_on: torch.device | None = None
         self._start_at(options.init_scale if options else 1.0)
         self._unscaled: dict[Optimizer, Tensor] = {}
         self._found_before: dict[Optimizer, Tensor] = {}
         self._flags: list[Tensor] = []
         self._stepped: list[Optimizer] = []
+        self._marks: dict[int, GradMark] = {}
         self._unscaled_since_backward: dict[Optimizer, None] = {}
 
     @property
@@ -86,9 +96,12 @@ class LossScaler:
             found_inf = check_and_unscale(done, scalar(1.0, device), found_inf)
         if optimizer in self._found_before:
             found_inf = torch.maximum(found_inf, self._found_before.pop(optimizer).to(device, non_blocking=True))
+        if self.shared_on is not None:
+            found_inf = found_inf.to(self.shared_on, non_blocking=True)
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX)
         self._unscaled[optimizer] = found_inf
         self._unscaled_since_backward[optimizer] = None
-        if fresh or done:
+        if fresh or done or self.shared_on is not None:
             self._flags.append(found_inf)
         return found_inf
 
@@ -155,6 +168,8 @@ class LossScaler:
         found_inf = self.unscale_(optimizer)
         self._unscaled.pop(optimizer, None)
         self._stepped.append(optimizer)
+        for param in params_of(optimizer) if self._marks else ():
+            self._marks.pop(id(param), None)
         if found_inf is None:
             return False
         return bool(found_inf.item()) if _is_read(optimizer, found_inf) else found_inf
@@ -167,15 +182,18 @@ class LossScaler:
         """
         flags, self._flags = self._flags, []
         stepped, self._stepped = self._stepped, []
+        marks, self._marks = self._marks, {}
         if self.options is None or not flags or self.options.is_static:
             return
         scale = self._tensors(flags[0].device)[0]
         found_inf = flags[0] if len(flags) == 1 else torch.stack([flag.to(scale.device) for flag in flags]).amax()
-        waiting = [optimizer for optimizer in waiting if optimizer not in stepped and optimizer not in self._unscaled]
+        waiting = [optimizer for optimizer in waiting if optimizer not in self._unscaled]
+        if not marks:
+            waiting = [optimizer for optimizer in waiting if optimizer not in stepped]
         before = scale.clone() if waiting else scale
         self._adapt(self.options, found_inf.to(scale.device))
         if waiting:
-            self._rescale(waiting, scale / before, stepped)
+            self._rescale(waiting, scale / before, spent_params(stepped, marks))
 
     def configure(self, options: LossScaling | None, waiting: Iterable[Optimizer] = ()) -> None:
         """Starts, ends or changes scaling between two steps; gradients that wait for their step follow.
@@ -191,7 +209,7 @@ class LossScaler:
         self._start_at(after)
         ratio = after / before
         if ratio != 1:
-            self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio, [])
+            self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio)
 
     def move_to(self, scale: float, waiting: Iterable[Optimizer] = ()) -> None:
         """Moves the scale between two steps, within the bounds, and counts anew. No host synchronisation.
@@ -219,12 +237,13 @@ class LossScaler:
             self._scale.fill_(after)
             self._growth_tracker.zero_()
             self._overflows.zero_()
-        self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio, [])
+        self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio)
 
     def forget_steps(self) -> None:
         """Drops what is left of a step that an exception cut short."""
         for steps in (self._unscaled, self._found_before, self._flags, self._stepped, self._unscaled_since_backward):
             steps.clear()
+        self._marks.clear()
 
     @property
     def present_scale(self) -> float | Tensor:
@@ -258,10 +277,13 @@ class LossScaler:
 
         A scale outside the configured bounds is moved to the nearer bound. A scale that no training can go on with
         (0, NaN, infinite) is replaced by ``init_scale``, with a warning.
+
+        Raises:
+            ScalingError: The state holds something else than numbers.
         """
         if self.options is None or "scale" not in state:
             return
-        scale = float(state["scale"])
+        scale, growth_tracker, overflows = _numbers_in(state)
         if not math.isfinite(scale) or scale <= 0:
             warnings.warn(
                 f"The checkpoint's loss scale is {scale:g}: the run that wrote it had collapsed. Starting again at "
@@ -270,8 +292,7 @@ class LossScaler:
             )
             scale = self.options.init_scale
         self._start_at(self.options.bounded(scale))
-        self._start["growth_tracker"] = int(state.get("growth_tracker", state.get("_growth_tracker", 0)))
-        self._start["overflows"] = int(state.get("overflows", 0))
+        self._start |= {"growth_tracker": growth_tracker, "overflows": overflows}
 
     def _start_at(self, scale: float) -> None:
         self._start = {"scale": scale, "growth_tracker": 0, "overflows": 0}
@@ -306,14 +327,16 @@ class LossScaler:
     def _scale_waiting(self) -> None:
         """Scales anew what was unscaled, to be clipped, and not stepped yet: the coming backward may add to it."""
         self._unscaled_since_backward.clear()
+        for param in (param for optimizer in self._stepped if self.is_active for param in params_of(optimizer)):
+            self._marks.setdefault(id(param), GradMark(param.grad))
         if self._unscaled or self._found_before:
             found = self._found_before | self._unscaled
             self._found_before = {
                 optimizer: flag for optimizer, flag in found.items() if grads_of(params_of(optimizer))
             }
             waiting, self._unscaled = [optimizer for optimizer in self._unscaled if optimizer in self._found_before], {}
-            if self._scale is not None:
-                self._rescale(waiting, self._scale, [])
+            if self.is_active:
+                self._rescale(waiting, self.present_scale)
 
     def _gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """Those to unscale, and those of parameters that another optimizer shares and has unscaled."""
@@ -327,8 +350,8 @@ class LossScaler:
     def _unscaled_params(self) -> set[int]:
         return {id(param) for optimizer in self._unscaled_since_backward for param in params_of(optimizer)}
 
-    def _rescale(self, optimizers: Iterable[Optimizer], ratio: Tensor | float, stepped: list[Optimizer]) -> None:
-        done = self._unscaled_params() | {id(param) for optimizer in stepped for param in params_of(optimizer)}
+    def _rescale(self, optimizers: Iterable[Optimizer], ratio: Tensor | float, spent: Set[int] = frozenset()) -> None:
+        done = self._unscaled_params() | spent
         params = (param for optimizer in optimizers for param in params_of(optimizer))
         waiting = {id(param): param for param in params if id(param) not in done}
         if grads := grads_of(list(waiting.values())):
@@ -341,6 +364,21 @@ class _SparedError(Exception):
     def __init__(self, result: Any) -> None:
         super().__init__()
         self.result = result
+
+
+def _numbers_in(state: Mapping[str, Any]) -> tuple[float, int, int]:
+    """The scale and its counters."""
+    kept = (state["scale"], state.get("growth_tracker", state.get("_growth_tracker", 0)), state.get("overflows", 0))
+    try:
+        scale, growth_tracker, overflows = float(kept[0]), int(kept[1]), int(kept[2])
+        if min(growth_tracker, overflows) < 0 or max(growth_tracker, overflows) > _INT32.max:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ScalingError(
+            "The checkpoint's loss scaler is damaged: its scale and counters are {!r}, {!r} and {!r}. Resume from "
+            "another checkpoint, or load the weights alone.".format(*kept)
+        ) from None
+    return scale, growth_tracker, overflows
 
 
 def _is_read(optimizer: Optimizer, found_inf: Tensor) -> bool:

@@ -35,7 +35,7 @@ def flatten(tensor: Tensor) -> Tensor:
         FormatError: it holds no floating-point numbers.
     """
     with torch.no_grad():
-        tensor = _local_part(tensor)
+        tensor = local_part(tensor)
         if tensor.layout == torch.sparse_coo:
             tensor = tensor.coalesce().values()
         elif tensor.layout != torch.strided:
@@ -50,7 +50,7 @@ def flatten_together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         FormatError: the shapes differ, or one holds no floating-point numbers.
     """
     with torch.no_grad():
-        first, second = (_real(_local_part(tensor).to_dense()) for tensor in (first, second))
+        first, second = (_real(local_part(tensor).to_dense()) for tensor in (first, second))
         if first.shape != second.shape:
             raise FormatError(f"cannot compare shape {tuple(first.shape)} with shape {tuple(second.shape)}")
         if first.dtype != second.dtype:
@@ -61,7 +61,12 @@ def flatten_together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first.reshape(-1), second.reshape(-1)
 
 
-def _local_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """Of a tensor that is spread over ranks (a DTensor) this rank's part, sharing memory; any other one itself.
+
+    Raises:
+        FormatError: it is no tensor.
+    """
     if not isinstance(tensor, Tensor):
         raise FormatError(f"expected a tensor, not a {type(tensor).__name__}")
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

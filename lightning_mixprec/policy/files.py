@@ -53,10 +53,18 @@ def read(path: str | os.PathLike[str]) -> Document:
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a YAML file, its folder too: what stood there before stays whole until the new content is complete."""
+    """Write a YAML file, its folder too: what stood there before stays whole until the new content is complete.
+
+    A pipe or a device is written to, not replaced.
+    """
     target = Path(os.path.realpath(Path(path).expanduser()))
-    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False)
+    text = yaml.dump(
+        dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8", newline="\n")
+        return
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with draft.open("x", encoding="utf-8", newline="\n") as file:
@@ -78,6 +86,16 @@ def _read_text(path: str | os.PathLike[str]) -> str:
         raise PolicyError(f"{os.fspath(path)} is no UTF-8 text; a policy file is YAML") from None
     except OSError as error:
         raise PolicyError(f"cannot read {os.fspath(path)}: {error.strerror}; give the path of a YAML file") from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Escapes what is not printable; PyYAML would take some of it for a line break when it reads it again."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Reader:
@@ -121,7 +139,9 @@ class _Reader:
         except (yaml.YAMLError, ValueError):
             raise self._error(node, f"cannot read {node.value!r}; write a plain value, in quotes if need be") from None
         if value is None:
-            raise self._error(node, f"{path[-1] if path else 'the file'} has no value; write one or leave it out")
+            key = str(path[-1]) if path else "the file"
+            shown = key if key.isprintable() else repr(key)
+            raise self._error(node, f"{shown} has no value; write one or leave it out")
         return value
 
     def _error(self, node: yaml.Node, problem: str) -> PolicyError:

@@ -58,7 +58,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     parameters = "lazy" if row.parameters is None else f"{row.parameters:,}" if row.parameters else "-"
     if row.parameters == 0 and row.is_tied:
         parameters = "tied"
-    return (row.name, row.type_name, parameters, row.formats, _shortened(row.rule, _MAX_RULE_WIDTH))
+    return (printable(row.name), row.type_name, parameters, row.formats, _shortened(row.rule, _MAX_RULE_WIDTH))
 
 
 def align(rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> list[str]:
@@ -71,6 +71,7 @@ def align(rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> list[st
     >>> align([["layer", "bits"], ["head", "3"]], right=["bits"])
     ['layer  bits', 'head      3']
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -107,7 +108,17 @@ def _fate(tally: "RuleTally") -> str:
     return f"{fate}, lost {', '.join(winners)}"
 
 
+def printable(text: str) -> str:
+    r"""A text as it can stand in a line: what would break the line, or steer a terminal, is escaped.
+
+    >>> print(printable("head"), printable("new\nline"))
+    head new\nline
+    """
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def _shortened(text: str, width: int) -> str:
+    text = printable(text)
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 

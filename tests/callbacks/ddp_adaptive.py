@@ -19,10 +19,11 @@ class Spiked(Task):
     """Overflows on the second process alone."""
 
     def __init__(self):
-        super().__init__(Loud(), ADAM)
+        super().__init__(Loud(1e4), ADAM)
+        torch.nn.init.zeros_(self.net.up.bias)
 
     def forward(self, x):
-        return super().forward(x if RANK == 1 else 1e-3 * x)
+        return super().forward(x * (100.0 if RANK == 1 else 0.01))
 
 
 def spoil(run, model):

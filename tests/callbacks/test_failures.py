@@ -216,7 +216,7 @@ def search(net, values, weight=STARVED):
         evidence.add_batch(batch, batch_idx, None)
     found, problems = diagnosed(StepReplay(model, formats, CPU), evidence, 65536.0)
     verdict = None if found is None else (found.rank, found.kept.batch_idx, found.diagnosis.verdict)
-    return verdict, [(kept.batch_idx, message) for kept, message in problems]
+    return verdict, [tuple(problem) for problem in problems]
 
 
 GOOD, ONES = batches(1)[0], torch.ones(4, 8)

@@ -96,10 +96,11 @@ def rows(results):
 @pytest.mark.parametrize("case", CASES)
 def test_rows_are_written_once(ranks, case):
     places = [
-        (row["monitor"], row["batch_idx"], row.get("layer"), "stagnation_rate" in row) for row in rows(ranks[0][case])
+        (row["monitor"], row["batch_idx"], row.get("layer"), "stagnation_rate" in row, "problem" in row)
+        for row in rows(ranks[0][case])
     ]
     assert len(places) == len(set(places))
-    assert {("underflow", 0, "net.0", False), ("fidelity", 0, "net.0", False)} <= set(places)
+    assert {("underflow", 0, "net.0", False, False), ("fidelity", 0, "net.0", False, False)} <= set(places)
 
 
 def test_a_replay_that_fails_on_one_process_is_a_loss_for_none(ranks):

@@ -295,17 +295,17 @@ def test_a_copy_never_takes_more_than_it_may(monkeypatch):
         assert exact.fits(run, model) and exact.take(run, model, 1)
         assert exact.fits(run, model) and exact.take(run, model, 2)
         assert not small.fits(run, model) and not small.take(run, model, 1) and small.step is None
-        monkeypatch.setattr(snapshot, "_free_host_bytes", lambda: 4 * needed - 1)
+        monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 4 * needed - 1)
         assert not Snapshots().fits(run, model)
-        monkeypatch.setattr(snapshot, "_free_host_bytes", lambda: 4 * needed)
+        monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 4 * needed)
         assert Snapshots().fits(run, model)
-        monkeypatch.setattr(snapshot, "_free_host_bytes", lambda: 0)
+        monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 0)
         assert exact.fits(run, model), "its memory is its own"
         assert not Snapshots(2 * needed).fits(run, model)
 
     during(look)
     monkeypatch.undo()
-    assert snapshot._free_host_bytes() > 2**20
+    assert snapshot.free_host_bytes() > 2**20
 
 
 def test_state_that_comes_later_has_to_fit_too():

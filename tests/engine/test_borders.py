@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_mixprec.engine.apply import attach
+from lightning_mixprec.engine.borders import border_of
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
@@ -371,7 +372,7 @@ def test_a_deep_copy_computes_with_its_own_weights(attached):
             for parameter in other.parameters():
                 parameter.zero_()
         assert other(x).tolist() == [[0, 0]] and torch.equal(model(x), before)
-        assert other.layers[1].forward.module is other.layers[1]
+        assert border_of(other.layers[1]).module is other.layers[1]
 
 
 @pytest.mark.parametrize("policy", [{"default": "bf16", "layers.1": "fp32"}, {"default": "fp32", "layers.1": "fp64"}])
@@ -385,7 +386,7 @@ def test_pickle_and_torch_save_carry_the_borders(policy, attached):
         file.seek(0)
         for other in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
             assert torch.equal(other(x), expected)
-            assert other.layers[1].forward.module is other.layers[1]
+            assert border_of(other.layers[1]).module is other.layers[1]
 
 
 def test_a_copy_of_an_attached_model_can_be_attached_afresh(attached, snapshot):

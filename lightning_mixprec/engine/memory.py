@@ -1,0 +1,28 @@
+"""How much memory tensors take, and how much there is."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_mixprec.numerics.segments import local_part
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """What a tensor's values take, and the indices of a sparse one; of a DTensor this rank's part."""
+    tensor = local_part(tensor)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values().nbytes + tensor._indices().nbytes
+    return tensor.nbytes if tensor.layout == torch.strided else tensor.values().nbytes * 2
+
+
+def free_host_bytes() -> int:
+    """Memory that this machine can give; 0 where it does not say."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    names = getattr(os, "sysconf_names", {})
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in names else 0

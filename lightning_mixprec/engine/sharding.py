@@ -1,0 +1,227 @@
+"""Weights that FSDP2 shards over ranks, and the format in which each group of them is gathered.
+
+``torch.distributed.fsdp.fully_shard`` gathers a module's weights, those of inner modules that are sharded by themselves
+excepted, in one message before the module runs. A group whose layers all compute in one 16-bit format, and whose
+weights autocast would cast to it anyway, is gathered in it, which halves the message and the memory and changes no
+number. Any other group is gathered as it is stored, and autocast casts for each layer. Gradients are reduced in fp32
+either way, and inputs are cast by the layers' own formats.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_mixprec.engine.plan import Precision, Site, survey
+from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.policy.names import walk
+
+try:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+except ImportError:  # torch built without distributed
+    is_available = False
+else:
+    is_available = True
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CAST_BY_AUTOCAST: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.MultiheadAttention,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+if is_available:
+
+    @dataclass(frozen=True)
+    class _Gathered(MixedPrecisionPolicy):
+        """A policy of ours, which may be replaced; the user's own may not."""
+
+
+class Group(NamedTuple):
+    """Weights that are gathered together: a module that leads them, the layers whose they are and their modules."""
+
+    leader: Any
+    layers: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+    def format(self, assignment: Mapping[str, Precision]) -> torch.dtype | None:
+        """What they are gathered in; None for as they are stored."""
+        formats = {_format(module, assignment[name]) for name, module in zip(self.layers, self.modules, strict=True)}
+        return formats.pop() if len(formats) == 1 else None
+
+
+def shard(model: nn.Module, modules: Iterable[nn.Module], assignment: Mapping[str, Precision], **options: Any) -> None:
+    """Shards modules of a model as torch's ``fully_shard``, the inner ones first; those that are sharded are left.
+
+    Layers of a module that are to be gathered in another format than most of it (norms, or what computes in fp32)
+    become a group of their own.
+
+    Args:
+        model: The model.
+        modules: Modules below it.
+        assignment: What each of its layers is assigned.
+        options: What ``fully_shard`` takes beside ``mp_policy``: mesh, reshard_after_forward, offload_policy, ...
+
+    Raises:
+        PolicyError: A module is not one of the model's.
+    """
+    sites = survey(model)
+    depth = {id(module): name.count(".") + bool(name) for name, module, _ in walk(model)}
+    chosen = list(modules)
+    for module in chosen:
+        if id(module) not in depth:
+            raise PolicyError(
+                f"a {type(module).__name__} was to be sharded that is no module of the {type(model).__name__}; pass "
+                "modules that are registered in it"
+            )
+    formats = {id(part): _format(part, assignment[site.name]) for site in sites for part in site.parts}
+    for module in sorted(chosen, key=lambda module: -depth[id(module)]):
+        if not isinstance(module, FSDPModule):
+            apart, rest = _divided(module, formats)
+            for dtype, parts in apart.items():
+                fully_shard(parts, mp_policy=_policy(dtype), **options)
+            fully_shard(module, mp_policy=_policy(rest), **options)
+
+
+def groups_of(sites: Sequence[Site]) -> list[Group]:
+    """The groups of weights that FSDP2 gathers in a model."""
+    if not (is_available and sites):
+        return []
+    leader_of: dict[int, Any] = {}
+    for leader in sites[0].module.modules():
+        if isinstance(leader, FSDPModule):
+            leader_of.update((id(each), leader) for each in _own_modules(leader))
+    found: dict[int, list[tuple[Any, str, nn.Module]]] = {}
+    for site in sites:
+        for part in site.parts:
+            if id(part) in leader_of and _weights(part):
+                leader = leader_of[id(part)]
+                found.setdefault(id(leader._get_fsdp_state()), []).append((leader, site.name, part))
+    return [Group(each[0][0], *map(tuple, list(zip(*each, strict=True))[1:])) for each in found.values()]
+
+
+def gather(groups: Iterable[Group], assignment: Mapping[str, Precision]) -> None:
+    """Has groups gathered in the formats of an assignment, between steps.
+
+    Raises:
+        PolicyError: The user sharded a group with a format of his own, and a layer of it computes in another.
+    """
+    for group in groups:
+        wanted, given = group.format(assignment), group.leader._get_fsdp_state()._mp_policy
+        if given.param_dtype is None or isinstance(given, _Gathered):
+            if given.param_dtype != wanted:
+                _replace(group.leader, _policy(wanted))
+            continue
+        for name in group.layers:
+            if _HALF.get(assignment[name].compute) != given.param_dtype:
+                raise PolicyError(
+                    f"the weights of layer {name!r} were sharded with MixedPrecisionPolicy(param_dtype="
+                    f"{given.param_dtype}), but it is to compute in {assignment[name].compute}; leave mp_policy out of "
+                    "fully_shard, or call plugin.fully_shard in configure_model"
+                )
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of weights that are still gathered, as those of the outermost module are after an evaluation."""
+    for module in model.modules() if is_available else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """FSDP2 stands aside: modules run on whatever weights they hold, and nothing is gathered or freed."""
+    reshard(model)
+    kept = []
+    for module in model.modules() if is_available else ():
+        if isinstance(module, FSDPModule):
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                kept.append((hooks, dict(hooks)))
+    for hooks, before in kept:
+        for key, hook in before.items():
+            if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over ranks (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _own_modules(leader: nn.Module) -> Iterator[nn.Module]:
+    """A module and those below it, without those that are sharded by themselves and what is below them."""
+    yield leader
+    for child in leader.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own_modules(child)
+
+
+def _divided(
+    module: nn.Module, formats: Mapping[int, torch.dtype | None]
+) -> tuple[dict[torch.dtype | None, list[nn.Module]], torch.dtype | None]:
+    """A module's layers that are gathered apart, by format, and the format in which the others are.
+
+    Layers that hold other layers, or share a weight with another one, stay with the others.
+    """
+    parts = [part for part in _own_modules(module) if _weights(part)]
+    uses = Counter(id(weight) for part in parts for weight in _weights(part))
+    apart: dict[torch.dtype | None, list[nn.Module]] = {}
+    stay: set[torch.dtype | None] = set()
+    for part in parts:
+        is_alone = part is not module and not any(_weights(each) for each in part.modules() if each is not part)
+        if is_alone and all(uses[id(weight)] == 1 for weight in _weights(part)):
+            apart.setdefault(formats[id(part)], []).append(part)
+        else:
+            stay.add(formats[id(part)])
+    if not stay and apart:
+        stay = {max(apart, key=lambda dtype: sum(each.numel() for part in apart[dtype] for each in _weights(part)))}
+    rest = stay.pop() if len(stay) == 1 else None
+    apart.pop(rest, None)
+    return apart, rest
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    return [param for param in module._parameters.values() if param is not None]
+
+
+def _format(module: nn.Module, precision: Precision) -> torch.dtype | None:
+    """The 16-bit format that autocast casts all weights of a module to, if it does."""
+    is_cast = any(type(module).forward is kind.forward for kind in _CAST_BY_AUTOCAST)
+    return _HALF.get(precision.compute) if is_cast else None
+
+
+def _policy(dtype: torch.dtype | None) -> Any:
+    return _Gathered(dtype, torch.float32 if dtype is not None else None, cast_forward_inputs=False)
+
+
+def _replace(leader: Any, policy: Any) -> None:
+    """Gives a group another policy. torch has no public way; what was allocated for the old format is dropped."""
+    leader.reshard()
+    state = leader._get_fsdp_state()
+    state._mp_policy = policy
+    for group in _param_groups(state):
+        group.mp_policy = policy
+        for param in group.fsdp_params:
+            param.mp_policy = policy
+            param.all_gather_outputs = []
+            vars(param).pop("_unsharded_param", None)
+        if state._is_root is not None:
+            group._init_mp_dtypes()
+
+
+def _param_groups(state: Any) -> list[Any]:
+    """One in older torch, any number in newer."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []

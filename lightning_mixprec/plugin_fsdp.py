@@ -1,0 +1,133 @@
+"""``PerLayerFSDPPrecision``: the plugin under Lightning's ``FSDPStrategy``, which takes no plugin of another kind."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_mixprec import plugin_checks as checks
+from lightning_mixprec.errors import PolicyError, SupportError
+from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.names import walk
+
+_FORMATS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[misc]
+    """:class:`PerLayerPrecision` for ``FSDPStrategy(precision_plugin=...)``, with loss scaling for fp16.
+
+    Layers compute in the formats of the policy; weights are gathered and gradients reduced as they are stored, so that
+    results are those of DDP. Where whole wrapped modules compute in one 16-bit format, ``FSDPStrategy(mixed_precision=
+    MixedPrecision(param_dtype=...))`` has them gathered in it; classes in its ``_module_classes_to_ignore`` are not.
+    FSDP2 (``ModelParallelStrategy`` with :meth:`PerLayerPrecision.fully_shard`) does this by layer; callbacks that
+    replay steps work there alone. Takes the arguments of :class:`PerLayerPrecision`.
+
+    Raises:
+        MixPrecError: An argument is malformed; one line that says what is allowed.
+    """
+
+    @staticmethod
+    @override
+    def _check_strategy(strategy: Strategy, who: str = "PerLayerFSDPPrecision") -> None:
+        if not isinstance(strategy, FSDPStrategy):
+            raise SupportError(
+                f"{who} is for FSDPStrategy alone, and this Trainer has a {type(strategy).__name__}; "
+                "use PerLayerPrecision."
+            )
+
+    @property
+    @override
+    def mixed_precision_config(self) -> Any:
+        """None: weights are gathered as they are stored, unless the strategy says otherwise."""
+        return None
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        if not checks.check_lightning_module(module).automatic_optimization:
+            raise SupportError(
+                "FSDPStrategy runs training_step inside the wrapped forward, where torch's FSDP cannot run backward: "
+                "manual optimization does not work with it; use ModelParallelStrategy (FSDP2)."
+            )
+        super().convert_module(module)
+        for assignment in (self._formats.training_assignment, self._formats.evaluation_assignment):
+            if assignment is not None:
+                _check_storage(assignment)
+        return module
+
+    @override
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        assert self.assignment is not None
+        _check_gathered(model, self.assignment)
+        return super().connect(model, optimizers, lr_schedulers)
+
+    @override
+    def tensor_init_context(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    module_init_context = tensor_init_context
+
+    @override
+    def convert_output(self, data: Any) -> Any:
+        return data
+
+    @override
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
+        """Clips the norm of all gradients, over all ranks."""
+        model = self._running_root()
+        if len(self._optimizers) > 1:
+            raise SupportError(
+                "FSDP clips the norm of all gradients together, and there are several optimizers; use "
+                "gradient_clip_algorithm='value', or ModelParallelStrategy (FSDP2)."
+            )
+        model.clip_grad_norm_(float(clip_val))
+
+    def _running_root(self) -> Any:
+        model = self._model() if self._model is not None else None
+        assert model is not None
+        return model.trainer.strategy.model
+
+
+def _check_storage(assignment: Assignment) -> None:
+    for name, layer in assignment.items():
+        if layer.compute == "fp64" or layer.param not in ("fp32", layer.compute):
+            raise SupportError(
+                f"layer {name!r} stores its weights in {layer.param} and computes in {layer.compute}, for which FSDP "
+                "would have to hold casts of them; use fp32 weights and fp32, bf16 or fp16 operations, or "
+                "ModelParallelStrategy (FSDP2)."
+            )
+
+
+def _check_gathered(root: nn.Module, assignment: Assignment) -> None:
+    """Raises if FSDP gathers the weights of a layer in another 16-bit format than it computes in."""
+    modules = {id(node.module): node.name for node in walk(root)}
+    for unit, module in _with_units(root, None):
+        config = getattr(unit, "mixed_precision", None)
+        gathered = _FORMATS.get(config.param_dtype) if config is not None else None
+        name = modules.get(id(module))
+        if gathered is None or name is None or not module._parameters:
+            continue
+        if assignment[name].compute != gathered:
+            raise PolicyError(
+                f"FSDPStrategy(mixed_precision=...) gathers the weights of layer {name!r} in {gathered}, but it is to "
+                f"compute in {assignment[name].compute}; add its class to _module_classes_to_ignore, wrap it by itself "
+                "with another MixedPrecision, or leave mixed_precision out."
+            )
+
+
+def _with_units(module: nn.Module, unit: Any) -> Iterator[tuple[Any, nn.Module]]:
+    """Every module with the FSDP unit that gathers its weights."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    unit = module if isinstance(module, FullyShardedDataParallel) else unit
+    yield unit, module
+    for child in module.children():
+        yield from _with_units(child, unit)
