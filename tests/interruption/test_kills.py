@@ -1,0 +1,134 @@
+"""SIGKILL anywhere, also while a checkpoint is written: what is left loads, and goes on as if nothing had happened."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from interruption.killed_run import POINTS
+from interruption.runs import EPOCHS, LEARNED, differences
+from processes import TESTS, outcomes, started
+
+from lightning_mixprec import PrecisionPolicy
+from lightning_mixprec.callbacks.journal import FILE_NAME
+
+NOTHING_TO_GO_ON_FROM = {"on_train_batch_end 3", "half moved 1"}
+CUT_SHORT = {"half moved 1": {"epoch=0.ckpt"}, "half moved 4": {"last.ckpt"}}
+RESUMED = [name for name in POINTS if name not in NOTHING_TO_GO_ON_FROM]
+WHOLE = "whole"
+
+
+class Left(NamedTuple):
+    """What a run left when it was killed."""
+
+    code: int
+    checkpoints: set[str]
+    learned: str | None
+    rows: list[str]
+
+
+def left_in(folder, code):
+    learned, rows = folder / LEARNED, folder / FILE_NAME
+    return Left(
+        code,
+        {path.name for path in (folder / "saved").glob("*")},
+        learned.read_text() if learned.exists() else None,
+        rows.read_text().splitlines() if rows.exists() else [],
+    )
+
+
+def unpickled(path):
+    return pickle.loads(path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of all runs, and what each had left when it was killed; by now they have gone on."""
+    folder, left = tmp_path_factory.mktemp("kills"), {}
+    script = Path(__file__).with_name("killed_run.py")
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [TESTS.parent, TESTS]))}
+    for task in ("kill", "continue"):
+        outcomes([started([script, task, folder], folder, **environment)])
+        left = left or {name: left_in(folder / name, code) for name, code in unpickled(folder / "kill.pkl").items()}
+    return folder, left
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """What the uninterrupted run ended with."""
+    return unpickled(runs[0] / WHOLE / "end.pkl")
+
+
+def checkpoint(path):
+    """What a checkpoint says of the training: without the places and times of files."""
+    content = torch.load(path, weights_only=True)
+    content["callbacks"] = {
+        key: state for key, state in content["callbacks"].items() if not key.startswith("ModelCheckpoint")
+    }
+    return content
+
+
+def test_the_run_has_all_that_could_be_lost(runs, whole):
+    assert runs[1][WHOLE].code == 0
+    assert [entry["step"] for entry in whole["history"]] == [1, 2, 6]
+    assert [made["kind"] for made in whole["monitors"]["AdaptivePrecision"]["decisions"]] == ["promote"]
+    assert len(whole["monitors"]["PrecisionScheduler"]["came"]) == 2
+    assert whole["monitors"]["OverflowMonitor"]["events"]
+    assert whole["monitors"]["UnderflowMonitor"]["latest"]
+    assert whole["monitors"]["FidelityMonitor"]["latest"]["layers"]
+    assert 0 < whole["skipped"] < whole["step"]
+    scale = checkpoint(runs[0] / WHOLE / "saved/epoch=1.ckpt")["PerLayerPrecision"]["scaler"]
+    assert scale["scale"] < 2.0**20
+    assert scale["growth_tracker"] > 0
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_it_died_and_left_whole_files(runs, name):
+    folder, left = runs[0], runs[1][name]
+    assert left.code == -9
+    assert all(isinstance(json.loads(row), dict) for row in left.rows)
+    refused = unpickled(folder / name / "refused.pkl")
+    assert refused.keys() == CUT_SHORT.get(name, set())
+    if left.learned is not None:
+        learned = PrecisionPolicy.from_dict(yaml.safe_load(left.learned))
+        saved = [checkpoint(folder / WHOLE / f"saved/epoch={epoch}.ckpt") for epoch in range(EPOCHS)]
+        assert learned.to_dict() in [content["PerLayerPrecision"]["policy"] for content in saved]
+
+
+def test_a_learned_policy_that_was_being_written_is_still_the_last_one(runs):
+    folder, left = runs[0], runs[1]["learned policy 3"]
+    assert left.checkpoints == {"epoch=0.ckpt", "last.ckpt"}
+    first, second = (checkpoint(folder / WHOLE / f"saved/epoch={epoch}.ckpt") for epoch in (0, 1))
+    assert yaml.safe_load(left.learned) == first["PerLayerPrecision"]["policy"] != second["PerLayerPrecision"]["policy"]
+
+
+def test_before_the_first_checkpoint_is_whole_there_is_none_to_take_for_good(runs):
+    for name in NOTHING_TO_GO_ON_FROM:
+        assert runs[1][name].checkpoints == CUT_SHORT.get(name, set())
+        assert not (runs[0] / name / "end.pkl").exists()
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_it_goes_on_to_the_bits_of_the_uninterrupted_run(runs, whole, name):
+    end = unpickled(runs[0] / name / "end.pkl")
+    begun = len(whole["losses"]) - len(end["losses"])
+    assert begun > 0
+    end["losses"] = whole["losses"][:begun] + end["losses"]
+    assert list(differences(end, whole)) == []
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_all_files_are_those_of_the_uninterrupted_run(runs, name):
+    folder = runs[0]
+    for epoch in range(EPOCHS):
+        mine, theirs = (checkpoint(folder / each / f"saved/epoch={epoch}.ckpt") for each in (name, WHOLE))
+        assert list(differences(mine, theirs)) == []
+    assert list(differences(checkpoint(folder / name / "saved/last.ckpt"), theirs)) == []
+    assert (folder / name / LEARNED).read_text() == (folder / WHOLE / LEARNED).read_text()
+    rows, expected = ((folder / each / FILE_NAME).read_text().splitlines() for each in (name, WHOLE))
+    assert [row for row in expected if row not in rows] == []
+    assert [row for row in rows if row not in expected] == []
