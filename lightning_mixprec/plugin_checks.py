@@ -112,7 +112,7 @@ def check_strategy(strategy: Strategy, who: str = "PerLayerPrecision") -> None:
         raise SupportError(
             f"{who} does not support {type(strategy).__name__}{why}; supported are the single-device strategies, DDP "
             "and FSDP2 (Trainer(strategy='auto', devices=1), Trainer(strategy='ddp'), "
-            "Trainer(strategy=ModelParallelStrategy()))."
+            "Trainer(strategy=ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)))."
         )
     check_hook_state(strategy, who)
     if strategy.root_device.type not in ("cpu", "cuda"):
@@ -140,8 +140,8 @@ def data_parallel_mesh(strategy: Strategy) -> Any:
     """
     if not isinstance(strategy, ModelParallelStrategy):
         raise SupportError(
-            f"fully_shard needs Trainer(strategy=ModelParallelStrategy()), and this Trainer has a "
-            f"{type(strategy).__name__}."
+            "fully_shard needs Trainer(strategy=ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)), "
+            f"and this Trainer has a {type(strategy).__name__}."
         )
     return strategy.device_mesh["data_parallel"]
 

@@ -185,10 +185,18 @@ class FormatsInForce:
 
     @contextlib.contextmanager
     def eval_step(self) -> Generator[None, None, None]:
-        """A step of validate, test or predict."""
+        """A step of validate, test or predict.
+
+        FSDP2 keeps what it gathers weights into, and could not train with what inference mode had made.
+        """
         self._in_evaluation = True
+        gathers = self._attachment is not None and self._attachment.is_sharded
         try:
-            with self._step("eval"):
+            with contextlib.ExitStack() as stack:
+                if gathers:
+                    stack.enter_context(torch.inference_mode(False))
+                    stack.enter_context(torch.no_grad())
+                stack.enter_context(self._step("eval"))
                 yield
         finally:
             self._in_evaluation = False

@@ -197,7 +197,7 @@ class Judge:
         try:
             return run()
         except Exception as error:
-            if self._is_halved or not is_out_of_memory(error):
+            if self._is_halved or self._replay.is_shared or not is_out_of_memory(error):
                 self.problem = f"{type(error).__name__}: {error}".splitlines()[0]
                 return None
         self._batch, self._is_halved = halved(self._batch), True

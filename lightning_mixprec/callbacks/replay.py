@@ -20,10 +20,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_mixprec.callbacks import ranks
 from lightning_mixprec.callbacks.formats import Formats
+from lightning_mixprec.engine.memory import free_host_bytes
 from lightning_mixprec.engine.probe import widened
 from lightning_mixprec.engine.sandbox import RandomState, Sandbox, sandbox
+from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.engine.tf32 import without_tf32
+from lightning_mixprec.errors import SupportError
 
 
 @dataclass
@@ -51,9 +55,15 @@ class StepReplay:
     def __init__(self, module: pl.LightningModule, formats: Formats, device: torch.device) -> None:
         self.module, self.formats, self.device = module, formats, device
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether ranks have to open it together, because each holds a part of the weights."""
+        return any(map(is_sharded, self.module.parameters()))
+
     @contextlib.contextmanager
     def opened(self, *, reference: bool = False) -> Generator[Sandbox, None, None]:
         """Formats and sandbox for one or several runs and what else is to be computed under the same conditions."""
+        _agree_on_room(self.module, self.device)
         context = self.formats.reference() if reference else self.formats.low()
         exact = without_tf32(self.device) if reference else contextlib.nullcontext()
         widen = reference and self.formats.widens
@@ -294,6 +304,20 @@ def _configured(module: pl.LightningModule, trainer: pl.Trainer | None) -> tuple
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _agree_on_room(module: pl.LightningModule, device: torch.device) -> None:
+    """Raises on all ranks if one has no room for the whole of weights that are sharded."""
+    sharded = [param for param in module.parameters() if is_sharded(param)]
+    if not sharded:
+        return
+    needed = sum(param.numel() * param.element_size() for param in sharded)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes() // ranks.count()
+    if ranks.is_any(needed > free, device):
+        raise SupportError(
+            f"the weights are sharded, and to replay a step each rank needs the whole of them ({needed / 2**30:.1f} "
+            "GiB), which do not fit beside the run"
+        )
 
 
 def copied(batch: Any) -> Any:

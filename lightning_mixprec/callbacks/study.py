@@ -182,7 +182,7 @@ class Study:
                 return sums, maxima
             except Exception as error:  # a monitor ends no run
                 self._findings.problem = f"{type(error).__name__}: {error}".splitlines()[0]
-                if not is_out_of_memory(error):
+                if self._replay.is_shared or not is_out_of_memory(error):
                     break
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """What the callbacks share that are told how every optimizer step went."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,8 @@ class FailureMonitor(Monitor):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._ranks_end_together = len(set(ranks.all_values(trainer.num_training_batches))) == 1
+        lengths = set(ranks.all_values(trainer.num_training_batches))
+        self._ranks_end_together = not ranks.are_many() or (len(lengths) == 1 and math.inf not in lengths)
         super().on_train_start(trainer, pl_module)
 
     @override

@@ -87,7 +87,7 @@ class Attachment:
 
         Args:
             assignment: what each module is assigned.
-            is_lent: whether nothing is compiled under it, because it is tried or compared with.
+            is_lent: whether nothing is compiled or gathered under it, because a sandbox tries it or compares with it.
 
         Raises:
             PolicyError: a part of the model cannot be given its format; the old assignment is still in force.
@@ -97,7 +97,8 @@ class Attachment:
         plan = draw(self._sites, assignment)
         if self._widen_buffers(assignment):
             plan = draw(self._sites, assignment)
-        sharding.gather(self._groups, assignment)
+        if not is_lent:
+            sharding.gather(self._groups, assignment)
         for site in self._plan.crossings.keys() - plan.crossings.keys():
             self._borders[site].remove()
         for site, crossing in plan.crossings.items():
@@ -109,6 +110,11 @@ class Attachment:
         self._plan, self._assignment = plan, assignment
         if not is_lent:
             self._settings.make_room(self._model, self._sites, plan)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are gathered for each use (FSDP2)."""
+        return bool(self._groups)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """The format of the root's own operations, to be entered around each step; it may be entered again inside."""
@@ -162,6 +168,7 @@ class Attachment:
         if self._weights.keep_only(()):
             reflatten(self._model.modules())
         if self._groups:
+            sharding.release(self._groups)
             sharding.reshard(self._model)
         _attached.discard(unwrap(self._model))
         self._model, self._sites, self._groups, self._borders = None, [], [], {}

@@ -86,7 +86,8 @@ class Sandbox:
         is_wide: Whether 16-bit weights and buffers have fp32 stand-ins.
     """
 
-    def __init__(self, model: nn.Module, widen: bool) -> None:
+    def __init__(self, model: nn.Module, widen: bool, device: torch.device) -> None:
+        self._device = device
         self.is_wide = widen
         self._copies: dict[int, Tensor] = {}
         self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -132,7 +133,7 @@ class Sandbox:
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._copies:
-            self._copies[id(tensor)] = _copy(tensor, self.is_wide)
+            self._copies[id(tensor)] = _copy(tensor, self.is_wide, self._device)
         return self._copies[id(tensor)]
 
 
@@ -154,7 +155,7 @@ def sandbox(model: nn.Module, device: torch.device, *, widen: bool = False) -> I
     state = RandomState(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sharding.bypassed(model))
-        opened = Sandbox(model, widen)
+        opened = Sandbox(model, widen, device)
         stack.enter_context(uncompiled())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -165,8 +166,8 @@ def sandbox(model: nn.Module, device: torch.device, *, widen: bool = False) -> I
         yield opened
 
 
-def _copy(tensor: Tensor, widen: bool) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if sharding.is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+def _copy(tensor: Tensor, widen: bool, device: torch.device) -> Tensor:
+    whole: Tensor = tensor.to(device).full_tensor() if sharding.is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     copied = whole.detach().clone()
     if widen and copied.dtype in _HALF:
         copied = copied.float()

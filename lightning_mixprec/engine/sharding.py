@@ -9,8 +9,8 @@ either way, and inputs are cast by the layers' own formats.
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from torch import nn
 
 from lightning_mixprec.engine.plan import Precision, Site, survey
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.names import walk
 
 try:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -34,12 +33,20 @@ _CAST_BY_AUTOCAST: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+_OWN_WEIGHTS = {"weight", "bias", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
+_OWN_WEIGHTS |= {"q_proj_weight", "k_proj_weight", "v_proj_weight"}
 
 if is_available:
 
     @dataclass(frozen=True)
     class _Gathered(MixedPrecisionPolicy):
-        """A policy of ours, which may be replaced; the user's own may not."""
+        """A policy of ours, which may be replaced; the user's own may not.
+
+        Attributes:
+            instead_of: What the user had sharded with.
+        """
+
+        instead_of: MixedPrecisionPolicy | None = None
 
 
 class Group(NamedTuple):
@@ -55,23 +62,31 @@ class Group(NamedTuple):
         return formats.pop() if len(formats) == 1 else None
 
 
-def shard(model: nn.Module, modules: Iterable[nn.Module], assignment: Mapping[str, Precision], **options: Any) -> None:
+def shard(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    assignment: Mapping[str, Precision],
+    *,
+    apart: bool = True,
+    **options: Any,
+) -> None:
     """Shards modules of a model as torch's ``fully_shard``, the inner ones first; those that are sharded are left.
 
     Layers of a module that are to be gathered in another format than most of it (norms, or what computes in fp32)
-    become a group of their own.
+    become a group of their own, which is gathered when the first of them is called.
 
     Args:
         model: The model.
         modules: Modules below it.
         assignment: What each of its layers is assigned.
+        apart: Whether they do; not where something reads the weights of a layer without calling it (a fused loss).
         options: What ``fully_shard`` takes beside ``mp_policy``: mesh, reshard_after_forward, offload_policy, ...
 
     Raises:
         PolicyError: A module is not one of the model's.
     """
     sites = survey(model)
-    depth = {id(module): name.count(".") + bool(name) for name, module, _ in walk(model)}
+    depth = {id(module): name.count(".") + bool(name) for name, module in model.named_modules()}
     chosen = list(modules)
     for module in chosen:
         if id(module) not in depth:
@@ -82,8 +97,9 @@ def shard(model: nn.Module, modules: Iterable[nn.Module], assignment: Mapping[st
     formats = {id(part): _format(part, assignment[site.name]) for site in sites for part in site.parts}
     for module in sorted(chosen, key=lambda module: -depth[id(module)]):
         if not isinstance(module, FSDPModule):
-            apart, rest = _divided(module, formats)
-            for dtype, parts in apart.items():
+            called = {id(site.module) for site in sites} if apart else set()
+            groups, rest = _divided(module, formats, called)
+            for dtype, parts in groups.items():
                 fully_shard(parts, mp_policy=_policy(dtype), **options)
             fully_shard(module, mp_policy=_policy(rest), **options)
 
@@ -113,9 +129,11 @@ def gather(groups: Iterable[Group], assignment: Mapping[str, Precision]) -> None
     """
     for group in groups:
         wanted, given = group.format(assignment), group.leader._get_fsdp_state()._mp_policy
-        if given.param_dtype is None or isinstance(given, _Gathered):
+        if isinstance(given, _Gathered) or given == MixedPrecisionPolicy():
             if given.param_dtype != wanted:
-                _replace(group.leader, _policy(wanted))
+                _replace(group.leader, replace(_policy(wanted), instead_of=getattr(given, "instead_of", given)))
+            continue
+        if given.param_dtype is None:
             continue
         for name in group.layers:
             if _HALF.get(assignment[name].compute) != given.param_dtype:
@@ -124,6 +142,14 @@ def gather(groups: Iterable[Group], assignment: Mapping[str, Precision]) -> None
                     f"{given.param_dtype}), but it is to compute in {assignment[name].compute}; leave mp_policy out of "
                     "fully_shard, or call plugin.fully_shard in configure_model"
                 )
+
+
+def release(groups: Iterable[Group]) -> None:
+    """Has groups gathered as they were before, or as they are stored if they were sharded by :func:`shard`."""
+    for group in groups:
+        given = group.leader._get_fsdp_state()._mp_policy
+        if isinstance(given, _Gathered):
+            _replace(group.leader, given.instead_of or _policy(None))
 
 
 def reshard(model: nn.Module) -> None:
@@ -168,18 +194,22 @@ def _own_modules(leader: nn.Module) -> Iterator[nn.Module]:
 
 
 def _divided(
-    module: nn.Module, formats: Mapping[int, torch.dtype | None]
+    module: nn.Module, formats: Mapping[int, torch.dtype | None], called: Set[int]
 ) -> tuple[dict[torch.dtype | None, list[nn.Module]], torch.dtype | None]:
     """A module's layers that are gathered apart, by format, and the format in which the others are.
 
-    Layers that hold other layers, or share a weight with another one, stay with the others.
+    Layers that are not called, hold other layers, or share a weight with another one, stay with the others.
     """
     parts = [part for part in _own_modules(module) if _weights(part)]
     uses = Counter(id(weight) for part in parts for weight in _weights(part))
     apart: dict[torch.dtype | None, list[nn.Module]] = {}
     stay: set[torch.dtype | None] = set()
     for part in parts:
-        is_alone = part is not module and not any(_weights(each) for each in part.modules() if each is not part)
+        is_alone = (
+            part is not module
+            and id(part) in called
+            and not any(_weights(each) for each in part.modules() if each is not part)
+        )
         if is_alone and all(uses[id(weight)] == 1 for weight in _weights(part)):
             apart.setdefault(formats[id(part)], []).append(part)
         else:
@@ -197,7 +227,8 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 
 def _format(module: nn.Module, precision: Precision) -> torch.dtype | None:
     """The 16-bit format that autocast casts all weights of a module to, if it does."""
-    is_cast = any(type(module).forward is kind.forward for kind in _CAST_BY_AUTOCAST)
+    names = {name for name, param in module._parameters.items() if param is not None}
+    is_cast = names <= _OWN_WEIGHTS and any(type(module).forward is kind.forward for kind in _CAST_BY_AUTOCAST)
     return _HALF.get(precision.compute) if is_cast else None
 
 
@@ -215,7 +246,9 @@ def _replace(leader: Any, policy: Any) -> None:
         for param in group.fsdp_params:
             param.mp_policy = policy
             param.all_gather_outputs = []
-            vars(param).pop("_unsharded_param", None)
+            held = vars(param).pop("_unsharded_param", None)
+            if held is not None and held.grad is not None and param.unsharded_accumulated_grad is None:
+                param.unsharded_accumulated_grad = held.grad  # of batches whose gradients are not reduced yet
         if state._is_root is not None:
             group._init_mp_dtypes()
 

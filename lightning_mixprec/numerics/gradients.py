@@ -94,7 +94,8 @@ def check_and_unscale(grads: list[Tensor], factor: Tensor, found_inf: Tensor) ->
         flag = found_inf if device == found_inf.device else scalar(0.0, device)
         same_kind = cast(list[Tensor], group)
         real = [torch.view_as_real(grad) for grad in same_kind] if dtype.is_complex else same_kind
-        torch._amp_foreach_non_finite_check_and_unscale_(real, flag, factor.to(device, non_blocking=True))
+        here = factor.to(device, non_blocking=device.type != "cpu")  # the host must not read ahead of the copy
+        torch._amp_foreach_non_finite_check_and_unscale_(real, flag, here)
         if flag is not found_inf:
             found_inf = torch.maximum(found_inf, flag.to(found_inf.device, non_blocking=True))
     return found_inf

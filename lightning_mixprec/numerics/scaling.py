@@ -354,8 +354,10 @@ class LossScaler:
         done = self._unscaled_params() | spent
         params = (param for optimizer in optimizers for param in params_of(optimizer))
         waiting = {id(param): param for param in params if id(param) not in done}
-        if grads := grads_of(list(waiting.values())):
-            torch._foreach_mul_(grads, ratio)
+        grads = grads_of(list(waiting.values()))
+        for device in dict.fromkeys(grad.device for grad in grads):
+            here = ratio.to(device) if isinstance(ratio, Tensor) else ratio
+            torch._foreach_mul_([grad for grad in grads if grad.device == device], here)
 
 
 class _SparedError(Exception):

@@ -96,6 +96,9 @@ class PlainPrecision(_Travelling, metaclass=_IsAnyPrecision):
         return {} if _Swap.choice.plain == "stateless" else super().state_dict()
 
 
+PlainPrecision.__name__ = Precision.__name__  # as Lightning's messages call it
+
+
 def install(choice: Choice) -> None:
     """Puts our classes where Lightning's are bound, in every module that is imported by now."""
     if _Swap.patches is not None:
