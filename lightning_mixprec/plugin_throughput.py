@@ -2,8 +2,7 @@
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import throughput
-from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.callbacks import ThroughputMonitor, throughput_monitor
 from lightning.pytorch.trainer.states import RunningStage
 
 from lightning_mixprec.numerics.formats import FORMATS, Format
@@ -30,4 +29,4 @@ def tell_throughput_monitors(trainer: pl.Trainer, training: str, evaluation: str
 def _peak(device: torch.device, format: str) -> int | None:
     described = FORMATS[format]
     assert isinstance(described, Format)
-    return throughput.get_available_flops(device, described.dtype)
+    return throughput_monitor.get_available_flops(device, described.dtype)
