@@ -1,7 +1,7 @@
 """``PerLayerFSDPPrecision``: the plugin under Lightning's ``FSDPStrategy``, which takes no plugin of another kind."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.names import walk
+from lightning_mixprec.policy.rules import PrecisionPolicy
 
 _FORMATS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[misc]
-    """:class:`PerLayerPrecision` for ``FSDPStrategy(precision_plugin=...)``, with loss scaling for fp16.
+    """:class:`PerLayerPrecision` for ``Trainer(strategy=FSDPStrategy(), plugins=...)``, with loss scaling for fp16.
 
     Layers compute in the formats of the policy; weights are gathered and gradients reduced as they are stored, so that
     results are those of DDP. Where whole wrapped modules compute in one 16-bit format, ``FSDPStrategy(mixed_precision=
@@ -65,9 +66,18 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        assert self.assignment is not None
-        _check_gathered(model, self.assignment)
+        for assignment in (self._formats.training_assignment, self._formats.evaluation_assignment):
+            if assignment is not None:
+                _check_gathered(model, assignment)
         return super().connect(model, optimizers, lr_schedulers)
+
+    @override
+    def _adopt(self, policy: PrecisionPolicy, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
+        model = self._running_model()
+        assignment = policy.resolve(model)
+        _check_storage(assignment)
+        _check_gathered(model.trainer.strategy.model or model, assignment)
+        super()._adopt(policy, reason, evidence)
 
     @override
     def tensor_init_context(self) -> contextlib.AbstractContextManager[None]:
@@ -82,18 +92,14 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float = 0.0) -> None:
         """Clips the norm of all gradients, over all ranks."""
-        model = self._running_root()
         if len(self._optimizers) > 1:
             raise SupportError(
                 "FSDP clips the norm of all gradients together, and there are several optimizers; use "
                 "gradient_clip_algorithm='value', or ModelParallelStrategy (FSDP2)."
             )
-        model.clip_grad_norm_(float(clip_val))
-
-    def _running_root(self) -> Any:
         model = self._model() if self._model is not None else None
-        assert model is not None
-        return model.trainer.strategy.model
+        root: Any = model.trainer.strategy.model if model is not None else None
+        root.clip_grad_norm_(float(clip_val))
 
 
 def _check_storage(assignment: Assignment) -> None:

@@ -56,6 +56,11 @@ class Group(NamedTuple):
     layers: tuple[str, ...]
     modules: tuple[nn.Module, ...]
 
+    @property
+    def given(self) -> Any:
+        """The policy that it is gathered under now."""
+        return self.leader._get_fsdp_state()._mp_policy
+
     def format(self, assignment: Mapping[str, Precision]) -> torch.dtype | None:
         """What they are gathered in; None for as they are stored."""
         formats = {_format(module, assignment[name]) for name, module in zip(self.layers, self.modules, strict=True)}
@@ -95,9 +100,9 @@ def shard(
                 "modules that are registered in it"
             )
     formats = {id(part): _format(part, assignment[site.name]) for site in sites for part in site.parts}
+    called = {id(site.module) for site in sites} if apart else set()
     for module in sorted(chosen, key=lambda module: -depth[id(module)]):
         if not isinstance(module, FSDPModule):
-            called = {id(site.module) for site in sites} if apart else set()
             groups, rest = _divided(module, formats, called)
             for dtype, parts in groups.items():
                 fully_shard(parts, mp_policy=_policy(dtype), **options)
@@ -106,12 +111,8 @@ def shard(
 
 def groups_of(sites: Sequence[Site]) -> list[Group]:
     """The groups of weights that FSDP2 gathers in a model."""
-    if not (is_available and sites):
-        return []
-    leader_of: dict[int, Any] = {}
-    for leader in sites[0].module.modules():
-        if isinstance(leader, FSDPModule):
-            leader_of.update((id(each), leader) for each in _own_modules(leader))
+    leaders = _leaders(sites[0].module)
+    leader_of = {id(each): leader for leader in leaders for each in _own_modules(leader)}
     found: dict[int, list[tuple[Any, str, nn.Module]]] = {}
     for site in sites:
         for part in site.parts:
@@ -121,53 +122,41 @@ def groups_of(sites: Sequence[Site]) -> list[Group]:
     return [Group(each[0][0], *map(tuple, list(zip(*each, strict=True))[1:])) for each in found.values()]
 
 
-def gather(groups: Iterable[Group], assignment: Mapping[str, Precision]) -> None:
+def gather(groups: Sequence[Group], assignment: Mapping[str, Precision]) -> None:
     """Has groups gathered in the formats of an assignment, between steps.
 
     Raises:
-        PolicyError: The user sharded a group with a format of his own, and a layer of it computes in another.
+        PolicyError: The user sharded a group with a format of his own, and a layer of it computes in another; nothing
+            has changed.
     """
     for group in groups:
-        wanted, given = group.format(assignment), group.leader._get_fsdp_state()._mp_policy
-        if isinstance(given, _Gathered) or given == MixedPrecisionPolicy():
-            if given.param_dtype != wanted:
-                _replace(group.leader, replace(_policy(wanted), instead_of=getattr(given, "instead_of", given)))
-            continue
-        if given.param_dtype is None:
-            continue
-        for name in group.layers:
-            if _HALF.get(assignment[name].compute) != given.param_dtype:
-                raise PolicyError(
-                    f"the weights of layer {name!r} were sharded with MixedPrecisionPolicy(param_dtype="
-                    f"{given.param_dtype}), but it is to compute in {assignment[name].compute}; leave mp_policy out of "
-                    "fully_shard, or call plugin.fully_shard in configure_model"
-                )
+        if not _is_ours(group.given):
+            _check_given(group, assignment)
+    for group in groups:
+        wanted, given = group.format(assignment), group.given
+        if _is_ours(given) and given.param_dtype != wanted:
+            _replace(group.leader, replace(_policy(wanted), instead_of=getattr(given, "instead_of", given)))
 
 
 def release(groups: Iterable[Group]) -> None:
     """Has groups gathered as they were before, or as they are stored if they were sharded by :func:`shard`."""
     for group in groups:
-        given = group.leader._get_fsdp_state()._mp_policy
-        if isinstance(given, _Gathered):
-            _replace(group.leader, given.instead_of or _policy(None))
+        if isinstance(group.given, _Gathered):
+            _replace(group.leader, group.given.instead_of or _policy(None))
 
 
 def reshard(model: nn.Module) -> None:
     """Lets go of weights that are still gathered, as those of the outermost module are after an evaluation."""
-    for module in model.modules() if is_available else ():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for leader in _leaders(model):
+        leader.reshard()
 
 
 @contextlib.contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
     """FSDP2 stands aside: modules run on whatever weights they hold, and nothing is gathered or freed."""
     reshard(model)
-    kept = []
-    for module in model.modules() if is_available else ():
-        if isinstance(module, FSDPModule):
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                kept.append((hooks, dict(hooks)))
+    both = [hooks for leader in _leaders(model) for hooks in (leader._forward_pre_hooks, leader._forward_hooks)]
+    kept = [(hooks, dict(hooks)) for hooks in both]
     for hooks, before in kept:
         for key, hook in before.items():
             if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
@@ -183,6 +172,11 @@ def bypassed(model: nn.Module) -> Iterator[None]:
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is spread over ranks (a DTensor)."""
     return hasattr(tensor, "full_tensor")
+
+
+def _leaders(model: nn.Module) -> list[Any]:
+    """The modules that were sharded."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_available else []
 
 
 def _own_modules(leader: nn.Module) -> Iterator[nn.Module]:
@@ -230,6 +224,22 @@ def _format(module: nn.Module, precision: Precision) -> torch.dtype | None:
     names = {name for name, param in module._parameters.items() if param is not None}
     is_cast = names <= _OWN_WEIGHTS and any(type(module).forward is kind.forward for kind in _CAST_BY_AUTOCAST)
     return _HALF.get(precision.compute) if is_cast else None
+
+
+def _is_ours(given: Any) -> bool:
+    """Whether a policy may be replaced: the user has said nothing with it."""
+    return isinstance(given, _Gathered) or given == MixedPrecisionPolicy()
+
+
+def _check_given(group: Group, assignment: Mapping[str, Precision]) -> None:
+    gathered = group.given.param_dtype
+    for name in group.layers if gathered is not None else ():
+        if _HALF.get(assignment[name].compute) != gathered:
+            raise PolicyError(
+                f"the weights of layer {name!r} were sharded with MixedPrecisionPolicy(param_dtype={gathered}), but it "
+                f"is to compute in {assignment[name].compute}; leave mp_policy out of fully_shard, or call "
+                "plugin.fully_shard in configure_model"
+            )
 
 
 def _policy(dtype: torch.dtype | None) -> Any:

@@ -84,19 +84,19 @@ def with_seen(slots: Iterable[Slot], gate: Gate, call: Callable[[], Any]) -> Any
     # A recomputation in backward may be what the thread in here is waiting for, and then it finds that one's casts.
     locked = not is_compiling() and gate.acquire(blocking=torch._C._current_graph_task_id() == -1)
     swaps: list[_Swap] = []
-    flat_weights: list[tuple[nn.RNNBase, list[Any]]] = []
+    flat_weights: list[tuple[nn.RNNBase, list[Any], list[Any]]] = []
     try:
         for slot in slots:
             _swap_in(slot, swaps)
         for module in [slot.module for slot, *_ in swaps]:
             # Dynamo would compile anew for each module whose id() it is asked for.
-            if isinstance(module, nn.RNNBase) and all(module is not known for known, _ in flat_weights):
-                flat_weights.append((module, module._flat_weights))
+            if isinstance(module, nn.RNNBase) and all(module is not known for known, *_ in flat_weights):
+                flat_weights.append((module, module._flat_weights, module._flat_weight_refs))
                 module._flat_weights = _seen_by_rnn(module, swaps)
         return call()
     finally:
-        for module, flat in flat_weights:
-            module._flat_weights = flat
+        for module, flat, refs in flat_weights:
+            module._flat_weights, module._flat_weight_refs = flat, refs
         for swap in swaps:
             _swap_out(swap)
         if locked:

@@ -47,6 +47,11 @@ class SpoiledBatch(Callback):
             batch[0].fill_(float("inf"))
 
 
+class Widens(Callback):
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        trainer.precision_plugin.edit_policy({"model.2": "fp32"})
+
+
 def under_fsdp(**options):
     wrap = ModuleWrapPolicy({Block})
     return OnTheCPU(process_group_backend="gloo", auto_wrap_policy=wrap, **options)
@@ -90,6 +95,8 @@ def main(folder):
     results["gathered"] = outcome(strategy, plugin, **options)
     strategy, plugin, options = gathered({"default": "bf16", "model.2": "fp32"}, torch.bfloat16)
     results["gathered wrong"] = refused(strategy, plugin, **options)
+    strategy, plugin, options = gathered("bf16", torch.bfloat16, callbacks=[Widens()])
+    results["gathered and moved"] = refused(strategy, plugin, **options)
     results["plain plugin"] = refused_by_lightning(PerLayerPrecision("bf16"))
     plugin = PerLayerFSDPPrecision("bf16")
     results["not fsdp"] = refused(ddp(), plugin)

@@ -47,6 +47,7 @@ def test_wrapped_modules_can_be_gathered_in_16_bits(ranks):
 
 REFUSED = {
     "gathered wrong": "gathers the weights of layer 'model.2' in bf16, but it is to compute in fp32",
+    "gathered and moved": "gathers the weights of layer 'model.2' in bf16, but it is to compute in fp32",
     "not fsdp": "PerLayerFSDPPrecision is for FSDPStrategy alone, and this Trainer has a DDPStrategy",
     "plain plugin": "The FSDP strategy can only work with the `FSDPPrecision` plugin",
     "fp64": "layer 'model.head' stores its weights in fp32 and computes in fp64",

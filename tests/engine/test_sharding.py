@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.engine.sharding import shard
+from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -139,6 +140,18 @@ def test_a_policy_of_the_users_own_is_left():
     fully_shard(model, mp_policy=own)
     computed(model, "bf16", torch.randn(3, 6))
     assert stored(model)[""] is own
+
+
+def test_a_change_that_a_users_own_policy_forbids_changes_nothing():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    fully_shard(model[0])
+    fully_shard(model[1], mp_policy=MixedPrecisionPolicy(torch.bfloat16, cast_forward_inputs=False))
+    attachment = attach(model, resolved(model, "bf16"), "cpu")
+    before = stored(model)
+    with pytest.raises(PolicyError, match="layer '1' were sharded with"):
+        attachment.change(resolved(model, "fp32"))
+    assert stored(model) == before
+    attachment.detach()
 
 
 def test_a_move_keeps_gradients_that_are_not_reduced_yet():
