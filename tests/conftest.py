@@ -1,6 +1,7 @@
 """What every test starts from: fixed seeds, a working directory of its own, a quiet Lightning."""
 
 import logging
+import os
 import random
 
 import numpy as np
@@ -14,6 +15,7 @@ settings.load_profile("suite")
 
 # Tensors are tiny here, and threads that wait for busy cores cost more than they compute.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # without it Lightning's DDP sets as many as there are cores, for all later tests
 
 
 def pytest_collection_modifyitems(items):

@@ -63,6 +63,7 @@ def train(folder: Path, kind: str, name: str | None) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     codes = {"whole": forked(partial(train, folder / "whole", "ours", None), folder / "whole")}
     for kind in ("stock", "ours"):
         for name in SIGNALS:
