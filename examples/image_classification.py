@@ -9,26 +9,15 @@ Any option of the Trainer, the model or the data can follow, for example --train
     --config examples/configs/cifar10.yaml --data.path=/path/to/cifar10                   other data, after --config
 """
 
-import sys
-import warnings
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
+from common import ExampleCLI, run, start
+from data import CIFAR10, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.models import resnet18
-
-from lightning_mixprec import MixPrecError, PerLayerPrecision
-
-# What a user of this script could not act on.
-QUIET = (
-    ".*does not have many workers",  # the digits lie in memory, where loader processes (num_workers) only cost time
-    ".*treespec, LeafSpec",  # between Lightning 2.6 and torch 2.15
-    ".*not supported by the model summary",  # it counts the weights as 4 bytes each, as they are stored here
-)
 
 
 def small_image_resnet18(num_classes: int) -> nn.Module:
@@ -49,6 +38,9 @@ class ImageClassifier(LightningModule):
         weight_decay: L2 penalty on every parameter.
         label_smoothing: share of each label that is spread over all classes, in training.
     """
+
+    FROM_DATA = ("num_classes", "small_images")
+    HEADLINES = {"val_acc": ("validation accuracy", ".2%")}
 
     def __init__(
         self,
@@ -90,59 +82,10 @@ class ImageClassifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class ImageCLI(LightningCLI):
-    """LightningCLI that lets the data size the model and closes a fit with a summary."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link what the data knows to what the model asks."""
-        for name in ("num_classes", "small_images"):
-            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
-
-    def after_fit(self) -> None:
-        """Say how well it went, what was skipped and where things were written."""
-        if self.trainer.is_global_zero:
-            print("\n".join(f"{name + ':':22}{value}" for name, value in summary(self.trainer).items()))
-
-
-def summary(trainer) -> dict[str, object]:
-    """Return the lines that close a fit."""
-    plugin, checkpoint = trainer.precision_plugin, trainer.checkpoint_callback
-    lines = {"validation accuracy": f"{trainer.callback_metrics.get('val_acc', torch.nan):.2%} at the end"}
-    if checkpoint is not None and checkpoint.best_model_score is not None:
-        lines["validation accuracy"] += f", {checkpoint.best_model_score:.2%} at best"
-    lines["optimizer steps"] = f"{trainer.global_step}"
-    if isinstance(plugin, PerLayerPrecision):
-        lines["optimizer steps"] += f", and {plugin.skipped_steps} skipped for non-finite gradients"
-        if any(layer.compute == "fp16" for layer in plugin.assignment.values()):
-            lines["loss scale"] = f"{plugin.scaler.get_scale():g}"
-    if trainer.log_dir is None or trainer.fast_dev_run:
-        lines["written"] = "nothing (fast_dev_run)" if trainer.fast_dev_run else "nothing (no logger)"
-        return lines
-    log_dir = Path(trainer.log_dir).resolve()
-    lines["metrics and config"] = f"{log_dir} (metrics.csv, config.yaml)"
-    if checkpoint is not None:
-        lines["best checkpoint"] = str(Path(checkpoint.best_model_path).resolve())
-    return lines
-
-
-def main(args: list[str] | None = None) -> ImageCLI:
+def main(args: Sequence[str] | None = None) -> ExampleCLI:
     """Run what the command line, or ``args``, asks for."""
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
-    return ImageCLI(ImageClassifier, Images, subclass_mode_data=True, auto_configure_optimizers=False, args=args)
-
-
-def user_error(error: BaseException | None) -> BaseException | None:
-    """Return the error meant for the user among an exception and its causes: the CLI wraps what a class raises."""
-    while error is not None and not isinstance(error, (DataError, MixPrecError)):
-        error = error.__cause__
-    return error
+    return run(ImageClassifier, Images, args, subclass_mode_data=True)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        if (known := user_error(error)) is None:
-            raise
-        sys.exit(f"error: {known}")
+    start(main)
