@@ -169,14 +169,13 @@ class PerLayerPrecision(Precision):
         assignment = policy.resolve(model)
         before = self._formats.training_assignment
         assert before is not None
-        options = checks.scaling_for(self._loss_scaling, assignment)
-        checks.check_storage_unchanged(before, assignment)
-        checks.check_optimizers(self._optimizers, options)
+        options = checks.check_change(before, assignment, self._loss_scaling, self._optimizers)
         checks.warn_of_emulation(assignment, model.trainer.strategy.root_device)
         self._ledger.settle()
-        self.history += history_entries(before, assignment, model.trainer.global_step, reason, evidence)
-        self.scaler.configure(options, self._optimizers)
+        entries = history_entries(before, assignment, model.trainer.global_step, reason, evidence)
         self._formats.replace(policy, assignment)
+        self.scaler.configure(options, self._optimizers)
+        self.history += entries
 
     def _running_model(self, what: str = "The policy") -> pl.LightningModule:
         return self._formats.between_steps(self._model() if self._model is not None else None, what)
@@ -383,17 +382,14 @@ class PerLayerPrecision(Precision):
         if model is None or not self._formats.is_attached:
             raise MixPrecError("The state of PerLayerPrecision can only be loaded while its Trainer is set up.")
         state = PluginState.from_dict(state_dict, whole=self.state_dict())
-        is_resume = model.trainer.state.fn == TrainerFn.FITTING
-        taken = state.policy_to_resume(self._configured, self._on_policy_change if is_resume else "accept")
-        if taken is not None:
-            self._adopt(taken, "checkpoint")
-            self._configured = state.configured
-        if not is_resume:
+        if model.trainer.state.fn != TrainerFn.FITTING:
+            if (moved := state.policy_to_resume(self._configured, "accept")) is not None:
+                self._adopt(moved, "checkpoint")
             return
-        if taken is None and self._formats.configured is not None:  # moves of an earlier run are none of this one's
-            self._adopt(self._formats.configured, "checkpoint")
-        assignment = self._formats.training_assignment
-        assert assignment is not None
-        self.history = state.history_under(self._configured, assignment, model, self._resumed_step)
+        assert self._formats.configured is not None
+        asked = self._formats.configured, self._configured, self._on_policy_change
+        resumed = state.resumed(*asked, model, self._resumed_step)
+        self._adopt(resumed.policy, "checkpoint")
+        self._configured, self.history = resumed.configured, resumed.history
         self.scaler.load_state_dict(state.scaler)
         self._ledger.load_state_dict(state.steps)

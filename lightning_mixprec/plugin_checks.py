@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
 from lightning_mixprec.numerics.formats import format_of, native_support
 from lightning_mixprec.numerics.gradients import needs_closure
@@ -146,6 +147,23 @@ def data_parallel_mesh(strategy: Strategy) -> Any:
     return strategy.device_mesh["data_parallel"]
 
 
+def warn_of_whole_copies(model: nn.Module, mesh: Any, ranks: int) -> None:
+    """One warning if weights are to be sharded over a mesh of one rank, and nothing else spreads them over the ranks.
+
+    Args:
+        model: The model, before it is sharded.
+        mesh: What it is to be sharded over.
+        ranks: How many take part in the run.
+    """
+    if mesh.size() == 1 and ranks > 1 and not any(map(is_sharded, model.parameters())):
+        rank_zero_warn(
+            f"fully_shard shards nothing: its mesh has size 1, in a run of {ranks} ranks, and no weights are split by "
+            "tensor parallelism, so that each rank trains a whole model by itself. Set "
+            f"ModelParallelStrategy(data_parallel_size={ranks}, tensor_parallel_size=1), or call parallelize_module "
+            "before fully_shard."
+        )
+
+
 def is_sharding(strategy: Strategy) -> bool:
     """Whether ranks hold parts of the same weights."""
     return isinstance(strategy, (ModelParallelStrategy, FSDPStrategy))
@@ -207,6 +225,27 @@ def check_storage_unchanged(before: Assignment, after: Assignment) -> None:
                 f"A policy for a running model stores {name or 'the LightningModule'} in {layer.param}, but it is "
                 f"stored in {before[name].param}; param can only be chosen before training (leave it out here)."
             )
+
+
+def check_change(
+    before: Assignment, after: Assignment, asked: LossScaling | Literal["auto"] | None, optimizers: Iterable[Optimizer]
+) -> LossScaling | None:
+    """How the loss is scaled once another assignment holds for a running model.
+
+    Args:
+        before: The assignment in force.
+        after: The other one.
+        asked: What is asked for by ``loss_scaling``.
+        optimizers: Those of the run.
+
+    Raises:
+        PolicyError: It stores weights otherwise.
+        SupportError: It needs loss scaling, which an optimizer does not allow.
+    """
+    check_storage_unchanged(before, after)
+    options = scaling_for(asked, after)
+    check_optimizers(optimizers, options)
+    return options
 
 
 def check_optimizers(optimizers: Iterable[Optimizer], options: LossScaling | None) -> None:

@@ -14,7 +14,13 @@ from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.plugin_checks import check_running, check_storage_unchanged, choose_format, data_parallel_mesh
+from lightning_mixprec.plugin_checks import (
+    check_running,
+    check_storage_unchanged,
+    choose_format,
+    data_parallel_mesh,
+    warn_of_whole_copies,
+)
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
@@ -96,7 +102,9 @@ class FormatsInForce:
         """Shards modules of a model over the strategy's mesh, or the one in the options, as training gathers them."""
         strategy = model.trainer.strategy
         assignment = self.known_on(strategy.root_device).resolve(model)
-        sharding.shard(model, modules, assignment, **{"mesh": data_parallel_mesh(strategy), **options})
+        options = {"mesh": data_parallel_mesh(strategy), **options}
+        warn_of_whole_copies(model, options["mesh"], model.trainer.world_size)
+        sharding.shard(model, modules, assignment, **options)
 
     def attach(self, model: pl.LightningModule, device_type: str) -> None:
         """Makes the model obey the policy of training."""
@@ -113,9 +121,9 @@ class FormatsInForce:
             self._forget_run()
 
     def replace(self, policy: PrecisionPolicy, assignment: Assignment) -> None:
-        """Another policy for training; holds at once."""
-        self.training, self.training_assignment = policy, assignment
+        """Another policy for training; holds at once, or raises and the old one holds."""
         self._bring_in_force(assignment)
+        self.training, self.training_assignment = policy, assignment
 
     def restore_precise(self, weights: Mapping[str, Any]) -> None:
         """Takes over weights that are stored wider than the model that loaded them."""

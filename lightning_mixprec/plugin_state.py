@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -88,22 +88,52 @@ class PluginState:
             )
         return in_force if on_policy_change == "checkpoint" else None
 
-    def history_under(
-        self, configured: str | dict[str, Any], assignment: Assignment, model: nn.Module, step: int
-    ) -> list[dict[str, Any]]:
-        """The history so far, and what changes because another policy is configured now.
+    def resumed(
+        self,
+        policy: PrecisionPolicy,
+        configured: str | dict[str, Any],
+        on_policy_change: Literal["raise", "accept", "checkpoint"],
+        model: nn.Module,
+        step: int,
+    ) -> "Resumed":
+        """What training goes on with. Nothing is changed by asking.
 
         Args:
-            configured: What is configured now, as :func:`configured_form` gives it.
-            assignment: The policy in force from now on, resolved.
+            policy: The policy configured now, without moves that an earlier run made.
+            configured: The same in mapping form, or ``"auto"``.
+            on_policy_change: As in :class:`PerLayerPrecision`.
             model: The model.
             step: Optimizer steps taken so far.
+
+        Raises:
+            PolicyError: As :meth:`policy_to_resume`; or one of the two policies does not fit the model.
         """
+        taken = self.policy_to_resume(configured, on_policy_change)
+        if taken is not None:
+            return Resumed(taken, self.configured, list(self.history))
         if configured == self.configured:
-            return list(self.history)
-        written_under = replace(PrecisionPolicy.from_dict(self.policy), allow_unmatched=True).resolve(model)
+            return Resumed(policy, configured, list(self.history))
+        try:
+            written_under = replace(PrecisionPolicy.from_dict(self.policy), allow_unmatched=True).resolve(model)
+        except PolicyError as error:
+            raise PolicyError(f"The checkpoint's policy does not fit the model: {error}") from None
         reason = "resumed with another configured policy"
-        return [*self.history, *history_entries(written_under, assignment, step, reason)]
+        changes = history_entries(written_under, policy.resolve(model), step, reason)
+        return Resumed(policy, configured, [*self.history, *changes])
+
+
+class Resumed(NamedTuple):
+    """What a resumed run goes on with.
+
+    Attributes:
+        policy: The policy to bring in force.
+        configured: What counts as configured from now on, in mapping form, or ``"auto"``.
+        history: The changes so far, those included that another configured policy makes.
+    """
+
+    policy: PrecisionPolicy
+    configured: str | dict[str, Any]
+    history: list[dict[str, Any]]
 
 
 def saved_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Block(nn.Module):
@@ -25,11 +26,12 @@ class Stack(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.blocks, self.head = nn.Linear(6, 8), nn.ModuleList([Block(), Block()]), nn.Linear(8, 2)
+        self.recomputes = False
 
     def forward(self, x):
         x = self.stem(x)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recomputes else block(x)
         return self.head(x)
 
 
@@ -67,6 +69,14 @@ class Sharded(pl.LightningModule):
         return self.optimizer(self.parameters(), lr=0.01)
 
 
+class Recomputing(Sharded):
+    """Its blocks are recomputed in backward (activation checkpointing)."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.recomputes = True
+
+
 class Split(Sharded):
     """Tensor parallelism: the two ranks hold halves of the blocks' layers and see the same batches."""
 
@@ -75,6 +85,14 @@ class Split(Sharded):
             for block in self.model.blocks:
                 plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
                 parallelize_module(block, self.device_mesh["tensor_parallel"], plan)
+
+
+class SplitAndSharded(Split):
+    """Tensor parallelism first, then FSDP2 over the ranks that are left, here one."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.trainer.precision_plugin.fully_shard(self, [*self.model.blocks, self.model])
 
 
 class ByHand(Sharded):

@@ -10,6 +10,7 @@ from plugin_models import (
     Task,
     fit,
     moved,
+    one_line,
     ours,
     overflowing,
     probes,
@@ -266,3 +267,34 @@ def test_accept_goes_on_although_the_old_policy_does_not_fit_the_model_any_more(
     plugin = PerLayerPrecision("fp32", on_policy_change="accept")
     resume(plugin, model=changed)
     assert {(entry["layer"], entry["from"], entry["to"]) for entry in plugin.history} == {("", "bf16", "fp32")}
+
+
+class Twofold(nn.Module):
+    """Two blocks that hold the same layer."""
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.Linear(6, 6)
+        self.first, self.second = nn.Sequential(shared), nn.Sequential(shared, nn.Linear(6, 2))
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_an_old_policy_that_contradicts_itself_on_the_model_leaves_nothing_half_changed():
+    fit(Task(Twofold()), ours("fp16"), callbacks=[save()])
+    checkpoint = torch.load("run.ckpt", weights_only=True)
+    rules = [{"layers": "net.first", "compute": "fp32"}, {"layers": "net.second", "compute": "bf16"}]
+    checkpoint["PerLayerPrecision"]["policy"] = {"default": "fp16", "rules": rules}
+    checkpoint["PerLayerPrecision"]["configured"] = {"default": "bf16", "rules": []}
+    torch.save(checkpoint, "run.ckpt")
+    plugin = ours("fp16", on_policy_change="accept")
+    move = Call("on_train_batch_end", lambda run, model: plugin.edit_policy({"net.second.1": "bf16"}), at=1)
+    fit(Task(Twofold()), plugin, callbacks=[move])
+    policy, history = plugin.policy, list(plugin.history)
+    with pytest.raises(MixPrecError, match=r"layer 'net.first.0' is also 'net.second.0'") as caught:
+        resume(plugin, model=Task(Twofold()))
+    one_line(caught)
+    assert plugin.policy == policy
+    assert plugin.history == history
+    assert plugin.assignment["net.second.1"].compute == "bf16"

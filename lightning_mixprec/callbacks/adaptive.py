@@ -1,7 +1,7 @@
 """``AdaptivePrecision``: moves layers to the formats that the run turns out to need."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,13 +20,15 @@ from lightning_mixprec.callbacks.monitor import (
     takes_iterator,
     written,
 )
-from lightning_mixprec.callbacks.steering import NOT_FINITE, Steering, pinned_layers
+from lightning_mixprec.callbacks.states import Made, Steered, has_shape
+from lightning_mixprec.callbacks.steering import NOT_FINITE, Steering
 from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError, SupportError
 from lightning_mixprec.numerics.formats import native_support
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.plugin_checks import check_choice
 from lightning_mixprec.plugin_state import policy_version
+from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.policy.decisions import Decision, Options, quoted
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
@@ -75,7 +77,7 @@ class AdaptivePrecision(FailureMonitor):
 
     _NAME = "adaptive"
     _KEYS = ("low_precision_share", "policy_version")
-    _STATE = ("decisions", "_steered", "_said")
+    _STATE = {"decisions": list[Made], "_steered": dict[str, Any], "_said": list[str]}
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class AdaptivePrecision(FailureMonitor):
         Raises:
             PolicyError: A pattern is malformed or matches nothing.
         """
-        pinned_layers(pl_module, self.pin)
+        covered_layers(self.pin, pl_module, "AdaptivePrecision(pin=...)")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,6 +161,12 @@ class AdaptivePrecision(FailureMonitor):
             on_outcome=self._steering.see_outcome,
         )
         super().on_train_start(trainer, pl_module)
+
+    @override
+    def _contradictions(self, state: Mapping[str, Any]) -> Iterator[str]:
+        yield from super()._contradictions(state)
+        if state["steered"] and not has_shape(state["steered"], Steered):
+            yield "steered"
 
     def _go_on(self, steering: Steering) -> None:
         """Takes over what a checkpoint kept of the controller."""

@@ -9,12 +9,16 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share, policy_hint, written
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
+from lightning_mixprec.callbacks.states import Count, Fidelity
 from lightning_mixprec.callbacks.study import Findings, Wanted
 from lightning_mixprec.engine.plan import survey
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.drawing import draw_layers
 
 _MIN_COSINE, _MIN_COSINE_IN_BF16 = 0.99, 0.9
+
+NOISE_DB = 10.0
+"""Below this signal-to-quantization-noise ratio an output has hardly a digit of fp32's."""
 
 
 class FidelityMonitor(SamplingMonitor):
@@ -53,7 +57,13 @@ class FidelityMonitor(SamplingMonitor):
 
     _NAME = "fidelity"
     _KEYS = ("loss_gap", "min_grad_cosine")
-    _STATE = ("latest", "_turn", "_off", "_gap_is_large", *SamplingMonitor._SAMPLING)
+    _STATE = {
+        "latest": Fidelity,
+        "_turn": Count,
+        "_off": list[str],
+        "_gap_is_large": bool,
+        **SamplingMonitor._SAMPLING,
+    }
 
     def __init__(
         self,
@@ -117,8 +127,7 @@ class FidelityMonitor(SamplingMonitor):
         for layer, others in self._not_warned_of("cosine", again):
             rank_zero_warn(
                 f"step {step}: the gradient of layer {layer!r}{others} no longer points where fp32's does "
-                f"(cosine {off[layer]:.3f}, the limit is {limit:g}). If its SQNR is low compute it in fp32, else the "
-                f"layers between it and the loss; {policy_hint(layer, 'fp32')}"
+                f"(cosine {off[layer]:.3f}, the limit is {limit:g}). {self._way_out(layer)}"
             )
         gap, was_large = self.latest["loss_gap"], self._gap_is_large
         self._gap_is_large = self.max_loss_gap < gap < math.inf
@@ -128,6 +137,19 @@ class FidelityMonitor(SamplingMonitor):
                 f"step {step}: the loss differs from fp32's by {gap:.1%} (healthy is below 2 %); "
                 "compute the loss in fp32 (layers: '', recurse: false) and see which layers have a low SQNR.",
             )
+
+    def _way_out(self, layer: str) -> str:
+        measured: dict[str, float] = {
+            name: values["sqnr_db"]
+            for name, values in self.latest["layers"].items()
+            if values["sqnr_db"] is not None and values["sqnr_db"] < NOISE_DB
+        }
+        if not measured:
+            says = "If its SQNR is low compute it in fp32, else the layers between it and the loss"
+            return f"{says}; {policy_hint(layer, 'fp32')}"
+        noisy = min(measured, key=lambda name: measured[name])
+        says = f"The output of {noisy!r} is noise (SQNR {measured[noisy]:.1f} dB)"
+        return f"{says}: compute that in fp32, or in bf16 if fp16's range is too small; {policy_hint(noisy, 'fp32')}"
 
     def _limit(self) -> float:
         if self.min_cosine is not None:
@@ -153,8 +175,10 @@ class FidelityMonitor(SamplingMonitor):
         return draw_layers(cosines, "cosine of the gradient with fp32's", limit=self._limit(), ax=ax)
 
 
-def _closeness(values: dict[str, float | None]) -> tuple[float, float]:
-    return _or(values["grad_cosine"], 2.0), _or(values["sqnr_db"], 999.0)
+def _closeness(values: dict[str, float | None]) -> tuple[float, float, float]:
+    """Layers whose output is noise first, the others by their gradients."""
+    sqnr = _or(values["sqnr_db"], 999.0)
+    return min(sqnr, NOISE_DB), _or(values["grad_cosine"], 2.0), sqnr
 
 
 def _or(value: float | None, other: float) -> float:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.formats import RunFormats, formats_of
 from lightning_mixprec.callbacks.journal import Journal
+from lightning_mixprec.callbacks.states import Shapes, has_shape
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.policy.table import align
 
@@ -25,13 +26,13 @@ _NAMED = 4
 class Monitor(pl.Callback):
     """Base of the callbacks that watch.
 
-    A subclass names its logged keys in ``_KEYS`` and the attributes that a checkpoint keeps in ``_STATE``; these hold
-    plain types alone.
+    A subclass names its logged keys in ``_KEYS``, and in ``_STATE`` the attributes that a checkpoint keeps, with their
+    shapes; these hold plain types alone.
     """
 
     _NAME: ClassVar[str]
     _KEYS: ClassVar[tuple[str, ...]]
-    _STATE: ClassVar[tuple[str, ...]]
+    _STATE: ClassVar[Shapes]
 
     def __init__(self) -> None:
         self._values: dict[str, float] = dict.fromkeys(self._KEYS, math.nan)
@@ -99,8 +100,7 @@ class Monitor(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        names = ("_values", "_warned", *self._STATE)
-        return {"version": 1, **{name.lstrip("_"): _plain_copy(getattr(self, name)) for name in names}}
+        return {"version": 1, **{name.lstrip("_"): _plain_copy(getattr(self, name)) for name in self._shapes()}}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -109,15 +109,30 @@ class Monitor(pl.Callback):
                 f"The checkpoint's {type(self).__name__} state has version {state_dict.get('version')!r}, this release "
                 "of lightning_mixprec reads version 1; upgrade lightning_mixprec, or resume without the callback."
             )
-        names = {name: name.lstrip("_") for name in ("_values", "_warned", *self._STATE)}
-        missing = sorted(set(names.values()) - state_dict.keys())
+        shapes = {name.lstrip("_"): shape for name, shape in self._shapes().items()}
+        missing = sorted(shapes.keys() - state_dict.keys())
         if missing:
             raise MixPrecError(
                 f"The checkpoint's {type(self).__name__} state lacks {', '.join(missing)}; it was not written whole. "
                 "Resume from another checkpoint, or without the callback."
             )
-        for name, key in names.items():
-            setattr(self, name, _plain_copy(state_dict[key]))
+        damaged = [key for key, shape in shapes.items() if not has_shape(state_dict[key], shape)]
+        damaged = damaged or list(self._contradictions(state_dict))
+        if damaged:
+            raise MixPrecError(
+                f"The checkpoint's {type(self).__name__} state is damaged in {', '.join(damaged)}. Resume from another "
+                "checkpoint, or without the callback."
+            )
+        for name in self._shapes():
+            setattr(self, name, _plain_copy(state_dict[name.lstrip("_")]))
+
+    def _shapes(self) -> Shapes:
+        return {"_values": dict[str, float], "_warned": list[str], **self._STATE}
+
+    def _contradictions(self, state: Mapping[str, Any]) -> Iterator[str]:
+        """Parts of a state that have their shapes, but cannot be gone on from together."""
+        if state["values"].keys() != self._values.keys():
+            yield "values"
 
     def plot(self, ax: Any = None) -> Any:
         """Draws what the class says of its plot.

@@ -13,6 +13,7 @@ from lightning_mixprec.callbacks.failures import FailureWatch, diagnosed
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator, written
 from lightning_mixprec.callbacks.replay import StepReplay
 from lightning_mixprec.callbacks.saved import save_batch
+from lightning_mixprec.callbacks.states import Count, Event
 from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.drawing import draw_steps
@@ -61,7 +62,16 @@ class OverflowMonitor(FailureMonitor):
 
     _NAME = "overflow"
     _KEYS = ("loss_scale", "overflow_rate", "skipped_steps")
-    _STATE = ("events", "skipped_steps", "reasons", "_recent", "_steps", "_last_step", "_diagnoses", "_scales")
+    _STATE = {
+        "events": list[Event],
+        "skipped_steps": Count,
+        "reasons": dict[str, Count],
+        "_recent": list[Count],
+        "_steps": Count,
+        "_last_step": Count,
+        "_diagnoses": Count,
+        "_scales": list[tuple[float, float]],
+    }
 
     def __init__(self, save_batch: bool = False, window: int = 100, max_diagnoses: int = 20) -> None:
         if not isinstance(save_batch, bool):

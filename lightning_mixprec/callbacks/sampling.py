@@ -1,11 +1,12 @@
 """Monitors that study a step now and then; those that are due at the same step share one study."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import Monitor, check_count, takes_iterator
+from lightning_mixprec.callbacks.states import Count, Shapes
 from lightning_mixprec.callbacks.study import Findings, Study, Wanted
 
 _NEEDS_BATCHES = (
@@ -24,7 +25,7 @@ class SamplingMonitor(Monitor):
         every_n_steps: n, in batches.
     """
 
-    _SAMPLING = ("_batches_seen", "_retries_left", "_is_asked_again")
+    _SAMPLING: ClassVar[Shapes] = {"_batches_seen": Count, "_retries_left": Count, "_is_asked_again": bool}
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = check_count(type(self).__name__, "every_n_steps", every_n_steps)

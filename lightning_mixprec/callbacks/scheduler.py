@@ -1,14 +1,13 @@
 """``PrecisionScheduler``: policies that come into force at given moments of a run."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -16,10 +15,11 @@ from lightning_mixprec import plugin_checks as checks
 from lightning_mixprec.callbacks import ranks
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.callbacks.monitor import Monitor, is_quiet
+from lightning_mixprec.callbacks.progress import follows_epochs, learning_rate, looks_once_per_epoch, metric, share_done
+from lightning_mixprec.callbacks.states import Came, Looks
 from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.plugin_state import policy_version
-from lightning_mixprec.policy.rule import did_you_mean
 from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
 from lightning_mixprec.policy.schedule import LowRate, Moment, Now, Phase, Plateau, naming, read_phases
 
@@ -58,7 +58,13 @@ class PrecisionScheduler(Monitor):
 
     _NAME = "schedule"
     _KEYS = ("policy_version",)
-    _STATE = ("came", "_listed", "_looks", "_peak", "_begins_window")
+    _STATE = {
+        "came": list[Came],
+        "_listed": list[dict[str, Any]],
+        "_looks": list[Looks],
+        "_peak": float,
+        "_begins_window": bool,
+    }
 
     def __init__(self, phases: list[dict[str, Any]]) -> None:
         self.phases = read_phases(phases)
@@ -107,9 +113,8 @@ class PrecisionScheduler(Monitor):
                 for base in (formats.training, policy) if has_events else (policy,):
                     policy = self._target(plugin, phase, base, pl_module)
                     assignment = policy.resolve(pl_module)
-                    checks.check_storage_unchanged(formats.training_assignment, assignment)
-                    options = checks.scaling_for(plugin._loss_scaling, assignment)
-                    checks.check_optimizers(plugin._optimizers, options)
+                    asked, optimizers = plugin._loss_scaling, plugin._optimizers
+                    checks.check_change(formats.training_assignment, assignment, asked, optimizers)
 
     def _target(
         self, plugin: PerLayerPrecision, phase: Phase, policy: PrecisionPolicy, model: pl.LightningModule
@@ -118,6 +123,15 @@ class PrecisionScheduler(Monitor):
         if phase.edit is not None:
             return policy.amend(phase.edit, model)
         return phase.policy if isinstance(phase.policy, PrecisionPolicy) else _configured(plugin)
+
+    @override
+    def _contradictions(self, state: Mapping[str, Any]) -> Iterator[str]:
+        yield from super()._contradictions(state)
+        numbers, count = [each["phase"] for each in state["came"]], len(state["listed"])
+        if len(set(numbers)) != len(numbers) or not all(1 <= number <= count for number in numbers):
+            yield "came"
+        if len(state["looks"]) != count:
+            yield "looks"
 
     def _go_on(self) -> None:
         """Takes the state of a checkpoint for the phases listed now."""
@@ -159,7 +173,7 @@ class PrecisionScheduler(Monitor):
 
     def _refuse_epochs_that_differ(self, trainer: pl.Trainer) -> None:
         """Raises for phases that would come at other steps on other ranks, because their epochs have other lengths."""
-        phase = next((each for each in self._waiting() if _follows_epochs(trainer, each)), None)
+        phase = next((each for each in self._waiting() if follows_epochs(trainer, each)), None)
         if phase is None:
             return
         lengths = ranks.all_values(trainer.num_training_batches)
@@ -223,9 +237,9 @@ class PrecisionScheduler(Monitor):
         waiting = list(self._waiting())
         if not waiting:
             return []
-        rate = _learning_rate(trainer) if any(isinstance(phase.when, LowRate) for phase in waiting) else 0.0
+        rate = learning_rate(trainer) if any(isinstance(phase.when, LowRate) for phase in waiting) else 0.0
         self._peak = max(self._peak, rate)
-        now = Now(trainer.global_step, trainer.current_epoch, _share_done(trainer), rate, self._peak)
+        now = Now(trainer.global_step, trainer.current_epoch, share_done(trainer), rate, self._peak)
         return [phase for phase in waiting if phase.is_due(now, self._looks[phase.number - 1]["looks"])]
 
     def _come(self, trainer: pl.Trainer, phase: Phase, place: dict[str, int]) -> None:
@@ -262,14 +276,14 @@ class PrecisionScheduler(Monitor):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _looks_once_per_epoch(trainer):
+        if looks_once_per_epoch(trainer):
             self._look(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_look = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if is_look and not _looks_once_per_epoch(trainer):
+        if is_look and not looks_once_per_epoch(trainer):
             self._look(trainer)
         super().on_validation_end(trainer, pl_module)
 
@@ -280,7 +294,7 @@ class PrecisionScheduler(Monitor):
             if not isinstance(when, Plateau) or when.monitor in looked_at:
                 continue
             looked_at.add(when.monitor)
-            value, seen = _metric(trainer, phase.number, when.monitor), self._looks[phase.number - 1]
+            value, seen = metric(trainer, phase.number, when.monitor), self._looks[phase.number - 1]
             if when.improves(value, seen["best"]):
                 seen.update(best=value, looks=0)
             else:
@@ -328,62 +342,6 @@ def _configured(plugin: PerLayerPrecision) -> PrecisionPolicy:
     return policy
 
 
-def _learning_rate(trainer: pl.Trainer) -> float:
-    """The largest of all parameter groups, the same on all ranks."""
-    groups: Sequence[dict[str, Any]] = [group for each in trainer.optimizers for group in each.param_groups]
-    rate = max((float(group["lr"]) for group in groups), default=0.0)
-    # What a metric decides may differ from rank to rank.
-    if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-        _, first = ranks.first_found(rate)
-        return rate if first is None else first
-    return rate
-
-
-def _share_done(trainer: pl.Trainer) -> Fraction:
-    """The share of training that is done, by whichever limit is nearer; in batches, because a skipped step ends one."""
-    done = Fraction(0)
-    if trainer.max_steps > 0:
-        done = Fraction(trainer.global_step, trainer.max_steps)
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        in_epoch = Fraction(0)
-        if not math.isinf(trainer.num_training_batches):
-            in_epoch = Fraction(trainer.fit_loop.epoch_loop.batch_idx, int(trainer.num_training_batches))
-        done = max(done, (trainer.current_epoch + in_epoch) / trainer.max_epochs)
-    return done
-
-
-def _follows_epochs(trainer: pl.Trainer, phase: Phase) -> bool:
-    """Whether it depends on the lengths of epochs at which step a phase comes."""
-    when = phase.when
-    if isinstance(when, Moment):
-        ends = trainer.max_epochs not in (None, -1)
-        return when.value > 0 and (when.kind == "epoch" or (when.kind == "share" and ends))
-    configs = trainer.lr_scheduler_configs
-    return isinstance(when, Plateau) or any(each.interval == "epoch" or each.reduce_on_plateau for each in configs)
-
-
 def _listing(numbers: Sequence[float]) -> str:
     *others, last = (f"{number:g}" for number in sorted(set(numbers)))
     return f"{', '.join(others)} and {last}"
-
-
-def _looks_once_per_epoch(trainer: pl.Trainer) -> bool:
-    """Whether metrics are looked at when an epoch ends, where those of training and of validation are both there."""
-    interval = trainer.val_check_interval
-    is_usual = isinstance(interval, float) and interval == 1.0 and trainer.check_val_every_n_epoch == 1
-    return is_usual or not trainer.enable_validation
-
-
-def _metric(trainer: pl.Trainer, number: int, name: str) -> float:
-    """A logged metric as the first rank that has it sees it."""
-    metrics = trainer.callback_metrics
-    own: Tensor | None = metrics.get(name)
-    _, value = ranks.first_found(None if own is None else float(own))
-    if value is None:
-        near = did_you_mean(name, metrics) or ";"
-        known = f"logged are {', '.join(sorted(metrics))}" if metrics else "nothing is logged"
-        raise PolicyError(
-            f"phase {number}: no metric {name!r} is logged{near} {known}. Log it in training_step, validation_step or "
-            "on_validation_epoch_end."
-        )
-    return value

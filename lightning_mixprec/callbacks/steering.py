@@ -19,15 +19,15 @@ from lightning_mixprec.callbacks.trial import Trial
 from lightning_mixprec.callbacks.underflow import describe
 from lightning_mixprec.engine.plan import Site, survey
 from lightning_mixprec.engine.sandbox import RandomState
-from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.policy.controller import Controller
+from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.policy.decisions import Decision, Options, quoted
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.remedies import Layer
 from lightning_mixprec.policy.rule import parse_value
-from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
+from lightning_mixprec.policy.rules import PrecisionPolicy
 
 NOT_FINITE = "not finite in fp32"
 """Why a batch tells nothing of precision: no problem of this callback's."""
@@ -84,7 +84,7 @@ class Steering:
         self._snapshots.take(self._trainer, self._module, self._trainer.global_step, is_sound=is_sound)
 
     def _new_controller(self, options: Options, pin: Sequence[str]) -> Controller:
-        formats, pinned = self._base_formats(), pinned_layers(self._module, pin)
+        formats, pinned = self._base_formats(), covered_layers(pin, self._module, "AdaptivePrecision(pin=...)")
         layers = [
             Layer(
                 site.name,
@@ -140,6 +140,7 @@ class Steering:
         self._flops = dict(state["flops"])
         self.controller.measured(self._flops)
         self.controller.load_state_dict(state["controller"])
+        self._policy_with(self.controller.state.promoted).resolve(self._module)  # fails here rather than in a step
         if state["pending"] is not None:
             self.pending = Decision.from_state(state["pending"])
         if state.get("copy") is not None:
@@ -351,25 +352,6 @@ class Steering:
         if self._outputs[name] is not None:
             edit.pop("output", None)  # the user's word on it holds
         return {**edit, "recurse": False} if self._heights[name] or not name else edit
-
-
-def pinned_layers(module: nn.Module, pin: Sequence[str]) -> set[str]:
-    """The layers that patterns cover.
-
-    Raises:
-        PolicyError: One is malformed or matches nothing.
-    """
-    if not pin:
-        return set()
-    every: set[str] = set()
-    for pattern in pin:
-        try:
-            covered = PrecisionPolicy("fp16", [Rule(pattern, compute="fp32")]).resolve(module)
-        except PolicyError as error:
-            problem = str(error).removeprefix("rule 1 ").replace(" (allow_unmatched accepts it)", "")
-            raise PolicyError(f"AdaptivePrecision(pin=...): {problem}") from None
-        every |= {name for name, layer in covered.items() if layer.rule is not None}
-    return every
 
 
 def heights(sites: Sequence[Site]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mixprec.callbacks import ranks
 from lightning_mixprec.callbacks.formats import RunFormats
 from lightning_mixprec.callbacks.replay import Replayed, StepReplay, halved, is_out_of_memory
+from lightning_mixprec.engine.arithmetic import FlopCount
 from lightning_mixprec.engine.probe import (
     CallRecorder,
     LayerCall,
@@ -39,6 +40,8 @@ class Wanted:
         layers: The layers whose output is compared with fp32, as far as ``max_bytes`` reach.
         max_elements: How many elements of a tensor statistics look at; None for all.
         max_bytes: Memory for the inputs and outputs of ``layers``.
+        flops: The arithmetic of each layer's own matrix products. Counting takes as long as the step where steps are
+            short.
     """
 
     statistics: bool = False
@@ -46,6 +49,7 @@ class Wanted:
     layers: tuple[str, ...] = ()
     max_elements: int | None = None
     max_bytes: int = 0
+    flops: bool = False
 
     def __or__(self, other: "Wanted") -> "Wanted":
         """What either wants."""
@@ -56,6 +60,7 @@ class Wanted:
             tuple(dict.fromkeys(self.layers + other.layers)),
             None if unbounded else max(self.max_elements or 0, other.max_elements or 0),
             max(self.max_bytes, other.max_bytes),
+            self.flops or other.flops,
         )
 
 
@@ -75,6 +80,7 @@ class Findings:
         cosines: By layer with weights, the cosine between their gradients in the run's formats and in fp32; NaN if one
             of them is not finite.
         sqnr_db: By layer, of those that were compared.
+        flops: By layer what its own matrix products take in forward, of the batch of this rank.
         too_large: Layers whose input and output would not have fitted.
         problem: What went wrong, if something did, on this rank; if its batch was left out, on the first such rank.
         is_complete: Whether the batches of all ranks, or half of them, were studied.
@@ -90,6 +96,7 @@ class Findings:
     loss_gap: float | None = None
     cosines: dict[str, float] = field(default_factory=dict)
     sqnr_db: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
     too_large: list[str] = field(default_factory=list)
     problem: str | None = None
     is_complete: bool = False
@@ -194,8 +201,10 @@ class Study:
         observer = Observer(self._layers, self.wanted.max_elements) if self.wanted.statistics else None
         with self._replay.opened(reference=True) as stand_ins:
             energies = [shadow(calls.pop(name)) if name in calls else torch.zeros(2) for name in self.wanted.layers]
-            with observer or contextlib.nullcontext():
+            count = FlopCount(self._layers) if self.wanted.flops else None
+            with observer or contextlib.nullcontext(), count or contextlib.nullcontext():
                 reference = self._replay.run(stand_ins, batch, self.batch_idx)
+        self._findings.flops = count.flops if count is not None else {}
         sums = [agreement(self._owned, low.gradients, reference.gradients), *energies, torch.ones(1)]
         maxima = [_largest_gap(low.losses, reference.losses)]
         if observer is not None:

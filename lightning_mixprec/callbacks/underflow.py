@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share, policy_hint, written
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.callbacks.stagnation import StepWatch
+from lightning_mixprec.callbacks.states import Losses, Stagnation
 from lightning_mixprec.callbacks.study import Findings, Wanted
 from lightning_mixprec.engine.probe import layers_of, own_parameters
 from lightning_mixprec.numerics.drawing import draw_layers
@@ -65,7 +66,7 @@ class UnderflowMonitor(SamplingMonitor):
 
     _NAME = "underflow"
     _KEYS = ("underflow_rate",)
-    _STATE = ("latest", *SamplingMonitor._SAMPLING)
+    _STATE = {"latest": dict[str, Losses | Stagnation], **SamplingMonitor._SAMPLING}
 
     def __init__(self, every_n_steps: int = 1000, threshold: float = 0.1, max_elements: int | None = 16384) -> None:
         name = type(self).__name__

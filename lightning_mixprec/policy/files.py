@@ -53,14 +53,19 @@ def read(path: str | os.PathLike[str]) -> Document:
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a YAML file, its folder too: what stood there before stays whole until the new content is complete.
+    """Write a YAML file as :func:`write_text` does."""
+    text = yaml.dump(
+        dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False
+    )
+    write_text(path, text)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, its folder too: what stood there before stays whole until the new content is complete.
 
     A pipe or a device is written to, not replaced.
     """
     target = Path(os.path.realpath(Path(path).expanduser()))
-    text = yaml.dump(
-        dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False
-    )
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and not target.is_file():
         target.write_text(text, encoding="utf-8", newline="\n")

@@ -383,3 +383,22 @@ def test_the_reference_alone_is_computed_without_tf32(monkeypatch):
     monkeypatch.setattr(replay, "without_tf32", noted)
     fit(Noting(mlp()), ours("bf16"), Batches(6, count=1), callbacks=[FidelityMonitor()])
     assert asked == ["step", "begin", "step", "end", "step"]
+
+
+class Squaring(nn.Module):
+    """Numbers above 256 become infinite in fp16, and what is handed on zero: nothing is learned, nothing fails."""
+
+    def forward(self, x):
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*the loss differs")
+def test_a_layer_whose_output_is_noise_is_named_and_heads_the_table(capsys):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), Squaring(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    batches = Batches(6)
+    batches.batches = [(1e4 * x, y) for x, y in batches.batches]
+    with pytest.warns(UserWarning, match=r"The output of 'net\.1' is noise \(SQNR -?0\.0 dB\).*'net\.1': 'fp32'"):
+        fit(Task(net), ours("fp16"), batches, callbacks=[FidelityMonitor(every_n_steps=1)])
+    table = capsys.readouterr().out.split("FidelityMonitor:")[1].splitlines()
+    assert table[2].split()[0] == "net.1"

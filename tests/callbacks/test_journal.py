@@ -204,12 +204,23 @@ def plain_types(value):
     return all(map(plain_types, value)) if type(value) is list else type(value) in (int, float, str, bool, type(None))
 
 
+EVENT = {"step": 1, "layer": "a", "direction": "backward", "verdict": "model", "op": "mul", "format": "bf16"}
+OFF = {
+    OverflowMonitor: {"events": [{**EVENT, "value": 1.5, "fits": None}], "scales": [[1.0, 2.0]]},
+    UnderflowMonitor: {"latest": {"a": {"stagnation_rate": 0.5}}},
+    FidelityMonitor: {
+        "latest": {"loss_gap": 1.5, "layers": {"a": {"sqnr_db": 9.0, "grad_cosine": None}}},
+        "off": ["a"],
+    },
+}
+
+
 @pytest.mark.parametrize("kind", MONITORS)
 def test_state_is_plain_and_survives_a_file_with_every_field_off_its_default(kind):
     monitor = kind()
     state = monitor.state_dict()
     assert state["version"] == 1
-    other = {"latest": {"a": {"b": 1.5}}, "values": {"x": 2.0}, "warned": ["y"], "events": [{"step": 1}]}
+    other = {**OFF[kind], "values": dict.fromkeys(state["values"], 2.0), "warned": ["y"]}
     changed = {key: other.get(key, value if key == "version" else _off(value)) for key, value in state.items()}
     assert all(changed[key] != state[key] for key in state if key != "version")
     monitor.load_state_dict(changed)

@@ -138,7 +138,8 @@ class Quiet(Line):
 
 def off_default():
     monitor = OverflowMonitor(window=5)
-    monitor.events = [{"step": 3, "layer": "net", "verdict": "precision", "value": 1e9}]
+    where = {"step": 3, "layer": "net", "direction": "forward", "op": "addmm", "format": "fp16"}
+    monitor.events = [{**where, "verdict": "precision", "value": 1e9, "fits": "bf16"}]
     monitor.skipped_steps, monitor.reasons = 7, {"scale": 6, "precision": 1}
     monitor._recent, monitor._steps, monitor._last_step, monitor._diagnoses = [1, 0, 1], 12, 4, 5
     monitor._scales, monitor._warned = [[0.0, 65536.0], [1.0, 32768.0]], ["key"]

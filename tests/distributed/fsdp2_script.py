@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,14 +12,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from plugin_models import Batches
-from sharded_models import ByHand, Hot, Sharded, Split
+from sharded_models import ByHand, Hot, Recomputing, Sharded, Split, SplitAndSharded
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from lightning_mixprec import (
     AdaptivePrecision,
     FidelityMonitor,
-    MixPrecError,
     OverflowMonitor,
     PerLayerPrecision,
     UnderflowMonitor,
@@ -114,14 +114,6 @@ def whole(tensor):
     return full.detach().clone()
 
 
-def refused(strategy, plugin, **options):
-    try:
-        train(strategy, plugin, **options)
-    except MixPrecError as error:
-        return {"error": str(error)}
-    return {"error": None}
-
-
 def watched(folder, strategy):
     """Monitors and the controller on a model that needs one of its blocks elsewhere."""
     monitors = [OverflowMonitor(), UnderflowMonitor(every_n_steps=2), FidelityMonitor(every_n_steps=2)]
@@ -136,6 +128,15 @@ def watched(folder, strategy):
     found["fidelity"] = monitors[2].latest
     found["events"] = monitors[0].events
     return found
+
+
+def warned_of(strategy, model):
+    """What is said of nothing being sharded, and how the weights are spread."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, model = train(strategy, PerLayerPrecision("bf16"), model=model, shared=True)
+    said = [str(each.message) for each in caught if "shards nothing" in str(each.message)]
+    return {"said": said, "spread": {isinstance(param, DTensor) for param in model.parameters()}}
 
 
 def resumed(folder):
@@ -170,6 +171,7 @@ def main(folder):
         results[f"{name} fused"] = outcome(
             strategy(), PerLayerPrecision("fp16"), [Spoiled()], model=lambda: Sharded(optimizer=fused)
         )
+        results[f"{name} recomputed"] = outcome(strategy(), PerLayerPrecision(NORMS), [Moves()], model=Recomputing)
         results[f"{name} watched"] = watched(folder / f"{name}{RANK}", strategy())
     for policy in ("bf16", "fp16"):
         results[f"spoiled shard {policy}"] = outcome(sharded(), PerLayerPrecision(policy), [SpoiledShard()])
@@ -177,18 +179,19 @@ def main(folder):
     for name, strategy in (("ddp", ddp), ("split", split)):
         plugin = PerLayerPrecision(NORMS)
         results[f"{name} shared"] = outcome(strategy(), plugin, model=Split, shared=True)
+    for name, strategy, model in (
+        ("whole copies", ModelParallelStrategy(process_group_backend="gloo"), Sharded),
+        ("split and sharded", split(), SplitAndSharded),
+        ("halves", sharded(), Sharded),
+    ):
+        results[name] = warned_of(strategy, model)
     results |= {
-        "split watched": refused(split(), PerLayerPrecision("fp16"), model=Split, callbacks=[FidelityMonitor()]),
-        "own policy": refused(
-            sharded(), PerLayerPrecision("fp32"), model=lambda: Sharded(MixedPrecisionPolicy(torch.bfloat16))
-        ),
         "own policy fits": outcome(
             sharded(), PerLayerPrecision("bf16"), model=lambda: Sharded(MixedPrecisionPolicy(torch.bfloat16))
         ),
         "plain fully_shard": outcome(
             sharded(), PerLayerPrecision("bf16"), model=lambda: Sharded(MixedPrecisionPolicy())
         ),
-        "stored": refused(sharded(), PerLayerPrecision({"default": "fp32", "model.head": "p=fp64"})),
     }
     assert all(math.isfinite(loss) for loss in results["fsdp2 fp16"]["losses"])
     torch.save(results, folder / f"rank{RANK}.pt")

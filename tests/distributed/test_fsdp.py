@@ -43,21 +43,3 @@ def test_wrapped_modules_can_be_gathered_in_16_bits(ranks):
     expected, found = ranks[0]["ddp linears"], ranks[0]["gathered"]
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-2, atol=1e-3)
     assert found["losses"] != expected["losses"]
-
-
-REFUSED = {
-    "gathered wrong": "gathers the weights of layer 'model.2' in bf16, but it is to compute in fp32",
-    "gathered and moved": "gathers the weights of layer 'model.2' in bf16, but it is to compute in fp32",
-    "not fsdp": "PerLayerFSDPPrecision is for FSDPStrategy alone, and this Trainer has a DDPStrategy",
-    "plain plugin": "The FSDP strategy can only work with the `FSDPPrecision` plugin",
-    "fp64": "layer 'model.head' stores its weights in fp32 and computes in fp64",
-    "watched": "OverflowMonitor does not support OnTheCPU",
-    "by hand": "manual optimization",
-}
-
-
-@pytest.mark.parametrize(("case", "says"), REFUSED.items(), ids=REFUSED)
-def test_what_cannot_be_is_one_line(ranks, case, says):
-    for results in ranks:
-        assert says in results[case]["error"]
-        assert "\n" not in results[case]["error"]

@@ -20,6 +20,7 @@ CASES = [
     "accumulated",
     "by hand",
     "fused",
+    "recomputed",
     "watched",
 ]
 
@@ -129,20 +130,21 @@ def test_layers_that_are_split_over_ranks_train_as_whole_ones(ranks):
         assert found["skipped"] == expected["skipped"]
 
 
+def test_a_mesh_of_one_that_shards_nothing_is_one_warning_of_the_first_rank(ranks):
+    first, second = (results["whole copies"] for results in ranks)
+    (said,) = first["said"]
+    assert said.startswith("fully_shard shards nothing: its mesh has size 1, in a run of 2 ranks")
+    assert "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)" in said
+    assert "\n" not in said
+    assert second["said"] == []
+
+
+@pytest.mark.parametrize("case", ["split and sharded", "halves"])
+def test_a_mesh_that_shards_and_layers_that_are_split_are_nothing_to_warn_of(ranks, case):
+    for results in ranks:
+        assert results[case] == {"said": [], "spread": {True}}
+
+
 def test_what_a_user_sharded_by_himself_is_gathered_in_his_format_or_the_policys(ranks):
     assert ranks[0]["own policy fits"]["seen"] == [[(FP32, BF16)], [(FP32, BF16)]]
     assert ranks[0]["plain fully_shard"]["seen"] == [[(FP32, BF16)], [(FP32, BF16)]]
-
-
-REFUSED = {
-    "own policy": "layer 'model.stem' were sharded with MixedPrecisionPolicy(param_dtype=torch.bfloat16)",
-    "stored": "is to store its weights in torch.float64, but they are sharded in torch.float32",
-    "split watched": "FidelityMonitor replays steps on each rank by itself",
-}
-
-
-@pytest.mark.parametrize(("case", "says"), REFUSED.items(), ids=REFUSED)
-def test_what_cannot_be_is_one_line(ranks, case, says):
-    for results in ranks:
-        assert says in results[case]["error"]
-        assert "\n" not in results[case]["error"]

@@ -1,5 +1,6 @@
 """What FSDP2 gathers a model's weights in, in a world of one process."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.engine.sharding import shard
@@ -17,6 +19,8 @@ from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+BY_BLOCK = {"default": "bf16", "blocks.1": "fp32", "head": "fp32"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +56,18 @@ def stored(model):
 
 def is_sharded(module):
     return isinstance(module, FSDPModule)
+
+
+def trained(model, policy, x):
+    """The losses of two backwards, whose gradients add up."""
+    attachment, losses = attach(model, resolved(model, policy), "cpu"), []
+    for _ in range(2):
+        with attachment.context():
+            loss = model(x).float().square().sum()
+        loss.backward()
+        losses.append(loss.item())
+    attachment.detach()
+    return losses
 
 
 class Read(nn.Module):
@@ -119,6 +135,27 @@ def test_a_wrapped_block_can_be_sharded():
     expected = computed(seeded(Stack), {"default": "bf16", "blocks.*.norm": "fp32"}, x)
     assert all(map(is_sharded, model.blocks))
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("policy", ["bf16", {"default": "fp16", "blocks.*.norm": "c=fp32,o=input"}, BY_BLOCK], ids=str)
+@pytest.mark.parametrize("inside", [True, False])
+def test_activation_checkpointing_recomputes_norms_that_are_groups_of_their_own(policy, inside):
+    """Whether a block is called within what is recomputed, or recomputes within its call."""
+    x, expected, found = torch.randn(3, 6), seeded(Stack), seeded(Stack)
+    if inside:
+        for block in found.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    else:
+        found.recomputes = True
+    shard(found, [*found.blocks, found], resolved(found, policy))
+    assert is_sharded(found.blocks[0].norm)
+    ran = []
+    found.blocks[0].norm.register_forward_hook(lambda *_: ran.append(1))
+    losses = [trained(model, policy, x) for model in (expected, found)]
+    assert len(ran) == 4
+    assert losses[0] == losses[1]
+    for one, other in zip(expected.parameters(), found.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad.full_tensor())
 
 
 @pytest.mark.parametrize("by_user", [True, False])

@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from plugin_models import Call, fit, ours, overflowing, task
+from plugin_models import Call, fit, one_line, ours, overflowing, task
 
 from lightning_mixprec import (
     AdaptivePrecision,
@@ -22,7 +22,7 @@ from lightning_mixprec.numerics.scaling import LossScaler
 
 ODD = st.sampled_from(
     [None, True, -1, 0, 2**70, 1.5, math.nan, math.inf, "", "fp16", "x\ny", [], [1], {}, {"a": 1}, b"x"]
-)
+).map(copy.deepcopy)
 
 
 def places(value, path=()):
@@ -85,7 +85,7 @@ def test_the_plugin_takes_a_state_whole_or_not_at_all():
             assert not refused or now == good
             assert 0 < plugin.scaler.get_scale() < math.inf
             assert plugin.skipped_steps >= 0
-            assert json.loads(json.dumps(now)) == now
+            assert repr(json.loads(json.dumps(now))) == repr(now)
 
         loading()
         plugin.load_state_dict(good)
@@ -108,14 +108,12 @@ def test_the_scaler_takes_a_state_or_refuses_it_in_one_line(state):
     assert scaler.state_dict()["growth_tracker"] >= 0
 
 
-TRUSTING = pytest.mark.xfail(strict=True, reason="what stands in a callback's state is taken as it comes")
 CALLBACKS = [
-    pytest.param(OverflowMonitor, marks=TRUSTING, id="overflow"),
-    pytest.param(lambda: UnderflowMonitor(every_n_steps=2), marks=TRUSTING, id="underflow"),
-    pytest.param(lambda: FidelityMonitor(every_n_steps=2), marks=TRUSTING, id="fidelity"),
+    pytest.param(OverflowMonitor, id="overflow"),
+    pytest.param(lambda: UnderflowMonitor(every_n_steps=2), id="underflow"),
+    pytest.param(lambda: FidelityMonitor(every_n_steps=2), id="fidelity"),
     pytest.param(
         lambda: PrecisionScheduler([{"at": 0, "policy": "fp16"}, {"at": 2, "policy": "bf16"}]),
-        marks=TRUSTING,
         id="scheduler",
     ),
     pytest.param(AdaptivePrecision, id="adaptive"),
@@ -142,3 +140,64 @@ def test_a_callback_goes_on_from_a_state_or_refuses_it_in_one_line(make):
         is_refused(resumed, state)
 
     loading()
+
+
+FREE = {"evidence", "listed", "base", "in_force", "copy"}
+"""What is said in plain values of any kind, and is compared or read as a policy where it is used."""
+
+
+@pytest.mark.parametrize("make", CALLBACKS)
+def test_a_callbacks_state_that_is_damaged_anywhere_is_refused_whole(make):
+    callback = make()
+    fit(task(), ours("fp16"), callbacks=[callback, *overflowing()])
+    good = json.loads(json.dumps(callback.state_dict()))
+    fresh = make()
+    before = repr(fresh.state_dict())
+    damages = [path for path in places(good) if path and not FREE & {*path}]
+    for *way, last in damages:
+        state = copy.deepcopy(good)
+        at = state
+        for key in way:
+            at = at[key]
+        at[last] = b"x"
+        with pytest.raises(MixPrecError, match=f"{type(fresh).__name__} state (is damaged in|has version)") as caught:
+            fresh.load_state_dict(state)
+        one_line(caught)
+        assert repr(fresh.state_dict()) == before
+    assert len(damages) > len(good)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("came", [{"phase": 3, "at": "step 0", "step": 0, "epoch": 0, "change": "none"}]),
+        ("came", [{"phase": 1, "at": "step 0", "step": 0, "epoch": 0, "change": "none"}] * 2),
+        ("looks", [{"best": None, "looks": 0}]),
+        ("values", {"policy_versions": 1.0}),
+    ],
+)
+def test_parts_of_a_state_that_contradict_each_other_are_refused(part, value):
+    scheduler = PrecisionScheduler([{"at": 0, "policy": "fp16"}, {"at": 2, "policy": "bf16"}])
+    with pytest.raises(MixPrecError, match=f"PrecisionScheduler state is damaged in {part}") as caught:
+        scheduler.load_state_dict({**scheduler.state_dict(), part: value})
+    one_line(caught)
+
+
+def test_a_state_of_this_version_may_lack_what_is_not_read_and_have_more():
+    event = {"step": 3, "layer": "net.0", "direction": "forward", "verdict": "precision", "op": "addmm"}
+    event |= {"format": "fp16", "value": 1e6, "fits": "bf16", "of a later release": [1]}
+    monitor = OverflowMonitor()
+    monitor.load_state_dict({**monitor.state_dict(), "events": [event], "more": 1})
+    assert monitor.events == [event]
+
+
+@pytest.mark.parametrize("promoted", [{"gone": "bf16"}, {"net.0": "fp7"}, {"net.0": "x\ny"}])
+def test_promotions_that_the_model_cannot_have_are_refused_before_the_first_step(promoted):
+    callback, again, model = AdaptivePrecision(), AdaptivePrecision(), task()
+    fit(task(), ours("fp16"), callbacks=[callback])
+    state = callback.state_dict()
+    state["steered"]["controller"]["promoted"] = promoted
+    with pytest.raises(MixPrecError, match="AdaptivePrecision state cannot be read") as caught:
+        fit(model, ours("fp16"), callbacks=[Call("on_fit_start", lambda *_: again.load_state_dict(state)), again])
+    one_line(caught)
+    assert model.losses == []
