@@ -15,6 +15,7 @@ from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.callbacks.diagnose import diagnose
 from lightning_mixprec.callbacks.fidelity import FidelityMonitor
 from lightning_mixprec.callbacks.overflow import OverflowMonitor
+from lightning_mixprec.callbacks.report import PrecisionReport
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
 from lightning_mixprec.callbacks.underflow import UnderflowMonitor
 from lightning_mixprec.errors import MixPrecError
@@ -38,6 +39,7 @@ __all__ = [
     "PerLayerFSDPPrecision",
     "PerLayerPrecision",
     "PrecisionPolicy",
+    "PrecisionReport",
     "PrecisionScheduler",
     "Rule",
     "UnderflowMonitor",

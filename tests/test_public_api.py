@@ -21,6 +21,7 @@ CLASSES = [
     "PerLayerFSDPPrecision",
     "PerLayerPrecision",
     "PrecisionPolicy",
+    "PrecisionReport",
     "PrecisionScheduler",
     "Rule",
     "SQNR",

@@ -1,0 +1,1 @@
+"""What precision did in a run, as one HTML file."""

@@ -1,0 +1,174 @@
+"""What happened to each layer, and which layers are shown together where there are too many for a row each."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_mixprec.report.reading import Records
+from lightning_mixprec.report.timeline import MAX_CELLS, sample_edges, spread
+
+MAX_ROWS = 150
+_SPACE, _LEAST_CELLS = 4000, 24  # cells of one kind on a page, so that it stays under 500 KB
+KINDS = {"underflow_rate": max, "headroom_bits": min, "grad_cosine": min, "sqnr_db": min}
+"""What is shown of layers, by step; and which of several values stands for all."""
+
+Span = tuple[int, int, str]
+
+
+@dataclass
+class Layer:
+    """A layer's life.
+
+    Attributes:
+        type_name: Its class.
+        parameters: How many of its own; None if not known.
+        param: The format that its weights are stored in.
+        compute: The format that it computes in at the end.
+        output: The format that it hands on in; empty for as computed.
+        rule: Which rule decided.
+        spans: Compute formats over steps: start, end (exclusive), format; without gaps.
+        values: By kind, steps and values.
+    """
+
+    type_name: str = ""
+    parameters: int | None = None
+    param: str = ""
+    compute: str = ""
+    output: str = ""
+    rule: str = ""
+    spans: list[Span] = field(default_factory=list)
+    values: dict[str, list[tuple[int, float | None]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+
+
+def layers_of(records: Records, first: int, end: int) -> dict[str, Layer]:
+    """All layers that are known of, in the model's order as far as that is known."""
+    layers: dict[str, Layer] = {}
+    for name, type_name, parameters, param, compute, output, rule in records.run.get("layers", ()):
+        layers[name] = Layer(type_name, parameters, param, compute, output, rule)
+    formats: dict[str, list[tuple[int, str]]] = {name: [(first, layer.compute)] for name, layer in layers.items()}
+    for change in records.changes:
+        for name, _type, _parameters, param, compute, output, rule in change["layers"]:
+            layer = layers.setdefault(name, Layer())
+            layer.param, layer.compute, layer.output, layer.rule = param, compute, output, rule
+            formats.setdefault(name, []).append((change["step"], compute))
+    for step, name, kind, value in _measured(records):
+        layer = layers.setdefault(name, Layer())
+        if kind == "format":
+            if not records.run:
+                layer.compute = value
+                formats.setdefault(name, []).append((step, value))
+        else:
+            layer.values[kind].append((step, value))
+    for name, layer in layers.items():
+        layer.spans = _spans(formats.get(name, []), first, end)
+    return layers
+
+
+def _measured(records: Records) -> Iterable[tuple[int, str, str, Any]]:
+    for row in records.samples:
+        for name, (format, underflow, _subnormal, headroom, output, *_) in row["sample"]["layers"].items():
+            yield row["step"], name, "format", format
+            yield row["step"], name, "underflow_rate", underflow
+            yield row["step"], name, "headroom_bits", _least(headroom, output)
+    for row in records.underflow:
+        if "underflow_rate" in row:
+            yield row["step"], row["layer"], "format", row["format"]
+            yield row["step"], row["layer"], "underflow_rate", row["underflow_rate"]
+            yield row["step"], row["layer"], "headroom_bits", _least(row["headroom_bits"], row["output_headroom_bits"])
+    for row in records.fidelity:
+        if "layer" in row:
+            for kind in ("grad_cosine", "sqnr_db"):
+                yield row["step"], row["layer"], kind, row[kind]
+
+
+def _least(*values: float | None) -> float | None:
+    return min((value for value in values if value is not None), default=None)
+
+
+def _spans(formats: Sequence[tuple[int, str]], first: int, end: int) -> list[Span]:
+    """Spans from the moments at which formats begin; a format known only later holds from the start."""
+    spans: list[Span] = []
+    for place, (_, format) in enumerate(formats):
+        start = first if place == 0 else max(first, formats[place][0])
+        stop = formats[place + 1][0] if place + 1 < len(formats) else end
+        stop = min(max(stop, start), end)
+        if spans and spans[-1][2] == format:
+            spans[-1] = (spans[-1][0], stop, format)
+        elif stop > start or not spans:
+            spans.append((start, stop, format))
+    return [span for span in spans if span[1] > span[0]]
+
+
+def rows(layers: dict[str, Layer], first: int, end: int, runs: int = 1) -> tuple[list[int], list[dict[str, Any]]]:
+    """The borders of the cells, and one row a layer, or a group of neighbours that lived alike.
+
+    Args:
+        layers: All layers.
+        first: First step.
+        end: The one after the last.
+        runs: How many runs share the page, and the space on it.
+    """
+    shown = {name: layer for name, layer in layers.items() if layer.spans or any(layer.values.values())}
+    grouped = _grouped(shown, MAX_ROWS // runs)
+    measured = (step for layer in layers.values() for values in layer.values.values() for step, _ in values)
+    most_cells = min(MAX_CELLS, max(_LEAST_CELLS, _SPACE // runs // max(len(grouped), 1)))
+    edges = sample_edges(measured, first, end, most_cells)
+    was_measured = {kind: any(layer.values[kind] for layer in layers.values()) for kind in KINDS}
+    drawn = []
+    for label, members in grouped:
+        row: dict[str, Any] = {"label": label, "layers": [name for name, _ in members]}
+        row["spans"] = _common_spans([layer.spans for _, layer in members], first, end)
+        for kind, worst in KINDS.items():
+            values = [value for _, layer in members for value in layer.values[kind]]
+            row[kind] = spread(values, edges, worst=worst) if was_measured[kind] else []
+        drawn.append(row)
+    return edges, drawn
+
+
+def _grouped(layers: dict[str, Layer], most: int) -> list[tuple[str, list[tuple[str, Layer]]]]:
+    """At most ``most`` groups: neighbours whose names begin alike, as deep as rows suffice.
+
+    Layers whose format changed stay apart from those whose did not while that is possible.
+    """
+    depth = max((name.count(".") + 1 for name in layers), default=0)
+    while len(layers) > most and depth > 0:
+        depth -= 1
+        for split_moved in (True, False):
+            groups = _at_depth(layers, depth, split_moved)
+            if len(groups) <= most:
+                return [(_label(members, depth), members) for members in groups]
+    if len(layers) <= most:
+        return [(name or '""', [(name, layer)]) for name, layer in layers.items()]
+    return [(f"all layers ({len(layers)})", list(layers.items()))]
+
+
+def _at_depth(layers: dict[str, Layer], depth: int, split_moved: bool) -> list[list[tuple[str, Layer]]]:
+    groups: dict[Any, list[tuple[str, Layer]]] = {}
+    for name, layer in layers.items():
+        prefix = ".".join(name.split(".")[:depth])
+        groups.setdefault((prefix, tuple(layer.spans) if split_moved else ()), []).append((name, layer))
+    return list(groups.values())
+
+
+def _label(members: list[tuple[str, Layer]], depth: int) -> str:
+    name = members[0][0]
+    if len(members) == 1:
+        return name or '""'
+    prefix = ".".join(name.split(".")[:depth])
+    return f"{prefix}.* ({len(members)} layers)" if prefix else f"* ({len(members)} layers)"
+
+
+def _common_spans(lives: list[list[Span]], first: int, end: int) -> list[list[Any]]:
+    """The format of all members over time; ``"several"`` where they differ."""
+    if all(life == lives[0] for life in lives):
+        return [list(span) for span in lives[0]]
+    moments = sorted({first, end, *(moment for life in lives for start, stop, _ in life for moment in (start, stop))})
+    common: list[list[Any]] = []
+    for start, stop in zip(moments, moments[1:], strict=False):
+        formats = {format for life in lives for begin, until, format in life if begin <= start < until}
+        format = formats.pop() if len(formats) == 1 else "several"
+        if common and common[-1][2] == format:
+            common[-1][1] = stop
+        else:
+            common.append([start, stop, format])
+    return common

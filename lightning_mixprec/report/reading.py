@@ -1,0 +1,174 @@
+"""The records that a run left, read: rows of ``mixprec.jsonl``, and the loss from ``metrics.csv`` if need be."""
+
+import contextlib
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_mixprec.errors import MixPrecError
+
+ROWS = "mixprec.jsonl"
+_METRICS = "metrics.csv"
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Records:
+    """What a run left, in the order in which it was written.
+
+    Attributes:
+        name: The folder's name.
+        run: What ``PrecisionReport`` wrote when the run began: ``environment`` and ``layers``.
+        curve: One row a batch: step, loss (None unless finite), loss scale, skipped (1, 0 or None).
+        infinite: Steps whose loss was infinite or NaN.
+        changes: Rows with the layers whose formats changed, and ``step``.
+        history: The plugin's history.
+        samples: Rows with ``step`` and ``sample``.
+        overflow: Events of ``OverflowMonitor``.
+        underflow: Rows of ``UnderflowMonitor``, by layer and step.
+        fidelity: Rows of ``FidelityMonitor``.
+        adaptive: Rows of ``AdaptivePrecision``.
+        problems: Why steps could not be looked at.
+        end: How it ended; empty if nobody wrote that.
+        monitors: Who left rows.
+        last_step: The last step of the curve; without one, the largest step of any row.
+    """
+
+    name: str
+    run: Row = field(default_factory=dict)
+    curve: list[tuple[int, float | None, float | None, int | None]] = field(default_factory=list)
+    infinite: list[int] = field(default_factory=list)
+    changes: list[Row] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    overflow: list[Row] = field(default_factory=list)
+    underflow: list[Row] = field(default_factory=list)
+    fidelity: list[Row] = field(default_factory=list)
+    adaptive: list[Row] = field(default_factory=list)
+    problems: list[Row] = field(default_factory=list)
+    end: Row = field(default_factory=dict)
+    monitors: list[str] = field(default_factory=list)
+    last_step: int = 0
+
+
+_MONITORS = {
+    "report": "PrecisionReport",
+    "overflow": "OverflowMonitor",
+    "underflow": "UnderflowMonitor",
+    "fidelity": "FidelityMonitor",
+    "schedule": "PrecisionScheduler",
+    "adaptive": "AdaptivePrecision",
+}
+
+
+def read_records(folder: str | Path) -> Records:
+    """Reads what a run left in its log directory. A line that a crash cut short is passed over.
+
+    Raises:
+        MixPrecError: There is no such folder, or no rows in it.
+    """
+    folder = Path(folder)
+    path = folder / ROWS
+    if not path.is_file():
+        raise MixPrecError(_missing(folder))
+    records = Records(folder.resolve().name)
+    for row in _rows(path):
+        _take_in(records, row)
+    if not records.curve:
+        records.curve = _from_metrics(folder / _METRICS)
+    if records.curve:
+        records.last_step = max(step for step, *_ in records.curve)  # other rows may say how many steps were taken
+    return records
+
+
+def _missing(folder: Path) -> str:
+    runs = sorted({path.parent for path in folder.glob(f"*/{ROWS}")} if folder.is_dir() else (), key=_age)
+    if runs:
+        return f"no {ROWS} in {str(folder)!r}; give one run's folder, such as {str(runs[-1])!r}."
+    return (
+        f"no {ROWS} in {str(folder)!r}; give the log directory of a run with PrecisionReport or one of the monitors, "
+        "such as 'lightning_logs/version_0'."
+    )
+
+
+def _age(folder: Path) -> float:
+    return (folder / ROWS).stat().st_mtime
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    yield row
+
+
+def _take_in(records: Records, row: Row) -> None:
+    kind = str(row.get("monitor"))
+    name = _MONITORS.get(kind)
+    if name is None:
+        return
+    if name not in records.monitors:
+        records.monitors.append(name)
+    records.last_step = max(records.last_step, row["step"])
+    if "problem" in row:
+        records.problems.append(row)
+    elif kind == "report":
+        _take_in_report(records, row)
+    elif kind != "schedule":
+        getattr(records, kind).append(row)
+
+
+def _take_in_report(records: Records, row: Row) -> None:
+    if "run" in row:
+        records.run = row["run"]
+        records.end = {}  # resumed in the same folder
+        records.curve = [point for point in records.curve if point[0] < row["step"]]
+    elif "curve" in row:
+        curve = row["curve"]
+        points = zip(curve["steps"], curve["loss"], curve["scale"], curve["skipped"], strict=False)
+        records.curve += points
+        records.infinite += [curve["steps"][place] for place in curve.get("infinite", ())]
+    elif "change" in row:
+        records.history += row["change"]["history"]
+        records.changes.append({"step": row["step"], "layers": row["change"]["layers"]})
+    elif "sample" in row:
+        records.samples.append(row)
+    elif "end" in row:
+        records.end = row["end"]
+
+
+def _from_metrics(path: Path) -> list[tuple[int, float | None, float | None, int | None]]:
+    """Loss and loss scale as CSVLogger wrote them."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    key = _loss_key(rows[0]) if rows else None
+    points = [(row.get("step"), _number(row.get(key or "")), _number(row.get("mixprec/loss_scale"))) for row in rows]
+    return [
+        (int(step), loss, scale, None)
+        for step, loss, scale in points
+        if step is not None and step.isdigit() and (loss is not None or scale is not None)
+    ]
+
+
+def _loss_key(names: Iterable[str]) -> str | None:
+    """The column of the training loss: ``train_loss``, or another that looks like it."""
+    names = [name for name in names if "loss" in name and not name.startswith(("mixprec/", "val", "test"))]
+    likely = sorted(names, key=lambda name: ("train" not in name, not name.startswith("train_loss"), name))
+    return likely[0] if likely else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

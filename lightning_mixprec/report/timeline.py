@@ -1,0 +1,105 @@
+"""What happened over optimizer steps, gathered into as many cells as can be drawn."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning_mixprec.report.reading import Records
+
+MAX_POINTS = 600
+MAX_CELLS = 60
+
+
+def edges_of(first: int, end: int, most: int) -> list[int]:
+    """Borders of cells of one width that cover steps ``first`` to ``end`` (exclusive), at most ``most`` cells.
+
+    >>> edges_of(0, 10, 4)
+    [0, 3, 6, 9, 10]
+    """
+    width = max(1, math.ceil((end - first) / most))
+    return [*range(first, end, width), end]
+
+
+def curve(records: Records, first: int, end: int, runs: int = 1) -> dict[str, list[Any]]:
+    """Loss (mean, smallest, largest), loss scale (the smallest of a cell) and skipped steps by cell.
+
+    Several batches of one step, as under accumulation, fall into one cell.
+
+    Args:
+        records: What the run left.
+        first: First step.
+        end: The one after the last.
+        runs: How many runs share the page.
+    """
+    edges = edges_of(first, end, MAX_POINTS // runs)
+    count, width = len(edges) - 1, edges[1] - edges[0]
+    losses: list[list[float]] = [[] for _ in range(count)]
+    scales: list[list[float]] = [[] for _ in range(count)]
+    skipped = [0] * count
+    for step, loss, scale, was_skipped in with_skips(records.curve):
+        cell = (step - first) // width
+        if not 0 <= cell < count:
+            continue
+        if loss is not None:
+            losses[cell].append(loss)
+        if scale is not None:
+            scales[cell].append(scale)
+        skipped[cell] += was_skipped
+    return {
+        "edges": edges,
+        "loss": [_short(sum(cell) / len(cell)) if cell else None for cell in losses],
+        "loss_min": [_short(min(cell)) if cell else None for cell in losses],
+        "loss_max": [_short(max(cell)) if cell else None for cell in losses],
+        "scale": [min(cell) if cell else None for cell in scales],
+        "skipped": skipped,
+    }
+
+
+def with_skips(
+    points: Sequence[tuple[int, float | None, float | None, int | None]],
+) -> list[tuple[int, float | None, float | None, int]]:
+    """The batches, each with whether its step was skipped.
+
+    Where a plugin does not say so, a loss scale that is smaller in the next batch does: one skipped step each time.
+    """
+    told = []
+    for place, (step, loss, scale, skipped) in enumerate(points):
+        if skipped is None:
+            later = points[place + 1][2] if place + 1 < len(points) else None
+            skipped = int(scale is not None and later is not None and later < scale)
+        told.append((step, loss, scale, skipped))
+    return told
+
+
+def sample_edges(steps: Iterable[int], first: int, end: int, most: int = MAX_CELLS) -> list[int]:
+    """Borders of cells that begin with a sample each; where there are too many, with every second, third, ... of them.
+
+    >>> sample_edges([0, 20, 40, 20], 0, 50)
+    [0, 20, 40, 50]
+    """
+    begins = sorted({first, *(step for step in steps if first <= step < end)})
+    return [*begins[:: math.ceil(len(begins) / most)], end]
+
+
+def spread(values: Iterable[tuple[int, float | None]], edges: Sequence[int], *, worst: Any) -> list[float | None]:
+    """Values at steps, one for each cell: what was measured in it, or else the last before.
+
+    Args:
+        values: Step and value, in any order.
+        edges: Borders of the cells.
+        worst: ``min`` or ``max``, which of a cell's values stands for it.
+    """
+    cells: list[float | None] = [None] * (len(edges) - 1)
+    for step, value in values:
+        place = bisect_right(edges, step) - 1
+        if value is not None and 0 <= place < len(cells):
+            known = cells[place]
+            cells[place] = _short(value if known is None else worst(known, value))
+    for place in range(1, len(cells)):
+        cells[place] = cells[place - 1] if cells[place] is None else cells[place]
+    return cells
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
