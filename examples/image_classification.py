@@ -1,4 +1,4 @@
-"""Train torchvision's ResNet-18 with a number format for every layer, on a CPU or on a GPU.
+"""Train torchvision's ResNet-18, ResNet-50 or Inception v3 with a number format for every layer, on CPU or GPU.
 
     python examples/image_classification.py fit --config examples/configs/image_classification.yaml
 
@@ -7,33 +7,56 @@ Any option of the Trainer, the model or the data can follow, for example --train
     --trainer.precision=bf16-mixed --trainer.plugins=null              Lightning's own mixed precision, to compare
     --trainer.plugins=PerLayerPrecision --trainer.plugins.policy=p.yaml         the same run under your own policy
     --config examples/configs/cifar10.yaml --data.path=/path/to/cifar10                   other data, after --config
+    --config examples/configs/resnet50_imagenet.yaml --data.path=/path/to/imagenet           ResNet-50, after --config
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from common import ExampleCLI, run, start
-from data import CIFAR10, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
+from data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
-from torchvision.models import resnet18
+from torchvision.models import inception_v3, resnet18, resnet50
+
+Architecture = Literal["resnet18", "resnet50", "inception_v3"]
+INCEPTION_SIZE = {True: 299, False: 75}  # smallest side in pixels, with and without the auxiliary head
+AUXILIARY_WEIGHT = 0.4  # of the second head's loss, usual for Inception v3
 
 
-def small_image_resnet18(num_classes: int) -> nn.Module:
-    """ResNet-18 whose first layers keep the size of the image, where torchvision's divide it by four."""
-    model = resnet18(num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
+def build(architecture: Architecture, num_classes: int, small_images: bool, auxiliary_head: bool = True) -> nn.Module:
+    """Return torchvision's network with random weights.
+
+    For small images the first layers of a ResNet keep the size of the image, where torchvision's divide it by four.
+
+    Raises:
+        DataError: Inception cannot take small images.
+    """
+    if architecture == "inception_v3":
+        if small_images:
+            raise DataError(
+                f"inception_v3 takes images of {INCEPTION_SIZE[auxiliary_head]} pixels a side or more, "
+                "and these are 8x8 or 32x32; "
+                "give --model.architecture=resnet18 or resnet50, or larger images by --data=ImageFolder"
+            )
+        return inception_v3(num_classes=num_classes, aux_logits=auxiliary_head, init_weights=True)
+    model = {"resnet18": resnet18, "resnet50": resnet50}[architecture](num_classes=num_classes)
+    if small_images:
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
     return model
 
 
 class ImageClassifier(LightningModule):
-    """ResNet-18 trained by SGD with Nesterov momentum and one cycle of the learning rate.
+    """A network for images, trained by SGD with Nesterov momentum and one cycle of the learning rate.
 
     Args:
         num_classes: how many labels there are; the CLI asks the data.
         small_images: whether the first layers keep the size of the image; the CLI asks the data.
+        architecture: which network.
+        auxiliary_head: whether Inception v3 trains with its second head, which needs images of 299 pixels.
         learning_rate: peak of the cycle.
         weight_decay: L2 penalty on every parameter.
         label_smoothing: share of each label that is spread over all classes, in training.
@@ -46,21 +69,44 @@ class ImageClassifier(LightningModule):
         self,
         num_classes: int,
         small_images: bool,
+        architecture: Architecture = "resnet18",
+        auxiliary_head: bool = True,
         learning_rate: float = 0.05,
         weight_decay: float = 5e-4,
         label_smoothing: float = 0.1,
     ) -> None:
         super().__init__()
-        model = small_image_resnet18(num_classes) if small_images else resnet18(num_classes=num_classes)
+        model = build(architecture, num_classes, small_images, auxiliary_head)
         # 16-bit convolutions are fastest on this layout, on tensor cores as on CPUs.
         self.model = model.to(memory_format=torch.channels_last)
+        self.smallest = INCEPTION_SIZE[auxiliary_head] if architecture == "inception_v3" else 1
         self.learning_rate, self.weight_decay, self.label_smoothing = learning_rate, weight_decay, label_smoothing
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+
+    def setup(self, stage: str) -> None:
+        """Check the size of the images.
+
+        Raises:
+            DataError: they are too small for Inception.
+        """
+        size = getattr(self.trainer.datamodule, "size", self.smallest)
+        if size < self.smallest:
+            raise DataError(
+                f"inception_v3 takes images of {self.smallest} pixels a side or more, and these have {size}; "
+                f"give --data.size={self.smallest}, or --model.auxiliary_head=false, which takes 75 or more"
+            )
+
+    def criterion(self, output: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        """Return the cross entropy; of Inception's (logits, auxiliary logits) in training that of both."""
+        if isinstance(output, tuple):
+            logits, auxiliary = output
+            return self.criterion(logits, labels) + AUXILIARY_WEIGHT * self.criterion(auxiliary, labels)
+        return nn.functional.cross_entropy(output, labels, label_smoothing=self.label_smoothing)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of images and labels."""
         images, labels = batch
-        loss = nn.functional.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
+        loss = self.criterion(self.model(images), labels)
         self.log("train_loss", loss)  # not on the progress bar: that would wait for the GPU after every batch
         return loss
 

@@ -165,12 +165,15 @@ def test_lightnings_own_precision_for_comparison(classification: ModuleType, cap
 # Configs and data
 
 
-def test_every_config_is_tried_here() -> None:
-    assert {path.stem for path in CONFIGS.iterdir()} == {
+def test_every_config_of_the_image_classification_is_tried_here() -> None:
+    """Those for it have its name, or say after which of its configs they are given."""
+    assert {path.stem for path in CONFIGS.iterdir() if SCRIPT.stem in path.stem + path.read_text()} == {
         "image_classification",
         "image_classification_fp16",
         "cifar10",
         "imagenet",
+        "resnet50_imagenet",
+        "inception_v3_imagenet",
         "schedule_fp32_warmup",
         "schedule_bf16_tail",
         "schedule_fp32_end",
@@ -213,11 +216,16 @@ def test_cifar10_trains(classification: ModuleType, tmp_path: Path, monkeypatch:
     assert cli.trainer.global_step == 1
 
 
-def test_imagenet_folders_train(classification: ModuleType, tmp_path: Path) -> None:
+def image_folders(root: Path) -> None:
+    """Write two images of each of three classes, to train and to validate."""
     for part, name in [(p, n) for p in ("train", "val") for n in ("cat", "dog", "eel")]:
-        (tmp_path / part / name).mkdir(parents=True)
+        (root / part / name).mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (40, 48), (i * 90, 10, 200)).save(tmp_path / part / name / f"{i}.png")
+            Image.new("RGB", (40, 48), (i * 90, 10, 200)).save(root / part / name / f"{i}.png")
+
+
+def test_imagenet_folders_train(classification: ModuleType, tmp_path: Path) -> None:
+    image_folders(tmp_path)
     arguments = [f"--config={CONFIGS / 'imagenet.yaml'}", f"--data.path={tmp_path}", "--data.num_workers=0"]
     cli = classification.main(["fit", MAIN_CONFIG, *arguments, *TINY_RUN, "--data.size=32"])
     assert cli.model.model.fc.out_features == 3
@@ -228,6 +236,64 @@ def test_imagenet_folders_train(classification: ModuleType, tmp_path: Path) -> N
         data.ImageFolder(str(tmp_path))
     with pytest.raises(data.DataError, match="no class folders in '/nowhere/train'.*--data.path"):
         data.ImageFolder("/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "in_fp32"),
+    [
+        ("resnet50", ["--data.size=32"], {"model.conv1", "model.fc"}),
+        ("inception_v3", [], {"model.Conv2d_1a_3x3.conv", "model.fc", "model.AuxLogits.fc"}),
+        (
+            "inception_v3",
+            ["--data.size=75", "--model.auxiliary_head=false"],
+            {"model.Conv2d_1a_3x3.conv", "model.fc"},
+        ),
+    ],
+)
+def test_other_architectures_train_on_folders(
+    classification: ModuleType, tmp_path: Path, name: str, options: list[str], in_fp32: set[str]
+) -> None:
+    image_folders(tmp_path)
+    config = f"--config={CONFIGS / f'{name}_imagenet.yaml'}"
+    data = [f"--data.path={tmp_path}", "--data.num_workers=0", "--data.batch_size=2", *options]
+    quick = ["--trainer.fast_dev_run=1", "--trainer.callbacks=null"]
+    cli = classification.main(["fit", MAIN_CONFIG, config, *data, *quick])
+    assert cli.trainer.global_step == 1
+    layers = {n for n, layer in cli.model.named_modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))}
+    assert in_fp32 == {n for n in layers if cli.trainer.precision_plugin.assignment[n].compute == "fp32"}
+
+
+def test_a_resnet50_keeps_the_size_of_small_images(classification: ModuleType) -> None:
+    model = classification.build("resnet50", num_classes=10, small_images=True)
+    assert (model.conv1.stride, model.fc.in_features) == ((1, 1), 2048)
+    assert isinstance(model.maxpool, torch.nn.Identity)
+
+
+def test_inception_refuses_small_images_in_one_line(classification: ModuleType) -> None:
+    with pytest.raises(Exception) as raised:
+        classification.main(["fit", MAIN_CONFIG, *TINY_RUN, "--model.architecture=inception_v3"])
+    error = importlib.import_module("common").user_error(raised.value)
+    assert str(error).startswith("inception_v3 takes images of 299 pixels a side or more, and these are 8x8 or 32x32;")
+    assert "\n" not in str(error)
+
+
+def test_inception_says_which_size_of_folders_it_takes(classification: ModuleType, tmp_path: Path) -> None:
+    image_folders(tmp_path)
+    config = f"--config={CONFIGS / 'inception_v3_imagenet.yaml'}"
+    data = [f"--data.path={tmp_path}", "--data.num_workers=0", "--data.size=224"]
+    error = importlib.import_module("data").DataError
+    with pytest.raises(error, match=r"299 pixels.*these have 224; give --data.size=299, or --model.auxiliary_head"):
+        classification.main(["fit", MAIN_CONFIG, config, *data, *TINY_RUN])
+
+
+def test_the_auxiliary_head_of_inception_has_its_share_of_the_loss(classification: ModuleType) -> None:
+    model = classification.ImageClassifier(num_classes=3, small_images=True, label_smoothing=0.1)
+    logits, auxiliary = torch.randn(2, 5, 3)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    target = torch.eye(3)[labels] * 0.9 + 0.1 / 3
+    main, second = (-(target * each.log_softmax(1)).sum(1).mean() for each in (logits, auxiliary))
+    assert torch.isclose(model.criterion(logits, labels), main)
+    assert torch.isclose(model.criterion((logits, auxiliary), labels), main + 0.4 * second)
 
 
 def test_the_digits_are_split_evenly_and_always_alike(examples: None) -> None:
@@ -289,26 +355,6 @@ def test_a_healthy_run_moves_nothing_and_learns_the_policy_it_began_with(
     learned = (Path(trainer.log_dir) / "learned_policy.yaml").read_text()
     assert f"```yaml\n{learned}```" in EXAMPLES_README
     assert PrecisionPolicy.from_dict(yaml.safe_load(learned)) == trainer.precision_plugin.policy
-
-
-def block(language: str, word: str) -> str:
-    """Return the README's only block of code in a language that holds a word."""
-    languages, codes = zip(*(each.split("\n", 1) for each in README.split("```")[1::2]), strict=True)
-    (code,) = (code for known, code in zip(languages, codes, strict=True) if known == language and word in code)
-    return code
-
-
-def test_the_readme_s_failing_model_is_rescued_as_it_says(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(block("python", "class RMSNorm"))
-    done = run(tmp_path / "train.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    moved = re.compile(r"^model\.1 +\d+  fp16  bf16 +gradients of .* vanish$", re.MULTILINE)
-    loss = re.compile(r"^loss 0\.010\d$", re.MULTILINE)
-    for text in (done.stdout, block("", "AdaptivePrecision: 1 moves")):
-        assert moved.search(text), text
-        assert loss.search(text), text
-    learned = (tmp_path / "lightning_logs" / "version_0" / "learned_policy.yaml").read_text()
-    assert learned == block("yaml", "- layers: model.1\n")
 
 
 def recipes() -> list[str]:

@@ -325,7 +325,7 @@ class AdaptivePrecision(FailureMonitor):
     def _summary(self) -> tuple[str, list[list[str]]]:
         moves = [(made["step"], *move, made["reason"]) for made in self.decisions for move in made["moves"]]
         share = written(self._values["low_precision_share"], ".1%")
-        what = "moves" if self.mode == "act" else "moves advised"
+        what = ("move" if len(moves) == 1 else "moves") + ("" if self.mode == "act" else " advised")
         title = f"{len(moves)} {what}, {share} of the matrix products' flops in at most 16 bits"
         rows = [["layer", "step", "from", "to", "reason"]]
         rows += [[name or '""', str(step), old, new, reason] for step, name, old, new, reason in moves[-ROWS:]]

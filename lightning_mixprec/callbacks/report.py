@@ -173,7 +173,7 @@ class PrecisionReport(SamplingMonitor):
             rank_zero_warn(f"PrecisionReport could not write {self.filename} ({type(error).__name__}: {error}).")
             return
         if not is_quiet(trainer):
-            print("\n".join([f"PrecisionReport: {path}", *(f"  {alert}" for alert in alerts)]))
+            print("\n".join([f"PrecisionReport: {path.resolve()}", *(f"  {alert}" for alert in alerts)]))
 
     def _write_rest(self, trainer: pl.Trainer) -> None:
         for chunk in self._curve.rest() if self._curve is not None else ():

@@ -28,6 +28,7 @@ from lightning_mixprec.numerics.fidelity import cosine_of, decibels
 from lightning_mixprec.numerics.stats import BINS, Histogram
 
 _NO_LOSS = -1.0
+_LEAST_SCALE = 2.0**-149
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Findings:
     Attributes:
         place: Which step this is about: ``step`` (optimizer steps taken before), ``epoch``, ``batch_idx``.
         layers: The names of all layers, in the model's order.
-        scale: The loss scale during the step.
+        scale: The loss scale during the step; one that stock Lightning has halved to 0 counts as fp32's least number.
         outputs: In fp32, statistics of what each layer computed.
         gradients: In fp32, unscaled, statistics of the gradients that arrived at each layer's output.
         weights: In fp32, unscaled, statistics of the gradients of each layer's own weights.
@@ -138,7 +139,7 @@ class Study:
         if self._transfer is not None:
             sums, maxima, scale = self._transfer.get()
             self._transfer = None
-            self._findings.scale = scale.item()
+            self._findings.scale = max(scale.item(), _LEAST_SCALE)
             self._read(sums, maxima)
         return self._findings
 

@@ -213,7 +213,7 @@ HEATS = (
     Heat(
         "headroom_bits",
         "Headroom",
-        "Bits between the largest gradient magnitude and the largest number of the format; below 0 it overflows.",
+        "By how many bits the largest gradient or output may grow before it overflows the format.",
         ("8 bits and more", "4 to 8", "2 to 4", "1 to 2", "0 to 1", "below 0: overflow"),
         (-8, -4, -2, -1, 0),
         lambda bits: -bits,

@@ -312,3 +312,12 @@ def test_the_summary_and_the_drawing_name_the_layers(layer, capsys):
     figure, axes = monitor.plot()
     assert (layer or '""') in [label.get_text() for label in axes.get_yticklabels()]
     matplotlib.pyplot.close(figure)
+
+
+def test_a_loss_scale_of_zero_ends_no_run_and_everything_vanishes():
+    plugin, monitor = stock("fp16"), UnderflowMonitor()
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-200)
+    plugin.scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))  # what halving fp32's least number comes to
+    assert plugin.scaler.get_scale() == 0
+    fit(Task(spread()), plugin, callbacks=[monitor])
+    assert {values["underflow_rate"] for values in monitor.latest.values() if "underflow_rate" in values} == {1.0}

@@ -1,0 +1,152 @@
+"""The README's questions: stock Lightning fails with the words that users search for, and we do what it says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from plugin_models import Scheduled, Task, fit, mlp, ours, stock
+from torch import nn
+
+from lightning_mixprec import MixPrecError, PerLayerPrecision
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+QUESTIONS = README.split("## Questions that are asked with an error message")[1]
+
+
+class TwoNetworks(Task):
+    """The second optimizer's network is not used."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.automatic_optimization = False
+        self.other = nn.Linear(2, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [self.make_optimizer(self.net.parameters()), self.make_optimizer(self.other.parameters())]
+
+
+class Unscaled(Task):
+    """Unscales by hand, and once more."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(2):
+            self.trainer.precision_plugin.scaler.unscale_(optimizer)
+
+
+class Fused(Task):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01, fused=True)
+
+
+class Lbfgs(Task):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Masked(Task):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        out = self.net(batch[0])
+        return nn.functional.mse_loss(out.masked_fill(out > 100, -1e9), batch[1])
+
+
+class Bursting(Scheduled):
+    """Its first step overflows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (1e9 if batch_idx == 0 else 1)
+
+
+class Overflowing(Task):
+    """All its steps overflow, at any loss scale."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * 1e30
+
+
+FIXED = {
+    "No inf checks were recorded for this optimizer.": (TwoNetworks, {}),
+    "Attempting to unscale FP16 gradients.": (lambda: Task(mlp().half()), {}),
+    "unscale_() has already been called on this optimizer since the last update().": (lambda: Unscaled(mlp()), {}),
+    "does not allow for gradient clipping because it performs unscaling of gradients internally": (
+        lambda: Fused(mlp()),
+        {"gradient_clip_val": 1.0},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*store their weights in 16 bits")
+@pytest.mark.parametrize("words", FIXED)
+def test_stock_fails_with_these_words_and_we_train(words):
+    assert f"`{words}`" in QUESTIONS
+    make, options = FIXED[words]
+    with pytest.raises(Exception, match=re.escape(words)):
+        fit(make(), stock("fp16"), **options)
+    model = make()
+    before = [param.detach().clone() for param in model.net.parameters()]
+    fit(model, ours("fp16"), **options)
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.net.parameters(), strict=True))
+
+
+def test_weights_in_fp16_are_warned_of():
+    with pytest.warns(UserWarning, match="updates smaller than the weights' last bit are lost"):
+        fit(Task(mlp().half()), ours("fp16"))
+
+
+def test_a_skipped_first_step_moves_no_schedule():
+    words = "Detected call of `lr_scheduler.step()` before `optimizer.step()`"
+    assert words in QUESTIONS
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        fit(Bursting(mlp()), stock("fp16"))
+    run = fit(Bursting(mlp()), ours("fp16"))  # warnings are errors here
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == 3 == run.global_step
+
+
+def test_lbfgs():
+    words = "AMP and the LBFGS optimizer are not compatible."
+    assert words in QUESTIONS
+    with pytest.raises(Exception, match=re.escape(words)):
+        fit(Lbfgs(mlp()), stock("fp16"))
+    with pytest.raises(MixPrecError, match="LBFGS"):
+        fit(Lbfgs(mlp()), ours("fp16"))
+    fit(Lbfgs(mlp()), ours("bf16"))
+
+
+def test_a_constant_that_fp16_cannot_hold():
+    words = "value cannot be converted to type c10::Half without overflow"
+    assert words in QUESTIONS
+    for plugin in (stock("fp16"), ours("fp16")):
+        with pytest.raises(RuntimeError, match=r"value cannot be converted to type (c10|at)::Half without overflow"):
+            fit(Masked(mlp()), plugin)
+    fit(Masked(mlp()), ours({"default": "fp16", "net.6": "fp32"}))
+
+
+def test_a_product_of_two_formats():
+    words = "mat1 and mat2 must have the same dtype"
+    assert words in QUESTIONS
+    with pytest.raises(RuntimeError, match=words):
+        nn.Linear(2, 2)(torch.ones(1, 2, dtype=torch.bfloat16))
+
+
+def test_precision_and_plugins():
+    words = "Received both `precision=16-mixed` and `plugins="
+    assert words in QUESTIONS
+    with pytest.raises(ValueError, match=re.escape(words)):
+        pl.Trainer(precision="16-mixed", plugins=PerLayerPrecision("fp16"))
+
+
+def test_a_scale_at_its_minimum():
+    assert "`Current loss scale already at minimum`" in QUESTIONS
+    run = fit(Overflowing(mlp()), stock("fp16"), max_epochs=45)
+    assert run.global_step == 180  # success, it says
+    assert run.precision_plugin.scaler.get_scale() < 1e-44
+    with pytest.raises(MixPrecError, match=r"loss scale is at its minimum .*layers with non-finite gradients: net\.0"):
+        fit(Overflowing(mlp()), PerLayerPrecision("fp16"), max_epochs=45)
