@@ -60,6 +60,13 @@ def summary(trainer: Trainer, headlines: dict[str, tuple[str, str]]) -> dict[str
     return lines
 
 
+def one_cycle(module: LightningModule, optimizer: torch.optim.Optimizer, peak: float, **options: object) -> dict:
+    """Return the optimizer with one cycle of the learning rate, up to ``peak``, that moves with every step."""
+    steps = int(module.trainer.estimated_stepping_batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, **options)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def run(model: type[LightningModule], data: type, args: Sequence[str] | None = None, **options: object) -> ExampleCLI:
     """Run what the command line, or ``args``, asks for; ``options`` are LightningCLI's."""
     for message in QUIET:

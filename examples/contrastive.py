@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import ExampleCLI, run, start
-from data import DataError, Digits
-from lightning.pytorch import LightningDataModule, LightningModule
+from common import ExampleCLI, one_cycle, run, start
+from data import DataError, Digits, TwoSets
+from lightning.pytorch import LightningModule
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
@@ -101,7 +101,7 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
     return pairs
 
 
-class ImageTexts(LightningDataModule):
+class ImageTexts(TwoSets):
     """Pairs to train on, and held-out images with the candidate texts to choose from.
 
     Args:
@@ -119,6 +119,8 @@ class ImageTexts(LightningDataModule):
         DataError: ``path`` holds no pairs.
     """
 
+    drops_last = False
+
     def __init__(
         self,
         path: str | None = None,
@@ -127,8 +129,8 @@ class ImageTexts(LightningDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.batch_size, self.num_workers, self.text_length = batch_size, num_workers, text_length
+        super().__init__(batch_size, num_workers)
+        self.text_length = text_length
         if path is None:
             captions = [list(tokens([wording.format(name) for wording in WORDINGS], text_length)) for name in NAMES]
             digits, self.val_set = Digits().datasets()
@@ -143,24 +145,6 @@ class ImageTexts(LightningDataModule):
         files, captions = zip(*pairs[::10], strict=True)
         self.val_set = FilePairs(files, size, numbers(captions))
         self.candidates = sorted(set(captions))
-
-    def train_dataloader(self) -> DataLoader:
-        """Return shuffled batches of images, tokens of captions, and numbers: equal ones for equal meanings."""
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Return every held-out image once, with the number of its candidate."""
-        return self._loader(self.val_set)
-
-    def _loader(self, pairs: Dataset, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            pairs,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
 
 
 def image_encoder(width: int, size: int) -> nn.Module:
@@ -263,9 +247,7 @@ class Contrastive(LightningModule):
     def configure_optimizers(self) -> dict:
         """Return AdamW and a schedule that moves with every optimizer step."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, optimizer, self.learning_rate)
 
 
 def main(args: Sequence[str] | None = None) -> ExampleCLI:

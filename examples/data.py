@@ -1,5 +1,6 @@
-"""Image data that the examples share: scikit-learn's digits, CIFAR-10, and folders laid out like ImageNet."""
+"""Data of the examples: what all of it has in common, and images: digits, CIFAR-10, folders laid out like ImageNet."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,18 +16,20 @@ class DataError(ValueError):
     """The data that was asked for is not there."""
 
 
-class Images(LightningDataModule):
-    """What the data modules below have in common: they give a training and a validation set of (image, label).
+class TwoSets(LightningDataModule):
+    """A training and a validation set, from which the data modules of all examples are made.
 
-    Attributes:
-        num_classes: how many labels there are.
-        small_images: whether the images are so small (8x8, 32x32) that a network must not shrink them at once.
+    A subclass returns both from ``datasets``, or sets ``train_set`` and ``val_set`` itself; it may have a ``collate``.
+
+    Args:
+        batch_size: examples per step and device.
+        num_workers: processes that load.
     """
 
-    num_classes: int
-    small_images: bool
+    collate: Callable[[list], object] | None = None
+    drops_last = True  # BatchNorm cannot train on a last batch of one example
 
-    def __init__(self, batch_size: int, num_workers: int) -> None:
+    def __init__(self, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
         self.batch_size, self.num_workers = batch_size, num_workers
 
@@ -40,11 +43,12 @@ class Images(LightningDataModule):
             self.train_set, self.val_set = self.datasets()
 
     def train_dataloader(self) -> DataLoader:
-        """Return shuffled batches, all of one size: BatchNorm cannot train on a last batch of one image."""
-        return self._loader(self.train_set, shuffle=True, drop_last=len(self.train_set) >= self.batch_size)
+        """Return shuffled batches."""
+        drop_last = self.drops_last and len(self.train_set) >= self.batch_size
+        return self._loader(self.train_set, shuffle=True, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader:
-        """Return every validation image once."""
+        """Return every example of the validation set once."""
         return self._loader(self.val_set)
 
     def _loader(self, dataset: Dataset, **options: bool) -> DataLoader:
@@ -54,8 +58,21 @@ class Images(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=self.collate,
             **options,
         )
+
+
+class Images(TwoSets):
+    """What the data modules of images have in common: they give sets of (image, label).
+
+    Attributes:
+        num_classes: how many labels there are.
+        small_images: whether the images are so small (8x8, 32x32) that a network must not shrink them at once.
+    """
+
+    num_classes: int
+    small_images: bool
 
 
 class Digits(Images):

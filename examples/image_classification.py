@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from common import ExampleCLI, run, start
+from common import ExampleCLI, one_cycle, run, start
 from data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -123,9 +123,7 @@ class ImageClassifier(LightningModule):
         optimizer = torch.optim.SGD(
             self.parameters(), self.learning_rate, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, optimizer, self.learning_rate)
 
 
 def main(args: Sequence[str] | None = None) -> ExampleCLI:

@@ -16,7 +16,7 @@ mask's pixels beyond 65504 overflow fp16. README.md has the numbers, tests/examp
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, run, start
+from common import ExampleCLI, one_cycle, run, start
 from lightning.pytorch import LightningModule
 from shapes import COCO, MeanAveragePrecision, Scenes, Shapes, Target, mask_overlaps  # noqa: F401  by name in the CLI
 from torch import Tensor
@@ -113,9 +113,7 @@ class Detector(LightningModule):
     def configure_optimizers(self) -> dict:
         """Return AdamW and a schedule that moves with every optimizer step."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, optimizer, self.learning_rate)
 
 
 def main(args: Sequence[str] | None = None) -> ExampleCLI:

@@ -17,11 +17,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from common import ExampleCLI, run, start
-from data import DataError
-from lightning.pytorch import LightningDataModule, LightningModule
+from common import ExampleCLI, one_cycle, run, start
+from data import DataError, TwoSets
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics import MeanMetric
 
 CORNER = (691_608.0, 5_334_760.0)  # easting and northing of the square's lower left corner, in metres
@@ -47,7 +47,7 @@ class Frame(nn.Module):
         return (points - points.new_tensor(CORNER)) / SIDE
 
 
-class Points(LightningDataModule):
+class Points(TwoSets):
     """Points of the square in map coordinates: random ones to train on; a grid with its temperatures to validate.
 
     Args:
@@ -60,6 +60,8 @@ class Points(LightningDataModule):
         DataError: the file is not there, is no such table, or has points outside of the square.
     """
 
+    drops_last = False
+
     def __init__(
         self,
         path: str | None = None,
@@ -67,31 +69,20 @@ class Points(LightningDataModule):
         batch_size: int = 256,
         storage: Literal["fp64", "fp32"] = "fp64",
     ) -> None:
-        super().__init__()
-        self.path, self.count, self.batch_size = path, count, batch_size
+        super().__init__(batch_size)
+        self.path, self.count = path, count
         self.dtype = {"fp64": torch.float64, "fp32": torch.float32}[storage]
 
-    def setup(self, stage: str) -> None:
-        """Draw or read the points."""
+    def datasets(self) -> tuple[TensorDataset, TensorDataset]:
+        """Return the points, drawn or read, and a grid with its temperatures."""
         corner = torch.tensor(CORNER, dtype=torch.float64)
         generator = torch.Generator().manual_seed(0)
         drawn = corner + SIDE * torch.rand(self.count, 2, generator=generator, dtype=torch.float64)
         points = drawn if self.path is None else read_points(Path(self.path).expanduser())
         axis = torch.linspace(0, 1, 34, dtype=torch.float64)
         grid = torch.cartesian_prod(axis, axis)
-        self.train_set = TensorDataset(points.to(self.dtype))
-        self.val_set = TensorDataset((corner + SIDE * grid).to(self.dtype), temperature(grid))
-
-    def train_dataloader(self) -> DataLoader:
-        """Return the points in batches, shuffled."""
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Return every point of the grid once."""
-        return self._loader(self.val_set)
-
-    def _loader(self, dataset: Dataset, **options: bool) -> DataLoader:
-        return DataLoader(dataset, self.batch_size, pin_memory=torch.cuda.is_available(), **options)
+        held_out = TensorDataset((corner + SIDE * grid).to(self.dtype), temperature(grid))
+        return TensorDataset(points.to(self.dtype)), held_out
 
 
 def read_points(path: Path) -> Tensor:
@@ -169,9 +160,7 @@ class HeatConduction(LightningModule):
         if self.optimizer == "lbfgs":
             return torch.optim.LBFGS(self.parameters(), self.learning_rate, line_search_fn="strong_wolfe")
         optimizer = torch.optim.Adam(self.parameters(), self.learning_rate)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, optimizer, self.learning_rate)
 
 
 def main(args: Sequence[str] | None = None) -> ExampleCLI:

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import ExampleCLI, run, start
-from data import DataError
-from lightning.pytorch import LightningDataModule, LightningModule
+from data import DataError, TwoSets
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics.classification import BinaryAUROC
 
 COUNTS, CATEGORIES = 13, 26  # the columns of Criteo's click logs
@@ -79,7 +79,7 @@ def read_criteo(path: Path, limit: int) -> Rows:
     return integers.view(-1, COUNTS), categories.view(-1, CATEGORIES), clicks
 
 
-class Clicks(LightningDataModule):
+class Clicks(TwoSets):
     """Synthetic click logs that the script generates, or Criteo's from your disk; the last tenth of the rows validates.
 
     Args:
@@ -93,6 +93,8 @@ class Clicks(LightningDataModule):
         DataError: ``path`` is no such file.
     """
 
+    drops_last = False
+
     def __init__(
         self,
         path: str | None = None,
@@ -101,8 +103,8 @@ class Clicks(LightningDataModule):
         batch_size: int = 256,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.table_rows, self.batch_size, self.num_workers = table_rows, batch_size, num_workers
+        super().__init__(batch_size, num_workers)
+        self.table_rows = table_rows
         rows = click_log(300_000)[0] if path is None else read_criteo(Path(path).expanduser(), limit)
         counts, numbers, clicks = rows
         # Each field has its part of one table, so that one lookup serves all.
@@ -111,24 +113,6 @@ class Clicks(LightningDataModule):
         held_out = len(clicks) // 10
         self.train_set = TensorDataset(*(column[:-held_out] for column in columns))
         self.val_set = TensorDataset(*(column[-held_out:] for column in columns))
-
-    def train_dataloader(self) -> DataLoader:
-        """Return shuffled batches."""
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Return every held-out row once."""
-        return self._loader(self.val_set)
-
-    def _loader(self, rows: TensorDataset, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
 
 
 class Interaction(nn.Module):

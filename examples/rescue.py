@@ -22,17 +22,18 @@ from collections.abc import Sequence
 
 import torch
 from common import ExampleCLI, run, start
-from lightning.pytorch import LightningDataModule, LightningModule
+from data import TwoSets
+from lightning.pytorch import LightningModule
 from text import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 KEYS, VALUES = 16, 8
 
 
-class Pairs(LightningDataModule):
+class Pairs(TwoSets):
     """Synthetic, always the same: pairs of a key and a value in random order, and the key that is asked for.
 
     A batch is (pairs, questions, answers): pairs of shape (batch, pairs, 2), the others (batch,), all int64.
@@ -44,8 +45,8 @@ class Pairs(LightningDataModule):
     """
 
     def __init__(self, pairs: int = 8, count: int = 12_800, batch_size: int = 64) -> None:
-        super().__init__()
-        self.pairs, self.count, self.batch_size = pairs, count, batch_size
+        super().__init__(batch_size)
+        self.pairs, self.count = pairs, count
 
     def examples(self, count: int, seed: int) -> TensorDataset:
         """Return as many examples."""
@@ -56,13 +57,9 @@ class Pairs(LightningDataModule):
         questions, answers = (each.gather(1, asked)[:, 0] for each in (keys, values))
         return TensorDataset(torch.stack([keys, values], -1), questions, answers)
 
-    def train_dataloader(self) -> DataLoader:
-        """Return shuffled batches."""
-        return DataLoader(self.examples(self.count, 0), self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Return other examples."""
-        return DataLoader(self.examples(self.count // 4, 1), self.batch_size)
+    def datasets(self) -> tuple[TensorDataset, TensorDataset]:
+        """Return the examples that train, and others."""
+        return self.examples(self.count, 0), self.examples(self.count // 4, 1)
 
 
 class GrownAttention(Attention):

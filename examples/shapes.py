@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from data import DataError, Images
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchvision.datasets import CocoDetection
@@ -101,9 +101,7 @@ class Scenes(Images):
     """
 
     size: int
-
-    def _loader(self, dataset: Dataset, **options: bool) -> DataLoader:
-        return super()._loader(dataset, collate_fn=collate, **options)
+    collate = staticmethod(collate)
 
 
 class Shapes(Scenes):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from common import one_cycle
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
@@ -69,9 +70,7 @@ class SmallClassifier(LightningModule):
         """Return Adam over what is trained, and a schedule that moves with every optimizer step."""
         trained = [weight for weight in self.parameters() if weight.requires_grad]
         optimizer = torch.optim.Adam(trained, self.learning_rate)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, optimizer, self.learning_rate)
 
 
 def train_briefly(network: nn.Module, dataset: Dataset, epochs: int, device: torch.device | str = "cpu") -> nn.Module:

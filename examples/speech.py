@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ExampleCLI, run, start
-from data import DataError
-from lightning.pytorch import LightningDataModule, LightningModule
+from common import ExampleCLI, one_cycle, run, start
+from data import DataError, TwoSets
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from torchmetrics.text import CharErrorRate
 
 LETTERS = "abcdefghijkl"
@@ -94,7 +93,7 @@ def read_recordings(folder: Path) -> tuple[list[Utterance], int]:
     return utterances, next(iter(rates))
 
 
-class Speech(LightningDataModule):
+class Speech(TwoSets):
     """Synthetic words that the script generates, or recordings from your disk.
 
     Args:
@@ -111,9 +110,10 @@ class Speech(LightningDataModule):
         DataError: a file is missing or cannot be used.
     """
 
+    drops_last = False
+
     def __init__(self, path: str | None = None, batch_size: int = 32, num_workers: int = 0) -> None:
-        super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
+        super().__init__(batch_size, num_workers)
         if path is None:
             self.train_set, self.val_set = synthesise(1600, seed=0), synthesise(200, seed=1)
             self.sample_rate = 8000
@@ -129,25 +129,6 @@ class Speech(LightningDataModule):
         labels = [torch.tensor([1 + self.alphabet.index(letter) for letter in text]) for _, text in utterances]
         samples, counts = (torch.tensor([len(row) for row in rows]) for rows in (waves, labels))
         return pad_sequence(waves, batch_first=True), samples, pad_sequence(labels, batch_first=True), counts
-
-    def train_dataloader(self) -> DataLoader:
-        """Return shuffled batches."""
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Return every held-out utterance once."""
-        return self._loader(self.val_set)
-
-    def _loader(self, utterances: list[Utterance], shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            utterances,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=self.collate,
-        )
 
 
 class LogMel(nn.Module):
@@ -257,9 +238,7 @@ class SpeechRecognizer(LightningModule):
     def configure_optimizers(self) -> dict:
         """Return AdamW and a schedule that moves with every optimizer step."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, optimizer, self.learning_rate)
 
 
 def main(args: Sequence[str] | None = None) -> ExampleCLI:

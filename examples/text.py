@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from data import DataError
-from lightning.pytorch import LightningDataModule, LightningModule
+from common import one_cycle
+from data import DataError, TwoSets
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 BYTES = 256
 
@@ -46,32 +47,12 @@ def documents(path: str | None, size: int | None = None, pattern: str = "*") -> 
     return found
 
 
-class Bytes(LightningDataModule):
-    """What the data modules below have in common: a training and a validation set of bytes, kept in memory."""
+class Bytes(TwoSets):
+    """What the data modules below have in common: sets of bytes, kept in memory."""
 
     def __init__(self, path: str | None, batch_size: int) -> None:
-        super().__init__()
-        self.path, self.batch_size = path, batch_size
-
-    def datasets(self) -> tuple[Dataset, Dataset]:
-        """Return the training and the validation set."""
-        raise NotImplementedError
-
-    def setup(self, stage: str) -> None:
-        """Build both sets once."""
-        if not hasattr(self, "train_set"):
-            self.train_set, self.val_set = self.datasets()
-
-    def train_dataloader(self) -> DataLoader:
-        """Return shuffled batches, all of one size."""
-        return self._loader(self.train_set, shuffle=True, drop_last=len(self.train_set) >= self.batch_size)
-
-    def val_dataloader(self) -> DataLoader:
-        """Return everything held out, once."""
-        return self._loader(self.val_set)
-
-    def _loader(self, dataset: Dataset, **options: bool) -> DataLoader:
-        return DataLoader(dataset, self.batch_size, pin_memory=torch.cuda.is_available(), **options)
+        super().__init__(batch_size)
+        self.path = path
 
 
 class Text(Bytes):
@@ -274,8 +255,4 @@ def adamw(module: LightningModule, learning_rate: float, weight_decay: float) ->
     vectors = [weight for weight in module.parameters() if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95))
-    steps = int(module.trainer.estimated_stepping_batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return one_cycle(module, optimizer, learning_rate, pct_start=0.1, cycle_momentum=False)

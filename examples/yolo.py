@@ -16,7 +16,7 @@ in bf16 pixels beyond 256 are rounded to even ones, and the losses and overlaps 
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, run, start
+from common import ExampleCLI, one_cycle, run, start
 from lightning.pytorch import LightningModule
 from shapes import COCO, MeanAveragePrecision, Scenes, Shapes, Target  # noqa: F401  by name in the CLI
 from torch import Tensor, nn
@@ -151,9 +151,7 @@ class Detector(LightningModule):
     def configure_optimizers(self) -> dict:
         """Return AdamW and a schedule that moves with every optimizer step."""
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle(self, optimizer, self.learning_rate)
 
 
 def detection_losses(cells: Tensor, boxes: Tensor, targets: list[Target]) -> dict[str, Tensor]:

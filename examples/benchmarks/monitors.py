@@ -9,6 +9,7 @@ these ratios over the rounds with their quartiles. The null ratio is the run wit
 
     none        no callbacks: the step that all others are compared with
     empty       three callbacks without a hook: what Lightning itself takes for three callbacks
+    report      PrecisionReport, steps that are not sampled
     idle        the three monitors, steps that are not sampled
     defaults    the three monitors, mean step of a period of P = 1000 steps, of which the monitors sample one
     statistics  a histogram of the weight gradients of each layer, at every step
@@ -43,13 +44,13 @@ from measuring import Inspector, Profiler, Stopwatch, arguments, judged, prepare
 from torch import Tensor
 from workloads import Case, Repeated, Task
 
-from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor
+from lightning_mixprec import FidelityMonitor, OverflowMonitor, PrecisionReport, UnderflowMonitor
 from lightning_mixprec.numerics.stats import histograms
 
 PERIOD = UnderflowMonitor().every_n_steps
 DEFAULTS_TARGET, STATISTICS_TARGET = 1.02, 1.15  # at most 1.01, within noise
-PLAIN, EVENTS = ("none", "again", "empty", "statistics"), ("sampled", "underflow", "fidelity", "diagnosis")
-KINDS = ("none", "again", "empty", "idle", "defaults", "statistics", *EVENTS)
+PLAIN, EVENTS = ("none", "again", "empty", "report", "statistics"), ("sampled", "underflow", "fidelity", "diagnosis")
+KINDS = ("none", "again", "empty", "report", "idle", "defaults", "statistics", *EVENTS)
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,13 @@ class Setting:
     def blocks(self) -> list[str]:
         """Return the kinds of blocks, the alternatives of which matter to an eager model alone."""
         events = ["underflow", "fidelity"] + ([] if self.case.kind == "stock" else ["diagnosis"])
-        return ["none", "again", "sampled", "statistics", *([] if self.compiled else ["empty", *events])]
+        return ["none", "again", "sampled", "statistics", "report", *([] if self.compiled else ["empty", *events])]
 
     def targets(self) -> dict[str, float]:
         """Return the largest ratios aimed at, by kind."""
-        return {"defaults": DEFAULTS_TARGET} | ({"statistics": STATISTICS_TARGET} if self.model == "resnet18" else {})
+        return {"defaults": DEFAULTS_TARGET, "report": DEFAULTS_TARGET} | (
+            {"statistics": STATISTICS_TARGET} if self.model == "resnet18" else {}
+        )
 
 
 class Statistics(Callback):
@@ -97,6 +100,7 @@ def callbacks(kind: str, due: int) -> list[Callback]:
     """Return the callbacks of a kind, those that sample primed to do so at one batch and not again soon."""
     made: dict[str, list[type[Callback]]] = {
         "empty": [Callback] * 3,
+        "report": [PrecisionReport],
         "statistics": [Statistics],
         "underflow": [UnderflowMonitor],
         "fidelity": [FidelityMonitor],
@@ -107,6 +111,8 @@ def callbacks(kind: str, due: int) -> list[Callback]:
     for monitor in monitors:
         if isinstance(monitor, (UnderflowMonitor, FidelityMonitor)):
             monitor.load_state_dict(monitor.state_dict() | {"batches_seen": monitor.every_n_steps - due})
+        elif isinstance(monitor, PrecisionReport):
+            monitor.load_state_dict(monitor.state_dict() | {"batches_seen": 1})  # its sample lies behind it
     return monitors
 
 
