@@ -20,7 +20,7 @@ from lightning_mixprec.callbacks.monitor import (
     takes_iterator,
     written,
 )
-from lightning_mixprec.callbacks.states import Made, Steered, has_shape
+from lightning_mixprec.callbacks.states import Made, Steered
 from lightning_mixprec.callbacks.steering import NOT_FINITE, Steering
 from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError, SupportError
@@ -31,6 +31,7 @@ from lightning_mixprec.plugin_state import policy_version
 from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.policy.decisions import Decision, Options, quoted
 from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.shapes import has_shape
 
 LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"
 

@@ -79,11 +79,15 @@ class Curve:
         column = torch.tensor(plain, dtype=torch.float64).to(self._device, non_blocking=True)
         if not tensors:
             return column
-        told = torch.stack(tensors).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).to(self._device)
+        told = (
+            torch.stack(tensors)
+            .nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+            .to(self._device, non_blocking=True)
+        )
         if len(tensors) == len(values):
             return told
         places = torch.tensor([place for place, value in enumerate(values) if isinstance(value, Tensor)])
-        return column.index_copy(0, places.to(self._device), told)
+        return column.index_copy(0, places.to(self._device, non_blocking=True), told)
 
     def _received(self) -> dict[str, list[Any]] | None:
         if self._sent is None:

@@ -53,9 +53,11 @@ class PluginFormats:
         self._plugin = plugin
 
     def of(self, layer: str) -> str:
-        """The format that a layer computes in."""
+        """The format that a layer computes in; one that came during the run, as the layer around it."""
         assignment = self._plugin.assignment
         assert assignment is not None
+        while layer not in assignment:
+            layer = layer.rpartition(".")[0]
         return assignment[layer].compute
 
     @property

@@ -1,9 +1,9 @@
 """The file of a run's per-layer rows: one JSON object a line, in the run's log directory.
 
-Every row has ``"monitor"`` (``"overflow"``, ``"underflow"``, ``"fidelity"``, ``"schedule"`` or ``"adaptive"``),
-``"step"`` (optimizer steps taken), ``"epoch"`` and ``"batch_idx"``; the rest is described by the monitor that writes
-it. A number that is not finite is null. Lines are appended, so a resumed run goes on in the same file; a line that a
-crash cut short is closed first.
+Every row has ``"monitor"`` (``"report"``, ``"overflow"``, ``"underflow"``, ``"fidelity"``, ``"schedule"`` or
+``"adaptive"``), ``"step"`` (optimizer steps taken), ``"epoch"`` and ``"batch_idx"``; the rest is described by the
+monitor that writes it. A number that is not finite is null. Lines are appended, so a resumed run goes on in the same
+file; a line that a crash cut short is closed first.
 
 A row of ``"schedule"`` is a phase that came: ``phase`` (its number, from 1), ``at`` (its moment in words) and
 ``change`` (what differs from the policy before it). A row of ``"adaptive"`` is one of

@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.formats import RunFormats, formats_of
 from lightning_mixprec.callbacks.journal import Journal
-from lightning_mixprec.callbacks.states import Shapes, has_shape
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.policy.shapes import Shapes, has_shape
 from lightning_mixprec.policy.table import align
 
 ROWS = 10
@@ -58,7 +58,7 @@ class Monitor(pl.Callback):
         self._formats = formats_of(trainer, type(self).__name__)
         folder = trainer.log_dir
         self._folder = None if folder is None or is_quiet(trainer) else Path(folder)
-        first = _monitors(trainer)[0]  # has been set up: all write to one file, in the order of what they see
+        first = monitors(trainer)[0]  # has been set up: all write to one file, in the order of what they see
         self._journal = Journal(self._folder if trainer.is_global_zero else None) if first is self else first._journal
 
     @override
@@ -80,8 +80,8 @@ class Monitor(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._show(trainer, {key: value for key, value in self._values.items() if not math.isnan(value)})
-        monitors = _monitors(trainer)
-        self._logs_for = monitors if monitors[-1] is self else []
+        every = monitors(trainer)
+        self._logs_for = every if every[-1] is self else []
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,7 +193,8 @@ class Monitor(pl.Callback):
             yield new[0], f" (also {len(new) - 1} more: {named})" if new[1:] else ""
 
 
-def _monitors(trainer: pl.Trainer) -> list[Monitor]:
+def monitors(trainer: pl.Trainer) -> list[Monitor]:
+    """The callbacks of this package in a run, in their order."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [each for each in callbacks if isinstance(each, Monitor)]
 

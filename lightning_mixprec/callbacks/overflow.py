@@ -13,11 +13,12 @@ from lightning_mixprec.callbacks.failures import FailureWatch, diagnosed
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator, written
 from lightning_mixprec.callbacks.replay import StepReplay
 from lightning_mixprec.callbacks.saved import save_batch
-from lightning_mixprec.callbacks.states import Count, Event
+from lightning_mixprec.callbacks.states import Event
 from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.drawing import draw_steps
 from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.policy.shapes import Count
 
 _MOST_SCALES = 1000
 

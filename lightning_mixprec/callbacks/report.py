@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.curve import Curve, loss_in
-from lightning_mixprec.callbacks.monitor import is_quiet
+from lightning_mixprec.callbacks.monitor import is_quiet, monitors
 from lightning_mixprec.callbacks.rows import described, environment, sampled, short
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.callbacks.study import Findings, Wanted
@@ -41,12 +42,12 @@ class PrecisionReport(SamplingMonitor):
     parameters, param, compute, output and rule), ``curve`` (``steps``, ``loss``, ``scale``, ``skipped``: lists of one
     length), ``change`` after a change of the policy (``layers`` that differ and new entries of the ``history``),
     ``sample`` (by layer format, underflow rate, subnormal share, headroom, headroom of the output; ``histograms`` and
-    once ``flops``), and ``end`` (``state``, ``message``).
+    once ``flops``), and ``end`` (``state``, ``message``); see :mod:`lightning_mixprec.report.shapes`.
 
     Args:
         every_n_steps: Sample every n-th batch, the first included.
         histograms: A pattern of layers, or several, whose exponent histograms are kept; by default the eight layers
-            whose gradients fit their formats worst at the sample.
+            whose gradients fit their formats worst at the sample; an empty list for none.
         filename: Name of the HTML file; the JSON file has the same name with ``.json``.
 
     Raises:
@@ -81,9 +82,19 @@ class PrecisionReport(SamplingMonitor):
         self._curve: Curve | None = None
         self._layers: dict[str, list[Any]] = {}
         self._told_history = 0
-        self._chosen: set[str] = set()
+        self._chosen: set[str] | None = None
         self._has_flops = False
         self._step = 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Says so if there is no folder to write to."""
+        super().setup(trainer, pl_module, stage)
+        if trainer.state.fn == TrainerFn.FITTING and trainer.log_dir is None and not is_quiet(trainer):
+            rank_zero_warn(
+                "PrecisionReport has no folder to write to, since the first logger has none; put a CSVLogger or a "
+                "TensorBoardLogger first, or drop the callback."
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -104,9 +115,11 @@ class PrecisionReport(SamplingMonitor):
         run = {
             "environment": environment(trainer, pl_module.device),
             "layers": [[name, *values] for name, values in self._layers.items()],
+            "watched": [type(callback).__name__ for callback in monitors(trainer)],
         }
         self._write(self._place(trainer), run=run)
         self._tell_history(trainer)
+        self._is_asked_again = True  # the first batch of every fit is sampled, that of a resumed one too
 
     @override
     def on_train_batch_start(
@@ -143,8 +156,9 @@ class PrecisionReport(SamplingMonitor):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        message = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        self._close(trainer, "failed", message)
+        lines = [line for line in str(exception).splitlines() if line.strip()]
+        message = ": ".join([type(exception).__name__, *lines[:1]])
+        self._close(trainer, "stopped" if isinstance(exception, KeyboardInterrupt) else "failed", message)
         super().on_exception(trainer, pl_module, exception)
 
     @override
@@ -184,6 +198,7 @@ class PrecisionReport(SamplingMonitor):
             rounded = {key: [short(value) for value in values] for key, values in chunk.items()}
             bad = [place for place, loss in enumerate(chunk["loss"]) if math.isinf(loss)]
             self._write(self._place(trainer), curve=rounded | {"infinite": bad})
+            self._journal.flush()
 
     def _tell_changes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         plugin = trainer.precision_plugin
@@ -191,7 +206,7 @@ class PrecisionReport(SamplingMonitor):
             return
         assert self._formats is not None
         now = described(plugin, self._formats, pl_module)
-        changed = [[name, *values] for name, values in now.items() if values != self._layers[name]]
+        changed = [[name, *values] for name, values in now.items() if values != self._layers.get(name)]
         self._layers = now
         self._tell_history(trainer, changed)
 

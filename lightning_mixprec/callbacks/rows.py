@@ -9,6 +9,7 @@ import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
+from torch.nn.parameter import is_lazy
 
 from lightning_mixprec.callbacks.formats import RunFormats
 from lightning_mixprec.callbacks.study import Findings
@@ -30,6 +31,8 @@ def described(plugin: Precision, formats: RunFormats, module: pl.LightningModule
         return _described_alike(str(plugin.precision), formats, module)
     told = {}
     for name in layers:
+        if name not in assignment:  # it came during the run
+            continue
         layer, facts = assignment[name], assignment.facts[name]
         rule = "default" if layer.rule is None else layer.rule.label
         told[name] = [facts.type_name, facts.parameters, layer.param, layer.compute, layer.output or "", rule]
@@ -42,8 +45,8 @@ def _described_alike(precision: str, formats: RunFormats, module: pl.LightningMo
     owned = own_parameters(module, layers)
     for name, layer in layers.items():
         own = [parameters[each] for each in owned[name]]
-        param = (format_of(own[0].dtype) or str(own[0].dtype)) if own else "fp32"
-        count = sum(each.numel() for each in own)
+        param = (format_of(own[0].dtype) or str(own[0].dtype)) if own else ""
+        count = None if any(map(is_lazy, own)) else sum(each.numel() for each in own)
         told[name] = [type(layer).__name__, count, param, formats.of(name), "", precision]
     return told
 
@@ -65,13 +68,13 @@ def environment(trainer: pl.Trainer, device: torch.device) -> dict[str, str]:
     } | ({"CUDA": str(torch.version.cuda)} if is_cuda else {})
 
 
-def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Collection[str]) -> dict[str, Any]:
+def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Collection[str] | None) -> dict[str, Any]:
     """A sample.
 
     Args:
         found: What a study with statistics found.
         format_by_layer: The format that a layer computes in.
-        chosen: The layers whose histograms are kept; if there are none, those that fit their formats worst.
+        chosen: The layers whose histograms are kept; None for those that fit their formats worst.
 
     Returns:
         ``layers`` (by name format, underflow rate, subnormal share, headroom, headroom of the output, and the loss
@@ -83,7 +86,7 @@ def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Coll
         layer: [told["format"], *(short(told[key]) for key in _TOLD), short(told["what_if"]["fp16"]["best_scale"])]
         for layer, told in values.items()
     }
-    kept = [layer for layer in measured if layer in chosen] if chosen else _worst(values)
+    kept = [layer for layer in measured if layer in chosen] if chosen is not None else _worst(values)
     sample: dict[str, Any] = {
         "layers": rows,
         "histograms": {layer: _histograms(layer, found) for layer in kept},

@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import Monitor, check_count, takes_iterator
-from lightning_mixprec.callbacks.states import Count, Shapes
 from lightning_mixprec.callbacks.study import Findings, Study, Wanted
+from lightning_mixprec.policy.shapes import Count, Shapes
 
 _NEEDS_BATCHES = (
     "{} needs batches, and this training_step takes an iterator over them (dataloader_iter): no step is sampled."

@@ -1,27 +1,17 @@
-"""What a checkpoint keeps of the callbacks: shapes of plain values, written as types, and whether a value has one.
+"""What a checkpoint keeps of the callbacks: shapes of plain values, written as types.
 
 A record is a ``TypedDict``: it needs the keys that are read again, and may have more, so that checkpoints of earlier
 and of later releases can be read.
 """
 
-import types
-from collections.abc import Mapping
-from dataclasses import is_dataclass
-from typing import Any, Literal, NewType, Union, get_args, get_origin
+from typing import Any, Literal
 
-from typing_extensions import Never, NotRequired, TypedDict, get_type_hints, is_typeddict
+from typing_extensions import Never, NotRequired, TypedDict
 
 from lightning_mixprec.policy.controller import ControllerState
-
-_LARGEST = 2**63
-"""What counters and steps stay below; larger ones have no float."""
-
-Count = NewType("Count", int)
-"""How many, or the number of a step: from 0 on."""
+from lightning_mixprec.policy.shapes import Count
 
 Kind = Literal["promote", "demote", "scale", "restore"]
-Shapes = Mapping[str, Any]
-"""By attribute of a callback, the shape of what a checkpoint keeps of it."""
 
 
 class Event(TypedDict):
@@ -139,49 +129,3 @@ class Steered(TypedDict):
     controller: ControllerState
     pending: Pending | None
     copy: NotRequired[Any]
-
-
-def has_shape(value: object, shape: Any) -> bool:
-    """Whether a plain value is what a type says; numbers may be whole, and tuples may be lists.
-
-    Args:
-        value: Anything.
-        shape: A plain type, a list, mapping or tuple of shapes, a union, a ``Literal``, a ``TypedDict``, or a dataclass
-            for a mapping that has its fields.
-
-    >>> has_shape([{"best": None, "looks": 2}], list[Looks]), has_shape([{"best": None, "looks": "2"}], list[Looks])
-    (True, False)
-    """
-    kind, parts = get_origin(shape), get_args(shape)
-    if kind in (Union, types.UnionType):
-        return any(has_shape(value, part) for part in parts)
-    if kind is Literal:
-        return isinstance(value, str) and value in parts
-    if kind is list:
-        return isinstance(value, list) and all(has_shape(each, parts[0]) for each in value)
-    if kind is tuple:
-        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(has_shape, value, parts))
-    if kind is dict:
-        named, held = parts
-        return isinstance(value, dict) and all(has_shape(key, named) and has_shape(value[key], held) for key in value)
-    return _is_record(value, shape) if is_typeddict(shape) or is_dataclass(shape) else _is_scalar(value, shape)
-
-
-def _is_record(value: object, shape: Any) -> bool:
-    hints = get_type_hints(shape)
-    needed = shape.__required_keys__ if is_typeddict(shape) else hints.keys()
-    return (
-        isinstance(value, dict)
-        and needed <= value.keys()
-        and all(has_shape(value[key], hint) for key, hint in hints.items() if key in value)
-    )
-
-
-def _is_scalar(value: object, shape: Any) -> bool:
-    if shape is Count:
-        return _is_scalar(value, int) and value >= 0  # type: ignore[operator]
-    if shape is int:
-        return type(value) is int and -_LARGEST < value < _LARGEST
-    if shape is float:
-        return type(value) is float or _is_scalar(value, int)
-    return shape is Any or type(value) is shape

@@ -128,9 +128,9 @@ def loss_scale_of(curves: Sequence[dict[str, Any]]) -> Scale | None:
 
 
 def scaling_scale_of(curves: Sequence[dict[str, Any]]) -> Scale | None:
-    """The axis of the loss scales of all curves, in powers of two; None where no loss scale is known."""
+    """The axis of the loss scales of all curves, in powers of two; None where the loss is not scaled."""
     known = [x for curve in curves for x in curve["scale"] if x is not None and x > 0]
-    return Scale(min(known) / 2, max(known) * 2, base=2) if known else None
+    return Scale(min(known) / 2, max(known) * 2, base=2) if any(x != 1 for x in known) else None
 
 
 def stretches(*columns: Sequence[float | None]) -> Iterator[range]:

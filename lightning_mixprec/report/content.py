@@ -3,9 +3,9 @@
 ``version``, ``title``, ``made``, ``formats`` (binary exponents of the ``smallest`` subnormal, the smallest ``normal``
 and the ``largest`` number) and ``runs``; of each run
 
-- ``name``, ``status`` (``state``: finished, failed or unfinished; ``message``), ``facts`` (``label``, ``value``,
-  ``hint``), ``watched`` (who left rows), ``span`` (first step, and the one after the last);
-- ``alerts``: see :class:`lightning_mixprec.report.alerts.Alert`;
+- ``name``, ``status`` (``state``: finished, failed, stopped or unfinished; ``message``), ``facts`` (``label``,
+  ``value``, ``hint``), ``watched`` (callbacks), ``span`` (first step, and the one after the last);
+- ``alerts``: see :class:`lightning_mixprec.report.alert.Alert`;
 - ``curve``: ``edges`` of cells in optimizer steps, and by cell ``loss``, ``loss_min``, ``loss_max``, ``scale``,
   ``skipped``;
 - ``moves``: ``step``, ``from``, ``to``, ``layers``, ``reason``;
@@ -26,10 +26,11 @@ from itertools import groupby
 from typing import Any
 
 from lightning_mixprec.numerics.formats import get_format
-from lightning_mixprec.report.alerts import alerts, counted
+from lightning_mixprec.report.alert import counted
+from lightning_mixprec.report.alerts import alerts
 from lightning_mixprec.report.layers import Layer, layers_of, rows
 from lightning_mixprec.report.reading import Records, Row
-from lightning_mixprec.report.timeline import curve, with_skips
+from lightning_mixprec.report.timeline import curve, steps_taken, with_skips
 
 VERSION = 1
 _DRAWN_FORMATS = ("fp16", "bf16", "e4m3", "e5m2")
@@ -53,7 +54,7 @@ def content_of(runs: Sequence[Records], title: str = "precision report") -> dict
 def _run(records: Records, runs: int) -> dict[str, Any]:
     steps = [step for step, *_ in records.curve]
     first = min(steps, default=0)
-    end = max(records.last_step + 1, first + 1)
+    end = max(records.last_step + 1, records.end.get("step", 0), first + 1)
     layers = layers_of(records, first, end)
     shares = _flops(records)
     arithmetic = _arithmetic(layers, shares)
@@ -82,10 +83,9 @@ def _facts(
 ) -> list[dict[str, str]]:
     told = with_skips(records.curve)
     skipped = sum(was_skipped for *_, was_skipped in told)
-    taken = len({step for step, _, _, was_skipped in told if not was_skipped})
     losses = [loss for _, loss, _, _ in told if loss is not None][-_LAST:]
     scales = [scale for _, _, scale, _ in told if scale is not None]
-    facts = [_fact("optimizer steps", f"{taken:,}", f"{skipped:,} skipped")]
+    facts = [_fact("optimizer steps", f"{steps_taken(records):,}", f"{skipped:,} skipped")]
     if losses:
         facts.append(_fact("loss", f"{sum(losses) / len(losses):.4g}", f"mean of the last {len(losses)} batches"))
     if scales and any(scale != 1 for scale in scales):

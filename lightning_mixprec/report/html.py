@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from lightning_mixprec.errors import SupportError
 from lightning_mixprec.report import charts, view
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -17,15 +18,12 @@ def render(content: dict[str, Any]) -> str:
         content: The content of a report with one run, or with two that are shown side by side.
 
     Raises:
-        ModuleNotFoundError: If Jinja2 is not installed.
+        SupportError: Jinja2 is not installed.
     """
     try:
         import jinja2
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            "the report needs the package jinja2, which is not installed: pip install 'lightning_mixprec[report]'",
-            name=missing.name,
-        ) from None
+    except ImportError:
+        raise SupportError("a report needs jinja2; install it with pip install 'lightning_mixprec[report]'") from None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

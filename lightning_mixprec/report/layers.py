@@ -39,6 +39,11 @@ class Layer:
     spans: list[Span] = field(default_factory=list)
     values: dict[str, list[tuple[int, float | None]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
+    @property
+    def last_move(self) -> int:
+        """The step of its last move; -1 if it never moved."""
+        return self.spans[-1][0] if len(self.spans) > 1 else -1
+
 
 def layers_of(records: Records, first: int, end: int) -> dict[str, Layer]:
     """All layers that are known of, in the model's order as far as that is known."""
@@ -61,6 +66,8 @@ def layers_of(records: Records, first: int, end: int) -> dict[str, Layer]:
             layer.values[kind].append((step, value))
     for name, layer in layers.items():
         layer.spans = _spans(formats.get(name, []), first, end)
+        for values in layer.values.values():
+            values.sort(key=lambda told: told[0])
     return layers
 
 
@@ -71,14 +78,15 @@ def _measured(records: Records) -> Iterable[tuple[int, str, str, Any]]:
             yield row["step"], name, "underflow_rate", underflow
             yield row["step"], name, "headroom_bits", _least(headroom, output)
     for row in records.underflow:
-        if "underflow_rate" in row:
+        if "format" in row:
             yield row["step"], row["layer"], "format", row["format"]
-            yield row["step"], row["layer"], "underflow_rate", row["underflow_rate"]
-            yield row["step"], row["layer"], "headroom_bits", _least(row["headroom_bits"], row["output_headroom_bits"])
+            yield row["step"], row["layer"], "underflow_rate", row.get("underflow_rate")
+            bits = _least(row.get("headroom_bits"), row.get("output_headroom_bits"))
+            yield row["step"], row["layer"], "headroom_bits", bits
     for row in records.fidelity:
         if "layer" in row:
             for kind in ("grad_cosine", "sqnr_db"):
-                yield row["step"], row["layer"], kind, row[kind]
+                yield row["step"], row["layer"], kind, row.get(kind)
 
 
 def _least(*values: float | None) -> float | None:

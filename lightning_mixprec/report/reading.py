@@ -4,12 +4,14 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.policy.shapes import Count, has_shape
+from lightning_mixprec.report.shapes import MONITORS, REPORT
 
 ROWS = "mixprec.jsonl"
 _METRICS = "metrics.csv"
@@ -32,10 +34,9 @@ class Records:
         overflow: Events of ``OverflowMonitor``.
         underflow: Rows of ``UnderflowMonitor``, by layer and step.
         fidelity: Rows of ``FidelityMonitor``.
-        adaptive: Rows of ``AdaptivePrecision``.
         problems: Why steps could not be looked at.
-        end: How it ended; empty if nobody wrote that.
-        monitors: Who left rows.
+        end: How it ended, and after how many steps; empty if nobody wrote that.
+        monitors: Who watched: who left rows, and whom ``PrecisionReport`` has seen among the callbacks.
         last_step: The last step of the curve; without one, the largest step of any row.
     """
 
@@ -49,7 +50,6 @@ class Records:
     overflow: list[Row] = field(default_factory=list)
     underflow: list[Row] = field(default_factory=list)
     fidelity: list[Row] = field(default_factory=list)
-    adaptive: list[Row] = field(default_factory=list)
     problems: list[Row] = field(default_factory=list)
     end: Row = field(default_factory=dict)
     monitors: list[str] = field(default_factory=list)
@@ -105,7 +105,7 @@ def _rows(path: Path) -> Iterator[Row]:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                if isinstance(row, dict) and has_shape(row.get("step"), Count):
                     yield row
 
 
@@ -117,31 +117,63 @@ def _take_in(records: Records, row: Row) -> None:
     if name not in records.monitors:
         records.monitors.append(name)
     records.last_step = max(records.last_step, row["step"])
-    if "problem" in row:
+    if isinstance(row.get("problem"), str):
         records.problems.append(row)
     elif kind == "report":
-        _take_in_report(records, row)
-    elif kind != "schedule":
+        for part in REPORT.keys() & row.keys():
+            if has_shape(row[part], REPORT[part]):
+                _TAKE_IN[part](records, row)
+    elif kind in MONITORS and has_shape(row, MONITORS[kind]):
         getattr(records, kind).append(row)
 
 
-def _take_in_report(records: Records, row: Row) -> None:
-    if "run" in row:
-        records.run = row["run"]
-        records.end = {}  # resumed in the same folder
-        records.curve = [point for point in records.curve if point[0] < row["step"]]
-    elif "curve" in row:
-        curve = row["curve"]
-        points = zip(curve["steps"], curve["loss"], curve["scale"], curve["skipped"], strict=False)
-        records.curve += points
-        records.infinite += [curve["steps"][place] for place in curve.get("infinite", ())]
-    elif "change" in row:
-        records.history += row["change"]["history"]
-        records.changes.append({"step": row["step"], "layers": row["change"]["layers"]})
-    elif "sample" in row:
-        records.samples.append(row)
-    elif "end" in row:
-        records.end = row["end"]
+def _begin(records: Records, row: Row) -> None:
+    """A run that begins, or goes on from a checkpoint: what an earlier one in this folder did later is undone."""
+    step, run = row["step"], row["run"]
+    _forget_from(records, step)
+    if records.run and step:  # the formats that the layers have now, they have from here on
+        records.changes.append({"step": step, "layers": run["layers"]})
+    else:
+        records.run, records.monitors = run, ["PrecisionReport"]
+    records.monitors = list(dict.fromkeys([*records.monitors, *run.get("watched", ())]))
+    records.end, records.history = {}, []  # the history is told again, whole
+
+
+def _forget_from(records: Records, step: int) -> None:
+    records.curve = [point for point in records.curve if point[0] < step]
+    records.infinite = [each for each in records.infinite if each < step]
+    for name in ("changes", "samples", "overflow", "underflow", "fidelity", "problems"):
+        setattr(records, name, [row for row in getattr(records, name) if row["step"] < step])
+    records.last_step = step
+
+
+def _add_batches(records: Records, row: Row) -> None:
+    curve = row["curve"]
+    records.curve += zip(curve["steps"], curve["loss"], curve["scale"], curve["skipped"], strict=False)
+    steps = curve["steps"]
+    records.infinite += [steps[place] for place in curve.get("infinite", ()) if place < len(steps)]
+
+
+def _add_change(records: Records, row: Row) -> None:
+    records.history += row["change"]["history"]
+    records.changes.append({"step": row["step"], "layers": row["change"]["layers"]})
+
+
+def _add_sample(records: Records, row: Row) -> None:
+    records.samples.append(row)
+
+
+def _end(records: Records, row: Row) -> None:
+    records.end = {"step": row["step"], **row["end"]}
+
+
+_TAKE_IN: dict[str, Callable[[Records, Row], None]] = {
+    "run": _begin,
+    "curve": _add_batches,
+    "change": _add_change,
+    "sample": _add_sample,
+    "end": _end,
+}
 
 
 def _from_metrics(path: Path) -> list[tuple[int, float | None, float | None, int | None]]:
@@ -155,13 +187,17 @@ def _from_metrics(path: Path) -> list[tuple[int, float | None, float | None, int
     return [
         (int(step), loss, scale, None)
         for step, loss, scale in points
-        if step is not None and step.isdigit() and (loss is not None or scale is not None)
+        if isinstance(step, str) and step.isdigit() and len(step) < 16 and (loss is not None or scale is not None)
     ]
 
 
 def _loss_key(names: Iterable[str]) -> str | None:
     """The column of the training loss: ``train_loss``, or another that looks like it."""
-    names = [name for name in names if "loss" in name and not name.startswith(("mixprec/", "val", "test"))]
+    names = [
+        name
+        for name in names
+        if name is not None and "loss" in name and not name.startswith(("mixprec/", "val", "test"))
+    ]
     likely = sorted(names, key=lambda name: ("train" not in name, not name.startswith("train_loss"), name))
     return likely[0] if likely else None
 

@@ -11,16 +11,6 @@ MAX_POINTS = 600
 MAX_CELLS = 60
 
 
-def edges_of(first: int, end: int, most: int) -> list[int]:
-    """Borders of cells of one width that cover steps ``first`` to ``end`` (exclusive), at most ``most`` cells.
-
-    >>> edges_of(0, 10, 4)
-    [0, 3, 6, 9, 10]
-    """
-    width = max(1, math.ceil((end - first) / most))
-    return [*range(first, end, width), end]
-
-
 def curve(records: Records, first: int, end: int, runs: int = 1) -> dict[str, list[Any]]:
     """Loss (mean, smallest, largest), loss scale (the smallest of a cell) and skipped steps by cell.
 
@@ -32,13 +22,13 @@ def curve(records: Records, first: int, end: int, runs: int = 1) -> dict[str, li
         end: The one after the last.
         runs: How many runs share the page.
     """
-    edges = edges_of(first, end, MAX_POINTS // runs)
-    count, width = len(edges) - 1, edges[1] - edges[0]
+    edges = sample_edges((step for step, *_ in records.curve), first, end, MAX_POINTS // runs)
+    count = len(edges) - 1
     losses: list[list[float]] = [[] for _ in range(count)]
     scales: list[list[float]] = [[] for _ in range(count)]
     skipped = [0] * count
     for step, loss, scale, was_skipped in with_skips(records.curve):
-        cell = (step - first) // width
+        cell = bisect_right(edges, step) - 1
         if not 0 <= cell < count:
             continue
         if loss is not None:
@@ -72,8 +62,21 @@ def with_skips(
     return told
 
 
+def skipped_steps(records: Records) -> list[int]:
+    """The step of each optimizer step that was skipped."""
+    return [step for step, _, _, was_skipped in with_skips(records.curve) if was_skipped]
+
+
+def steps_taken(records: Records) -> int:
+    """How many optimizer steps were taken. Lightning's own plugins count those that were skipped among them."""
+    first = min((step for step, *_ in records.curve), default=0)
+    passed: int = records.end.get("step", records.last_step + 1) - first
+    counts_skipped = not records.run.get("environment", {}).get("plugin", "PerLayer").startswith("PerLayer")
+    return max(passed - counts_skipped * len(skipped_steps(records)), 0)
+
+
 def sample_edges(steps: Iterable[int], first: int, end: int, most: int = MAX_CELLS) -> list[int]:
-    """Borders of cells that begin with a sample each; where there are too many, with every second, third, ... of them.
+    """Borders of cells that begin with a given step each; if these are too many, with every second, third, ... of them.
 
     >>> sample_edges([0, 20, 40, 20], 0, 50)
     [0, 20, 40, 50]

@@ -12,7 +12,7 @@ from lightning_mixprec.report import charts, histograms
 FORMAT_CLASSES = {"fp64": "f64", "fp32": "f32", "bf16": "fbf", "fp16": "f16", "e4m3": "f43", "e5m2": "f52"}
 SEVERAL_CLASS = {"several": "fsv"}
 LEVEL_WORDS = {"error": "Error", "warning": "Warning", "note": "Note"}
-STATE_WORDS = {"finished": "finished", "failed": "failed", "unfinished": "did not finish"}
+STATE_WORDS = {"finished": "finished", "failed": "failed", "stopped": "was stopped", "unfinished": "did not finish"}
 MAX_NAMED_LAYERS = 3
 NAMED_FROM_SHARE = 0.09  # a format is named in its band where that covers this share of the time
 CODE_DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -262,3 +265,80 @@ def test_a_resumed_run_goes_on_in_the_same_file(tmp_path):
     run = run_in(tmp_path)
     assert run["span"] == [0, 12]
     assert close(run["curve"]["loss"][8:], model.losses[-4:])
+
+
+def test_a_healthy_watched_run_has_no_alerts(tmp_path):
+    run = watched(tmp_path, task(), ours("bf16"), callbacks=[OverflowMonitor(), UnderflowMonitor(2)])
+    assert run["alerts"] == []
+    assert run["watched"] == ["PrecisionReport", "OverflowMonitor", "UnderflowMonitor"]
+
+
+def test_a_process_that_dies_leaves_its_curve(tmp_path):
+    dying = (
+        "import os, lightning.pytorch as pl\n"
+        "from plugin_models import Call, fit, ours, task\n"
+        "from lightning_mixprec import PrecisionReport\n"
+        "die = Call('on_train_batch_end', lambda run, model: os._exit(9), at=170)\n"
+        "watching = [PrecisionReport(), die]\n"
+        f"fit(task(), ours('bf16'), callbacks=watching, default_root_dir={str(tmp_path)!r}, max_epochs=99)"
+    )
+    paths = os.pathsep.join(str(path) for path in (Path(__file__).parents[1], Path(__file__).parents[2]))
+    done = subprocess.run([sys.executable, "-c", dying], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == 9
+    assert main([str(tmp_path)]) == 0
+    run = run_in(tmp_path)
+    assert run["status"]["state"] == "unfinished"
+    assert run["span"][1] >= 100
+    assert None not in run["curve"]["loss"]
+
+
+def test_several_optimizers_are_counted_as_lightning_does(tmp_path):
+    run = watched(tmp_path, task(TwoOptimizers), ours("bf16"))
+    assert run["facts"][0]["value"] == "8"
+    assert run["span"] == [0, 8]
+
+
+@pytest.mark.filterwarnings("ignore:PrecisionReport could not sample step 0")
+def test_lazy_layers_and_layers_that_come_during_the_run(tmp_path):
+    lazy = Task(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)))
+    table = {row["layer"]: row for row in watched(tmp_path / "lazy", lazy, stock("bf16"))["assignment"]}
+    assert table["net.0"]["parameters"] is None
+
+    def grow(run, model):
+        model.net.extra = nn.Identity()
+        run.precision_plugin.edit_policy({"net.4": "fp32"})
+
+    growing = Call("on_train_batch_end", grow, 1)
+    run = watched(tmp_path / "growing", task(), ours("bf16"), PrecisionReport(every_n_steps=1), callbacks=[growing])
+    assert run["status"]["state"] == "finished"
+
+
+def test_the_first_batch_of_every_fit_is_sampled(tmp_path):
+    report = PrecisionReport()
+    for name in ("a", "b"):
+        run = watched(tmp_path / name, task(), ours("bf16"), report)
+        assert run["histograms"]
+        assert run["arithmetic"]
+
+
+def test_no_histograms_if_none_are_wanted(tmp_path):
+    assert watched(tmp_path, task(), ours("bf16"), PrecisionReport(histograms=[]))["histograms"] == []
+
+
+def test_an_interrupted_run_was_stopped(tmp_path):
+    def interrupt(run, model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        watched(tmp_path, task(), ours("bf16"), callbacks=[Call("on_train_batch_end", interrupt, 1)])
+    run = run_in(tmp_path)
+    assert run["status"] == {"state": "stopped", "message": "KeyboardInterrupt"}
+    assert [alert["level"] for alert in run["alerts"]] == ["note", "note"]
+
+
+def test_no_folder_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = pl.loggers.logger.DummyLogger()
+    with pytest.warns(UserWarning, match="PrecisionReport has no folder to write to"):
+        fit(task(), ours("bf16"), callbacks=[PrecisionReport()], logger=logger)
+    assert [*tmp_path.iterdir()] == []

@@ -1,5 +1,6 @@
 """What a report says of a run, from rows that are written here."""
 
+import copy
 import json
 import random
 from collections.abc import Iterable
@@ -7,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lightning_mixprec import MixPrecError
 from lightning_mixprec.report.content import content_of
+from lightning_mixprec.report.html import render
 from lightning_mixprec.report.layers import MAX_ROWS
 from lightning_mixprec.report.reading import read_records
 from lightning_mixprec.report.timeline import MAX_CELLS, MAX_POINTS
 from lightning_mixprec.report.writing import write_report
 
 ENVIRONMENT = {"torch": "2.14", "device": "test"}
+WATCHED = ["PrecisionReport", "OverflowMonitor"]
 
 
 def layer(name: str, compute: str = "fp16", rule: str = "default") -> list[Any]:
@@ -26,8 +31,8 @@ def report(step: int, **row: Any) -> dict[str, Any]:
     return {"monitor": "report", "step": step, "epoch": 0, "batch_idx": step, **row}
 
 
-def began(*layers: list[Any], step: int = 0) -> dict[str, Any]:
-    return report(step, run={"environment": ENVIRONMENT, "layers": list(layers)})
+def began(*layers: list[Any], step: int = 0, watched: Iterable[str] = WATCHED) -> dict[str, Any]:
+    return report(step, run={"environment": ENVIRONMENT, "layers": list(layers), "watched": list(watched)})
 
 
 def curve(steps: Iterable[int], loss: Any = 1.0, scale: Any = 1024.0, skipped: Any = 0) -> dict[str, Any]:
@@ -47,10 +52,6 @@ def values(rate: float = 0.0, headroom: float = 5.0, output: float = 5.0, best: 
     return ["fp16", rate, 0.0, headroom, output, best]
 
 
-ENDED = report(9, end={"state": "finished", "message": ""})
-WATCHED = {"monitor": "overflow", "step": 0, "epoch": 0, "batch_idx": 0, "verdict": "scale", "layer": None}
-
-
 def run_of(folder: Path, *rows: dict[str, Any] | str) -> dict[str, Any]:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / "mixprec.jsonl").write_text("\n".join(lines) + "\n")
@@ -60,8 +61,14 @@ def run_of(folder: Path, *rows: dict[str, Any] | str) -> dict[str, Any]:
 
 
 def alerts_of(folder: Path, *rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The alerts of a run that ended well and was watched, by title."""
-    return {alert["title"]: alert for alert in run_of(folder, *rows, WATCHED, ENDED)["alerts"]}
+    """The alerts of a run that ended well, by title."""
+    return {alert["title"]: alert for alert in run_of(folder, *rows, ended(rows))["alerts"]}
+
+
+def ended(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The end of a run, at the step after the last batch."""
+    steps = [step for row in rows for step in row.get("curve", {"steps": [row["step"]]})["steps"]]
+    return report(max(steps) + 1, end={"state": "finished", "message": ""})
 
 
 # Alerts
@@ -100,6 +107,28 @@ def test_an_overflow_is_over_once_its_layer_has_moved(tmp_path, moved_at, level)
     assert ("Since step 9 it computes in bf16" in found["advice"]) == (level == "note")
 
 
+def test_what_was_seen_of_a_layer_before_it_moved_is_past(tmp_path):
+    told = {"step": 3, "layer": "a", "from": "fp16", "to": "bf16", "reason": "by hand"}
+    change = report(3, change={"layers": [layer("a", "bf16", "a")], "history": [told]})
+    seen = [sample(0, a=values(0.9, -3.0)), fidelity(0, layer="a", grad_cosine=0.1, sqnr_db=0.0)]
+    seen += [fidelity(1, layer="a", grad_cosine=0.1, sqnr_db=0.0), fidelity(0, loss_gap=0.9), fidelity(1, loss_gap=0.9)]
+    start = [began(layer("a")), curve(range(9)), *seen]
+    assert len(alerts_of(tmp_path, *start)) == 5
+    assert alerts_of(tmp_path, *start, change) == {}
+
+
+def test_the_latest_sample_is_that_of_the_latest_step_whoever_took_it(tmp_path):
+    row = {"monitor": "underflow", "step": 0, "epoch": 0, "batch_idx": 0, "layer": "a", "format": "fp16"}
+    row |= {"underflow_rate": 0.9, "headroom_bits": 5.0, "output_headroom_bits": 5.0}
+    assert alerts_of(tmp_path, began(layer("a")), curve(range(9)), row, sample(8, a=values(0.0))) == {}
+
+
+def test_values_beyond_the_format_are_an_error(tmp_path):
+    found = alerts_of(tmp_path, began(layer("a")), curve(range(9)), sample(0, a=values(headroom=-2.0)))
+    assert found["Values overflow"]["level"] == "error"
+    assert "4 times too large for fp16" in found["Values overflow"]["text"]
+
+
 def test_data_and_model_are_not_blamed_on_precision(tmp_path):
     rows = [overflow("data", None, fits=None), overflow("model", "", fits=None)]
     found = alerts_of(tmp_path, began(layer("a")), *rows)
@@ -108,10 +137,17 @@ def test_data_and_model_are_not_blamed_on_precision(tmp_path):
 
 
 @pytest.mark.parametrize(("skipped", "level"), [(1, None), (2, None), (3, "warning"), (30, "error")])
-def test_many_skipped_steps(tmp_path, skipped, level):
+@pytest.mark.parametrize("plugin", ["PerLayerPrecision", "MixedPrecision"])
+def test_many_skipped_steps(tmp_path, skipped, level, plugin):
     flags = [1] * skipped + [0] * (100 - skipped)
-    found = alerts_of(tmp_path, began(layer("a")), curve([*[0] * skipped, *range(100 - skipped)], skipped=flags))
+    counts = plugin == "MixedPrecision"  # Lightning's plugins count a skipped step as one
+    steps = range(100) if counts else [*[0] * skipped, *range(100 - skipped)]
+    begins = began(layer("a"))
+    begins["run"]["environment"] = {"plugin": plugin}
+    found = alerts_of(tmp_path, begins, curve(steps, skipped=flags))
     assert (found["Many steps were skipped"]["level"] if found else None) == level
+    if found:
+        assert f"({skipped}.0% of all)" in found["Many steps were skipped"]["text"]
 
 
 def test_a_collapsed_loss_scale(tmp_path):
@@ -142,7 +178,7 @@ def test_a_larger_scale_is_advised_where_it_helps(tmp_path):
 def test_headroom_is_the_smaller_of_gradient_and_output(tmp_path):
     start = [began(layer("a")), curve(range(9))]
     found = alerts_of(tmp_path, *start, sample(0, a=values(headroom=9.0, output=0.5)))["Close to an overflow"]
-    assert "grow 1.4 times" in found["text"]
+    assert "if they grow 1.4 times" in found["text"]
     assert alerts_of(tmp_path, *start, sample(0, a=values(output=None))) == {}
 
 
@@ -198,7 +234,8 @@ def test_moves_of_the_controller_are_told(tmp_path):
 
 
 def test_the_worst_come_first_and_nobody_watching_is_said(tmp_path):
-    run = run_of(tmp_path, began(layer("a")), curve(range(9)), sample(0, a=values(0.9, output=0.1)))
+    begins = began(layer("a"), watched=["PrecisionReport"])
+    run = run_of(tmp_path, begins, curve(range(9)), sample(0, a=values(0.9, output=0.1)))
     assert [alert["level"] for alert in run["alerts"]] == ["error", "warning", "note", "note"]
     assert [alert["title"] for alert in run["alerts"]][2:] == ["The run has no end", "Overflows were not watched"]
 
@@ -209,7 +246,7 @@ def test_the_worst_come_first_and_nobody_watching_is_said(tmp_path):
 def test_long_runs_are_gathered(tmp_path):
     steps = 100_000
     rows = [curve(range(first, first + 50), loss=[float(each) for each in range(50)]) for first in range(0, steps, 50)]
-    run = run_of(tmp_path, began(layer("a")), *rows, ENDED)
+    run = run_of(tmp_path, began(layer("a")), *rows, ended(rows))
     told = run["curve"]
     assert run["span"] == [0, steps]
     assert len(told["loss"]) == len(told["edges"]) - 1 <= MAX_POINTS
@@ -327,6 +364,72 @@ def test_one_run_and_two_of_a_thousand_layers_stay_below_500_kilobytes(tmp_path)
 # Files
 
 
+ODD = st.sampled_from([None, True, -1, 2**70, 1.5, "", "fp16", "x\ny", [], [1], {}, {"a": 1}, [["a", "b"]]])
+WHOLE = [
+    began(layer("a"), layer("b")),
+    curve(range(3), loss=[1.0, "inf", 2.0]),
+    report(1, sample={**sample(1, a=values())["sample"], "flops": {"a": 3}}),
+    report(
+        2,
+        change={
+            "layers": [layer("a", "bf16")],
+            "history": [{"step": 2, "layer": "a", "from": "fp16", "to": "bf16", "reason": "r"}],
+        },
+    ),
+    overflow("precision", "a"),
+    overflow("data", None),
+    fidelity(0, layer="a", grad_cosine=0.5, sqnr_db=3.0),
+    fidelity(1, loss_gap=0.2),
+    {"monitor": "underflow", "step": 1, "epoch": 0, "batch_idx": 1, "layer": "a", "stagnation_rate": 0.7},
+    {
+        "monitor": "underflow",
+        "step": 1,
+        "epoch": 0,
+        "batch_idx": 1,
+        "layer": "a",
+        "format": "fp16",
+        "underflow_rate": 0.5,
+    },
+    {"monitor": "overflow", "step": 1, "epoch": 0, "batch_idx": 1, "problem": "out of memory"},
+    report(3, end={"state": "finished", "message": ""}),
+]
+
+
+def places(value: Any, path: tuple = ()) -> Iterable[tuple]:
+    if path:
+        yield path
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in pairs:
+        yield from places(entry, (*path, key))
+
+
+@given(st.data())
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_odd_rows_are_passed_over(tmp_path, data):
+    rows = copy.deepcopy(WHOLE)
+    *way, last = data.draw(st.sampled_from([*places(rows)]))
+    at: Any = rows
+    for key in way:
+        at = at[key]
+    if data.draw(st.booleans()):
+        del at[last]
+    else:
+        at[last] = data.draw(ODD)
+    (tmp_path / "mixprec.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = content_of([read_records(tmp_path)])
+    json.dumps(content, allow_nan=False)
+    render(content)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "step\n", "a,b\n1,2,3,4\n", "step,train_loss\nx,nan\n,\n99999999999999999999,1\n", "\x00"]
+)
+def test_an_odd_metrics_file_is_no_loss(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    run = run_of(tmp_path, sample(2, a=values()))
+    assert [each for each in run["curve"]["loss"] if each is not None] == []
+
+
 def test_what_is_no_row_is_passed_over(tmp_path):
     run = run_of(
         tmp_path, "", "no json", "[1]", '{"monitor": "new", "step": 3}', began(layer("a")), curve(range(4)), '{"mon'
@@ -334,15 +437,50 @@ def test_what_is_no_row_is_passed_over(tmp_path):
     assert run["span"] == [0, 4]
 
 
+def moved(step: int, to: str) -> dict[str, Any]:
+    told = {"step": step, "layer": "a", "from": "fp16", "to": to, "reason": "by hand"}
+    return report(step, change={"layers": [layer("a", to, "a")], "history": [told]})
+
+
 def test_a_resumed_run_replaces_what_it_does_again(tmp_path):
-    rows = [
+    first = [
         began(layer("a")),
         curve(range(8), loss=1.0),
-        began(layer("a"), step=4),
-        curve(range(4, 10), loss=2.0),
-        ENDED,
+        moved(2, "bf16"),
+        sample(1, a=values(0.01)),
+        moved(6, "fp32"),
     ]
-    assert run_of(tmp_path, *rows)["curve"]["loss"] == [1.0] * 4 + [2.0] * 6
+    first += [sample(5, a=values(0.9)), overflow("model", "a", 7), curve([8], loss=["inf"])]
+    again = [
+        began(layer("a", "bf16", "a"), step=4),
+        moved(2, "bf16"),
+        curve(range(4, 10), loss=2.0),
+        sample(4, a=values(0.02)),
+    ]
+    again[1]["change"]["layers"] = []  # the history is told again
+    run = run_of(tmp_path, *first, *again, ended(again))
+    assert run["curve"]["loss"] == [1.0] * 4 + [2.0] * 6
+    assert run["rows"][0]["spans"] == [[0, 2, "fp16"], [2, 10, "bf16"]]
+    assert run["rows"][0]["underflow_rate"] == [None, 0.01, 0.02]
+    assert [move["step"] for move in run["moves"]] == [2]
+    assert [alert for alert in run["alerts"] if alert["level"] != "note"] == []
+    assert run["assignment"][0]["compute"] == "bf16"
+
+
+def test_a_new_run_in_an_old_folder_knows_nothing_of_the_old_one(tmp_path):
+    old = [began(layer("z")), curve([0, 1], loss="inf"), overflow("model", "z"), fidelity(0, loss_gap=0.5)]
+    run = run_of(tmp_path, *old, began(layer("a")), curve(range(3)), ended([curve(range(3))]))
+    assert run["alerts"] == []
+    assert [row["label"] for row in run["rows"]] == ["a"]
+    assert run["span"] == [0, 3]
+
+
+def test_several_optimizer_steps_in_a_batch_leave_no_holes(tmp_path):
+    rows = [began(layer("a")), curve(range(0, 30, 3), loss=2.0), report(30, end={"state": "finished", "message": ""})]
+    run = run_of(tmp_path, *rows)
+    assert run["span"] == [0, 30]
+    assert run["curve"]["loss"] == [2.0] * 10
+    assert run["facts"][0] == {"label": "optimizer steps", "value": "30", "hint": "0 skipped"}
 
 
 def test_an_empty_file_is_a_report_of_nothing(tmp_path):

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from report import samples
 
+from lightning_mixprec import MixPrecError
 from lightning_mixprec.report import charts, histograms, view
 from lightning_mixprec.report.html import render
 
@@ -207,7 +208,7 @@ def test_a_thousand_layers_take_less_than_500_kb():
 
 def test_without_jinja2_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ModuleNotFoundError, match=re.escape("pip install 'lightning_mixprec[report]'")):
+    with pytest.raises(MixPrecError, match=re.escape("pip install 'lightning_mixprec[report]'")):
         render(samples.empty())
 
 
