@@ -1,12 +1,14 @@
 """The monitors on CUDA: the same numbers, the same bits of the run, and no waiting between samples."""
 
+import json
+
 import pytest
 import torch
 from observed_models import Busy, monitors, plain, trace
 from plugin_models import Batches, Task, fit, ours, same, stock
 from torch import nn
 
-from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor
+from lightning_mixprec import FidelityMonitor, OverflowMonitor, PrecisionReport, UnderflowMonitor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +64,18 @@ def test_rates_cosines_and_ratios_are_those_of_the_cpu():
         assert other_fidelity["layers"][layer]["grad_cosine"] == pytest.approx(values["grad_cosine"], abs=1e-2)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_report_has_the_losses_and_scales_of_the_run(tmp_path, accumulated):
+    model, plugin = Task(plain()), ours("fp16")
+    options = {"accumulate_grad_batches": accumulated, "default_root_dir": tmp_path}
+    fit(model, plugin, Batches(6, count=120), callbacks=[PrecisionReport()], **options, **CUDA)
+    (run,) = json.loads((tmp_path / "precision_report.json").read_text())["runs"]
+    losses = torch.stack(model.losses[-120:]).view(-1, accumulated).mean(1)
+    assert run["curve"]["loss"] == pytest.approx(losses.tolist(), rel=1e-3)
+    assert run["curve"]["scale"][-1] == plugin.scaler.get_scale()
+    assert dict(run["environment"])["accelerator"] == "cuda"
+
+
 class Strict(OnTheDevice):
     """Lets nothing wait for the device inside the step and around it, from the second batch on."""
 
@@ -73,11 +87,12 @@ class Strict(OnTheDevice):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_steps_that_are_not_sampled_wait_for_nothing():
-    watching = [OverflowMonitor(), UnderflowMonitor(1000), FidelityMonitor(1000)]
+def test_steps_that_are_not_sampled_wait_for_nothing(tmp_path):
+    watching = [OverflowMonitor(), UnderflowMonitor(1000), FidelityMonitor(1000), PrecisionReport(1000)]
     fused = lambda params: torch.optim.Adam(params, fused=True)  # noqa: E731
+    options = {"batches": Batches(6, count=110), "log_every_n_steps": 1000, "default_root_dir": tmp_path}  # two chunks
     try:
-        fit(Strict(plain(), fused), ours("fp16"), callbacks=watching, log_every_n_steps=1000, **CUDA)
+        fit(Strict(plain(), fused), ours("fp16"), callbacks=watching, **options, **CUDA)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,0 +1,36 @@
+"""What one of two processes does in test_report_ddp.py: trains with a report, one batch of the second being NaN."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from ddp_monitors import Filled, Plain, task
+from lightning.pytorch.strategies import DDPStrategy
+from plugin_models import Batches, fit, ours
+
+from lightning_mixprec import OverflowMonitor, PrecisionReport
+
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
+def main(folder):
+    model, plugin = task(Plain), ours("fp16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(
+            model,
+            plugin,
+            Batches(6, seed=7 + RANK, count=4),
+            callbacks=[PrecisionReport(every_n_steps=2), OverflowMonitor(), Filled(1, float("nan"))],
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            devices=2,
+            default_root_dir=folder,
+        )
+    told = {"losses": torch.stack(model.losses), "skipped": plugin.skipped_steps}
+    torch.save(told, Path(folder) / f"rank{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
