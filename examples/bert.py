@@ -67,6 +67,7 @@ class Bert(LightningModule):
 class MaskedLM(Bert):
     """Fills in masked bytes, 15 % at random in training, every seventh in validation; its arguments are ``Bert``'s."""
 
+    EXPECT = "about 70 % of the masked bytes after 2 epochs, a minute on two CPU cores; always a blank is 32 %"
     HEADLINES = {
         "val_acc": ("masked bytes right", ".2%"),
         "val_blank": ("always a blank", ".2%"),
@@ -124,6 +125,7 @@ class Classifier(Bert):
         DataError: ``encoder`` is no such checkpoint.
     """
 
+    EXPECT = "about 75 % after 4 epochs, a minute on two CPU cores; chance is 33 %"
     HEADLINES = {"val_acc": ("validation accuracy", ".2%")}
 
     def __init__(

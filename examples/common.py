@@ -23,14 +23,19 @@ QUIET = (
 class ExampleCLI(LightningCLI):
     """LightningCLI that lets the data size the model and closes a fit with a summary.
 
-    A model names in ``FROM_DATA`` the arguments that the data of the same name know, and in ``HEADLINES`` which logged
-    metrics the summary shows: by key a title and a format.
+    A model names in ``FROM_DATA`` the arguments that the data of the same name know, in ``EXPECT`` what the default
+    config comes to, and in ``HEADLINES`` which logged metrics the summary shows: by key a title and a format.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data knows to what the model asks."""
         for name in getattr(self._model_class, "FROM_DATA", ()):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def before_fit(self) -> None:
+        """Say what the default config comes to."""
+        if self.trainer.is_global_zero and hasattr(self.model, "EXPECT"):
+            print(f"With the default config expect {self.model.EXPECT}.")
 
     def after_fit(self) -> None:
         """Say how well it went, what was skipped and where things were written."""

@@ -136,6 +136,7 @@ class GAN(LightningModule):
     """
 
     FROM_DATA = ("num_classes",)
+    EXPECT = "about 95 % of the samples recognised after 30 epochs, half a minute on two CPU cores"
     HEADLINES = {"sample_acc": ("samples recognised", ".1%"), "frechet": ("Frechet distance", ".2f")}
 
     def __init__(

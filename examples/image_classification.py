@@ -63,6 +63,7 @@ class ImageClassifier(LightningModule):
     """
 
     FROM_DATA = ("num_classes", "small_images")
+    EXPECT = "98 to 99 % validation accuracy after 12 epochs, one to two minutes on two CPU cores"
     HEADLINES = {"val_acc": ("validation accuracy", ".2%")}
 
     def __init__(

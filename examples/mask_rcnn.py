@@ -71,6 +71,7 @@ class Detector(LightningModule):
     """
 
     FROM_DATA = ("num_classes", "size")
+    EXPECT = "a mask mAP of about 0.6 after 4 epochs, one and a half minutes on two CPU cores"
     HEADLINES = {
         "val_mask_map": ("mask mAP", ".3f"),
         "val_box_map": ("box mAP", ".3f"),

@@ -159,6 +159,7 @@ class ClickModel(LightningModule):
     """
 
     FROM_DATA = ("table_rows",)
+    EXPECT = "an AUROC of 0.79 after 2 epochs, half a minute on two CPU cores; the data allow 0.886"
     HEADLINES = {"val_auroc": ("area under the ROC", ".4f")}
 
     def __init__(self, table_rows: int, size: int = 8, width: int = 64, learning_rate: float = 0.03) -> None:

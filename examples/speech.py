@@ -191,6 +191,7 @@ class SpeechRecognizer(LightningModule):
     """
 
     FROM_DATA = ("alphabet", "sample_rate")
+    EXPECT = "a character error rate below 1 % after 12 epochs, a minute on two CPU cores"
     HEADLINES = {"val_cer": ("character error rate", ".2%")}
 
     def __init__(

@@ -113,6 +113,7 @@ class Detector(LightningModule):
     """
 
     FROM_DATA = ("num_classes",)
+    EXPECT = "a box mAP of about 0.7 after 8 epochs, one and a half minutes on two CPU cores"
     HEADLINES = {"val_map": ("box mAP", ".3f")}
 
     def __init__(

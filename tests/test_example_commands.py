@@ -31,6 +31,7 @@ def run(command: str, folder: Path) -> Path:
     done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "warn" not in done.stderr.lower(), done.stderr
+    assert "With the default config expect " in done.stdout
     assert "optimizer steps:" in done.stdout
     return folder / "lightning_logs" / "version_0"
 

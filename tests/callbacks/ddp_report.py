@@ -5,25 +5,33 @@ import sys
 import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
-from ddp_monitors import Filled, Plain, task
 from lightning.pytorch.strategies import DDPStrategy
-from plugin_models import Batches, fit, ours
+from plugin_models import Batches, fit, ours, task
 
 from lightning_mixprec import OverflowMonitor, PrecisionReport
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
+class Spoiled(pl.Callback):
+    """The third batch of the second process."""
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        if RANK == 1 and batch_idx == 2:
+            batch[0].fill_(float("nan"))
+
+
 def main(folder):
-    model, plugin = task(Plain), ours("fp16")
+    model, plugin = task(), ours("fp16")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(
             model,
             plugin,
             Batches(6, seed=7 + RANK, count=4),
-            callbacks=[PrecisionReport(every_n_steps=2), OverflowMonitor(), Filled(1, float("nan"))],
+            callbacks=[PrecisionReport(every_n_steps=2), OverflowMonitor(), Spoiled()],
             strategy=DDPStrategy(process_group_backend="gloo"),
             devices=2,
             default_root_dir=folder,
