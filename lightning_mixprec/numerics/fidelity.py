@@ -93,7 +93,9 @@ def dots(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 def cosine_of(parts: Tensor) -> Tensor:
     """Cosine similarities from :func:`dots` or sums of them.
 
-    1 if both vectors are zero, 0 if only one is, NaN if anything is not finite.
+    1 if both vectors are zero, 0 if only one is, NaN if anything is not finite. The same to the last bit if all parts
+    are multiplied by a power of two, as by ranks that have the same data, unless the product of the squared norms
+    leaves the range of fp64.
 
     Args:
         parts: fp64 [..., 3].
@@ -102,7 +104,10 @@ def cosine_of(parts: Tensor) -> Tensor:
         fp64 [...], in [-1, 1].
     """
     product, first, second = parts.unbind(-1)
-    cosine = (product / (first.sqrt() * second.sqrt())).clamp(-1, 1)
+    both = first * second
+    is_normal = both.isfinite() & (both >= torch.finfo(both.dtype).tiny)
+    norms = torch.where(is_normal, both.sqrt(), first.sqrt() * second.sqrt())
+    cosine = (product / norms).clamp(-1, 1)
     cosine = torch.where((first == 0) | (second == 0), ((first == 0) & (second == 0)).to(cosine.dtype), cosine)
     return torch.where(parts.isfinite().all(-1), cosine, math.nan)
 

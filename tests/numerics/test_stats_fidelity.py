@@ -114,6 +114,14 @@ def test_the_cosine_of_long_vectors_does_not_overflow():
     assert cosine_of(torch.tensor([1e200, 1e200, 1e200], dtype=torch.float64)).item() == pytest.approx(1)
 
 
+def test_the_cosine_of_two_ranks_with_the_same_data_is_that_of_one():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1000, 5, generator=generator) for _ in range(2))
+    parts = torch.cat([dots([x], [y]) for x, y in zip(a, b, strict=True)])
+    assert torch.equal(cosine_of(parts), cosine_of(2 * parts))
+    assert torch.equal(cosine_of(parts), cosine_of(8 * parts))
+
+
 def test_no_tensors_have_no_dots():
     assert dots([], []).shape == (0, 3)
 
