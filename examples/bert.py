@@ -100,8 +100,8 @@ class MaskedLM(Bert):
         logits, answers = self.head(self.encoder(seen)).flatten(0, 1), answers.flatten()
         self.val_acc(logits, answers)
         self.log("val_acc", self.val_acc, prog_bar=True)
-        self.log("val_bits", F.cross_entropy(logits, answers, ignore_index=NO_ANSWER) / math.log(2))
-        self.log("val_blank", (tokens[is_hidden] == ord(" ")).float().mean())
+        self.log("val_bits", F.cross_entropy(logits, answers, ignore_index=NO_ANSWER) / math.log(2), sync_dist=True)
+        self.log("val_blank", (tokens[is_hidden] == ord(" ")).float().mean(), sync_dist=True)
 
 
 def mask(tokens: Tensor, is_hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,8 @@ class ExampleCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say how well it went, what was skipped and where things were written."""
+        lines = summary(self.trainer, getattr(self.model, "HEADLINES", {}))  # on every rank: log_dir is a broadcast
         if self.trainer.is_global_zero:
-            lines = summary(self.trainer, getattr(self.model, "HEADLINES", {}))
             print("\n".join(f"{name + ':':22}{value}" for name, value in lines.items()))
 
 
@@ -57,11 +57,14 @@ def summary(trainer: Trainer, headlines: dict[str, tuple[str, str]]) -> dict[str
         lines["optimizer steps"] += f", and {plugin.skipped_steps} skipped for non-finite gradients"
         if any(layer.compute == "fp16" for layer in plugin.assignment.values()):
             lines["loss scale"] = f"{plugin.scaler.get_scale():g}"
-    if trainer.log_dir is None or trainer.fast_dev_run:
+    log_dir = trainer.log_dir
+    if trainer.fast_dev_run or not trainer.loggers:
         return lines | {"written": "nothing (fast_dev_run)" if trainer.fast_dev_run else "nothing (no logger)"}
-    lines["metrics and config"] = f"{Path(trainer.log_dir).resolve()} (metrics.csv, config.yaml)"
+    lines["metrics and config"] = f"{Path(log_dir).resolve()} (metrics.csv, config.yaml)"
     if checkpoint is not None and checkpoint.best_model_path:
-        lines["best checkpoint"] = str(Path(checkpoint.best_model_path).resolve())
+        lines["last checkpoint" if checkpoint.monitor is None else "best checkpoint"] = str(
+            Path(checkpoint.best_model_path).resolve()
+        )
     return lines
 
 

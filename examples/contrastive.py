@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from common import ExampleCLI, one_cycle, run, start
-from data import DataError, Digits, TwoSets
+from data import DataError, Digits, TwoSets, read_listing
 from lightning.pytorch import LightningModule
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+LARGEST_SCALE = 100.0
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 WORDINGS = ["{}", "the digit {}", "a drawing of a {}", "a handwritten {}", "{} written by hand"]
 UNSEEN_WORDING = "a picture of the number {}"
@@ -80,24 +81,12 @@ class FilePairs(Dataset):
 
 def read_captions(folder: Path) -> list[tuple[Path, str]]:
     """Return the images and captions that ``captions.txt`` lists."""
-    listing = folder / "captions.txt"
-    if not listing.is_file():
-        raise DataError(
-            f"no captions in {str(folder)!r}: it has no file 'captions.txt'; write one with lines of "
-            "'file<TAB>caption', or give another path as --data.path"
-        )
-    pairs = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
-        name, _, caption = line.partition("\t")
-        if not (name and caption.strip()):
-            raise DataError(f"line {number} of {str(listing)!r} is {line!r}; write it as 'file<TAB>caption'")
+    pairs = read_listing(folder, "captions.txt", "caption")
+    for image, _ in pairs:
         try:
-            Image.open(folder / name).close()
+            Image.open(image).close()
         except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"line {number} of {str(listing)!r} names no readable image: {error}") from error
-        pairs.append((folder / name, caption.strip()))
-    if len(pairs) < 2:
-        raise DataError(f"{str(listing)!r} lists {len(pairs)} images; list at least two")
+            raise DataError(f"{str(folder / 'captions.txt')!r} names no readable image: {error}") from error
     return pairs
 
 
@@ -145,6 +134,11 @@ class ImageTexts(TwoSets):
         files, captions = zip(*pairs[::10], strict=True)
         self.val_set = FilePairs(files, size, numbers(captions))
         self.candidates = sorted(set(captions))
+        if len(self.candidates) < 2:
+            raise DataError(
+                f"every tenth line is held out, and these have {len(self.candidates)} caption; "
+                "list at least eleven images, with captions that differ"
+            )
 
 
 def image_encoder(width: int, size: int) -> nn.Module:
@@ -185,12 +179,12 @@ class Similarity(nn.Module):
 
     def __init__(self, scale: float) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(min(scale, LARGEST_SCALE))))
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Return the logits (images, texts) of (images, size) and (texts, size)."""
         images, texts = nn.functional.normalize(images, dim=1), nn.functional.normalize(texts, dim=1)
-        return self.log_scale.clamp(max=math.log(100)).exp() * (images @ texts.T)
+        return self.log_scale.exp() * (images @ texts.T)
 
 
 class Contrastive(LightningModule):
@@ -224,7 +218,7 @@ class Contrastive(LightningModule):
         self.similarity = Similarity(scale)
         self.register_buffer("candidates", tokens(candidates, text_length), persistent=False)
         self.learning_rate = learning_rate
-        self.val_acc = MulticlassAccuracy(max(2, len(candidates)), average="micro")
+        self.val_acc = MulticlassAccuracy(len(candidates), average="micro")
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of choosing an image's text and a text's image; all that mean the same are right."""
@@ -237,12 +231,17 @@ class Contrastive(LightningModule):
         self.log("scale", self.similarity.log_scale.detach().exp())
         return loss
 
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        """Keep the scale from growing beyond 100, as CLIP does (arXiv 2103.00020)."""
+        with torch.no_grad():
+            self.similarity.log_scale.clamp_(max=math.log(LARGEST_SCALE))
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure how often the most similar candidate is the right one."""
         images, numbers = batch
         logits = self.similarity(self.image_encoder(images), self.text_encoder(self.candidates))
         self.val_acc(logits, numbers)
-        self.log("val_loss", nn.functional.cross_entropy(logits, numbers), prog_bar=True)
+        self.log("val_loss", nn.functional.cross_entropy(logits, numbers), prog_bar=True, sync_dist=True)
         self.log("val_acc", self.val_acc, prog_bar=True)
 
     def configure_optimizers(self) -> dict:

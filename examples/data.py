@@ -16,6 +16,33 @@ class DataError(ValueError):
     """The data that was asked for is not there."""
 
 
+def read_listing(folder: Path, name: str, what: str) -> list[tuple[Path, str]]:
+    """Return the files of a folder and what its list, lines of ``file<TAB>text``, says of each.
+
+    Args:
+        folder: where list and files are.
+        name: the list's name.
+        what: what the lines say, for errors.
+    """
+    listing = folder / name
+    form = f"lines of 'file<TAB>{what}' in UTF-8"
+    if not listing.is_file():
+        raise DataError(f"no file {name!r} in {str(folder)!r}; write one with {form}, or give another --data.path")
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(listing)!r} is no UTF-8 text ({error.reason}); write {form}") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        file, _, text = line.partition("\t")
+        if not (file and text.strip()):
+            raise DataError(f"line {number} of {str(listing)!r} is {line!r}; write {form}")
+        pairs.append((folder / file, text.strip()))
+    if len(pairs) < 2:
+        raise DataError(f"{str(listing)!r} lists {len(pairs)} files; list at least two, as {form}")
+    return pairs
+
+
 class TwoSets(LightningDataModule):
     """A training and a validation set, from which the data modules of all examples are made.
 
@@ -190,7 +217,10 @@ class ImageFolder(Images):
         ]
         augment = [v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(), *tail]
         evaluate = [v2.Resize(self.size * 256 // 224), v2.CenterCrop(self.size), *tail]  # 256 -> 224, the usual crop
-        return (
-            datasets.ImageFolder(self.path / "train", transform=v2.Compose(augment)),
-            datasets.ImageFolder(self.path / "val", transform=v2.Compose(evaluate)),
-        )
+        try:
+            return (
+                datasets.ImageFolder(self.path / "train", transform=v2.Compose(augment)),
+                datasets.ImageFolder(self.path / "val", transform=v2.Compose(evaluate)),
+            )
+        except FileNotFoundError as error:  # a class without images
+            raise DataError(f"{error}; put images there, or remove the folder") from error

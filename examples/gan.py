@@ -210,10 +210,11 @@ class GAN(LightningModule):
         self.log("frechet", self.frechet, prog_bar=True)
 
     def configure_optimizers(self) -> tuple[list, list]:
-        """Return an Adam for each network, whose rates fall to zero."""
+        """Return an Adam for each network, whose rates fall to a twentieth."""
         networks = (self.generator, self.discriminator)
         optimizers = [torch.optim.Adam(each.parameters(), self.learning_rate, betas=(0.5, 0.99)) for each in networks]
-        steps = max(1, int(self.trainer.estimated_stepping_batches) // 2)
+        steps = int(self.trainer.estimated_stepping_batches)  # batches, unless max_steps counts both optimizers
+        steps = max(1, steps // 2 if self.trainer.max_steps > 0 else steps)
         return optimizers, [torch.optim.lr_scheduler.LinearLR(each, 1.0, 0.05, steps) for each in optimizers]
 
 

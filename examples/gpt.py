@@ -81,11 +81,11 @@ class GPT(LightningModule):
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
         """Measure bits per byte."""
-        self.log("val_bits", self.loss(tokens) / math.log(2), prog_bar=True)
+        self.log("val_bits", self.loss(tokens) / math.log(2), prog_bar=True, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Set what frequencies alone would give beside it."""
-        self.log("unigram_bits", self.unigram_bits)
+        self.log("unigram_bits", self.unigram_bits, sync_dist=True)
 
     def configure_optimizers(self) -> dict:
         """Return AdamW and a schedule that moves with every optimizer step."""

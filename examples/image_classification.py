@@ -116,7 +116,7 @@ class ImageClassifier(LightningModule):
         images, labels = batch
         logits = self.model(images)
         self.val_acc(logits, labels)
-        self.log("val_loss", nn.functional.cross_entropy(logits, labels), prog_bar=True)
+        self.log("val_loss", nn.functional.cross_entropy(logits, labels), prog_bar=True, sync_dist=True)
         self.log("val_acc", self.val_acc, prog_bar=True)
 
     def configure_optimizers(self) -> dict:

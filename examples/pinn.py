@@ -42,9 +42,13 @@ def source(local: Tensor) -> Tensor:
 class Frame(nn.Module):
     """Map coordinates in metres to local ones in [0, 1]."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("corner", torch.tensor(CORNER, dtype=torch.float64), persistent=False)
+
     def forward(self, points: Tensor) -> Tensor:
         """Subtract the corner and divide by the side."""
-        return (points - points.new_tensor(CORNER)) / SIDE
+        return (points - self.corner.to(points.dtype)) / SIDE
 
 
 class Points(TwoSets):
@@ -152,7 +156,12 @@ class HeatConduction(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the relative L2 error."""
-        self.log("val_error", (self.squared_miss.compute() / self.squared_truth.compute()).sqrt(), prog_bar=True)
+        self.log(
+            "val_error",
+            (self.squared_miss.compute() / self.squared_truth.compute()).sqrt(),
+            prog_bar=True,
+            sync_dist=True,
+        )
         self.squared_miss.reset()
         self.squared_truth.reset()
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mixprec import (
     AdaptivePrecision,
     FidelityMonitor,
+    MixPrecError,
     OverflowMonitor,
     PerLayerPrecision,
     PrecisionReport,
@@ -83,8 +84,12 @@ def main() -> None:
         FidelityMonitor(every_n_steps=100),
         PrecisionReport(every_n_steps=100),
     ]
+    try:
+        plugin = PerLayerPrecision(options.policy) if options.policy else stock()
+    except MixPrecError as error:
+        parser.error(str(error))
     trainer = pl.Trainer(
-        plugins=PerLayerPrecision(options.policy) if options.policy else stock(),
+        plugins=plugin,
         callbacks=[*callbacks, AdaptivePrecision()] if options.adaptive else callbacks,
         max_epochs=options.epochs,
         enable_progress_bar=False,

@@ -58,7 +58,7 @@ def read_criteo(path: Path, limit: int) -> Rows:
     if not path.is_file():
         raise DataError(f"no click log {str(path)!r}; give a TSV file like Criteo's train.txt as --data.path")
     labels, counts, numbers = array("b"), array("q"), array("q")  # lists would take five times the memory
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for place, line in enumerate(islice(file, limit), start=1):
             label, *fields = line.rstrip("\n").split("\t")
             if len(fields) != COUNTS + CATEGORIES or label not in ("0", "1"):
@@ -180,7 +180,9 @@ class ClickModel(LightningModule):
         counts, places, clicks = batch
         logits = self.model(counts, places)
         self.val_auroc(logits, clicks.long())
-        self.log("val_loss", nn.functional.binary_cross_entropy_with_logits(logits, clicks), prog_bar=True)
+        self.log(
+            "val_loss", nn.functional.binary_cross_entropy_with_logits(logits, clicks), prog_bar=True, sync_dist=True
+        )
         self.log("val_auroc", self.val_auroc, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import ExampleCLI, one_cycle, run, start
-from data import DataError, TwoSets
+from data import DataError, TwoSets, read_listing
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -71,25 +71,14 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
 
 def read_recordings(folder: Path) -> tuple[list[Utterance], int]:
     """Return all utterances that ``transcripts.txt`` lists, and their sample rate in Hz."""
-    transcripts = folder / "transcripts.txt"
-    if not transcripts.is_file():
-        raise DataError(
-            f"no recordings in {str(folder)!r}: it has no file 'transcripts.txt'; write one with lines of "
-            "'file<TAB>text', or give another path as --data.path"
-        )
     utterances, rates = [], {}
-    for number, line in enumerate(transcripts.read_text(encoding="utf-8").splitlines(), start=1):
-        name, tab, text = line.partition("\t")
-        if not (tab and name and text.strip()):
-            raise DataError(f"line {number} of {str(transcripts)!r} is {line!r}; write it as 'file<TAB>text'")
-        samples, rate = read_wav(folder / name)
-        utterances.append((samples, text.strip()))
-        rates.setdefault(rate, name)
+    for path, text in read_listing(folder, "transcripts.txt", "text"):
+        samples, rate = read_wav(path)
+        utterances.append((samples, text))
+        rates.setdefault(rate, path.name)
     if len(rates) > 1:
         found = ", ".join(f"{rate} Hz in {name}" for rate, name in rates.items())
         raise DataError(f"the recordings in {str(folder)!r} have several sample rates ({found}); resample them to one")
-    if len(utterances) < 2:
-        raise DataError(f"{str(transcripts)!r} lists {len(utterances)} recordings; list at least two")
     return utterances, next(iter(rates))
 
 
@@ -220,7 +209,7 @@ class SpeechRecognizer(LightningModule):
         waves, samples, labels, label_counts = batch
         logits = self.model(waves)
         self.val_cer(self.decode(logits, self.model.frames(samples)), self.texts(labels, label_counts))
-        self.log("val_loss", self.loss(logits, batch), prog_bar=True, batch_size=len(waves))
+        self.log("val_loss", self.loss(logits, batch), prog_bar=True, batch_size=len(waves), sync_dist=True)
         self.log("val_cer", self.val_cer, prog_bar=True, batch_size=len(waves))
 
     def decode(self, logits: Tensor, frames: Tensor) -> list[str]:

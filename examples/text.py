@@ -192,6 +192,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, is_causal: bool) -> None:
         super().__init__()
+        if width % heads:
+            raise DataError(f"{heads} heads cannot share {width} features; give heads that divide the width")
         self.heads, self.is_causal = heads, is_causal
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 

@@ -1,5 +1,6 @@
 """The README's questions: stock Lightning fails with the words that users search for, and we do what it says."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from plugin_models import Scheduled, Task, fit, mlp, ours, stock
 from torch import nn
 
-from lightning_mixprec import MixPrecError, PerLayerPrecision
+from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 QUESTIONS = README.split("## Questions that are asked with an error message")[1]
@@ -129,11 +130,25 @@ def test_a_constant_that_fp16_cannot_hold():
     fit(Masked(mlp()), ours({"default": "fp16", "net.6": "fp32"}))
 
 
+class CastByHand(Task):
+    """A layer is given bf16 outside autocast; or the policy is left to cast."""
+
+    by_hand = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0].bfloat16() if self.by_hand else batch[0]
+        with torch.autocast("cpu", enabled=False) if self.by_hand else contextlib.nullcontext():
+            return nn.functional.mse_loss(self.net(x).float(), batch[1])
+
+
 def test_a_product_of_two_formats():
     words = "mat1 and mat2 must have the same dtype"
-    assert words in QUESTIONS
+    assert f"`{words}`" in QUESTIONS
+    model = CastByHand(nn.Sequential(nn.Linear(6, 2)))
     with pytest.raises(RuntimeError, match=words):
-        nn.Linear(2, 2)(torch.ones(1, 2, dtype=torch.bfloat16))
+        fit(model, stock("bf16"))
+    model.by_hand = False
+    fit(model, ours("bf16"))
 
 
 def test_precision_and_plugins():
@@ -141,6 +156,40 @@ def test_precision_and_plugins():
     assert words in QUESTIONS
     with pytest.raises(ValueError, match=re.escape(words)):
         pl.Trainer(precision="16-mixed", plugins=PerLayerPrecision("fp16"))
+    assert {format: PerLayerPrecision(format).precision for format in ("fp16", "bf16", "fp32")} == {
+        "fp16": "16-mixed",
+        "bf16": "bf16-mixed",
+        "fp32": "32-true",
+    }
+
+
+class Squaring(Task):
+    """Its loss is NaN in fp16 alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        large = self.net(batch[0]) * 1e4
+        return ((large * large).mean() / (large.detach() * large.detach()).mean() - 1).square()
+
+
+@pytest.mark.filterwarnings("ignore:step .*overflows in fp16")
+def test_a_loss_that_is_nan():
+    assert "`loss is nan with 16-mixed`" in QUESTIONS
+    plugin, monitor = stock("fp16"), OverflowMonitor()
+    model = Squaring(nn.Sequential(nn.Linear(6, 2)))
+    fit(model, plugin, callbacks=[monitor])
+    assert {event["verdict"] for event in monitor.events} == {"precision"}
+    assert {event["fits"] for event in monitor.events} == {"bf16"}
+    mended = OverflowMonitor()
+    rules = {"default": "fp16", "rules": [{"layers": "", "compute": "bf16", "recurse": False}]}
+    fit(Squaring(nn.Sequential(nn.Linear(6, 2))), ours(rules), callbacks=[mended])
+    assert mended.events == []
+
+
+def test_every_question_is_tested_here():
+    source = Path(__file__).read_text()
+    questions = re.findall(r"^\*\*``? ?(.+?) ?``?", QUESTIONS, re.MULTILINE)
+    assert len(questions) == 11
+    assert [question for question in questions if question not in source] == []
 
 
 def test_a_scale_at_its_minimum():

@@ -7,7 +7,8 @@ from typing_extensions import NotRequired, TypedDict
 from lightning_mixprec.policy.shapes import Count
 
 Number = float | None
-Described = tuple[str, str, int | None, str, str, str, str]
+FormatName = Literal["fp64", "fp32", "bf16", "fp16", "fp8", "e4m3", "e5m2"]
+Described = tuple[str, str, int | None, str, FormatName, str, str]
 """A layer: name, type, number of own parameters, param, compute, output, rule."""
 
 

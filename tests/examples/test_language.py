@@ -223,10 +223,10 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_question_s_answer_is_the_value_of_its_key() -> None:
-    pairs, questions, answers = module("rescue").Pairs().examples(50, seed=0).tensors
+    pairs, questions, answers = module("adaptive_rescue").Pairs().examples(50, seed=0).tensors
     for row in range(50):
         assert dict(pairs[row].tolist())[int(questions[row])] == answers[row]
-    assert torch.equal(pairs, module("rescue").Pairs().examples(50, seed=0).tensors[0])
+    assert torch.equal(pairs, module("adaptive_rescue").Pairs().examples(50, seed=0).tensors[0])
 
 
 SHORT = ["--trainer.limit_train_batches=40", "--trainer.limit_val_batches=2", "--trainer.max_epochs=1"]
@@ -235,13 +235,13 @@ SHORT = ["--trainer.limit_train_batches=40", "--trainer.limit_val_batches=2", "-
 @pytest.mark.filterwarnings("ignore:.*overflows in fp16")
 def test_fp16_dies_with_one_line_that_names_the_attention() -> None:
     with pytest.raises(MixPrecError, match="loss scale is at its minimum.*attention") as caught:
-        fit("rescue", *SHORT, configs=("rescue_fp16",))
+        fit("adaptive_rescue", *SHORT, configs=("rescue_fp16",))
     assert "\n" not in str(caught.value)
 
 
 def test_lightning_s_own_fp16_learns_nothing() -> None:
     torch.manual_seed(0)
-    rescue = module("rescue")
+    rescue = module("adaptive_rescue")
     model, data = rescue.Retrieval(), rescue.Pairs(count=320)
     before = [weight.clone() for weight in model.parameters()]
     trainer = module("lightning.pytorch").Trainer(
@@ -262,7 +262,7 @@ def test_lightning_s_own_fp16_learns_nothing() -> None:
 def test_two_lines_rescue_it() -> None:
     added = yaml.safe_load((CONFIGS / "rescue_adaptive.yaml").read_text())
     assert added == {"trainer": {"callbacks+": [{"class_path": "lightning_mixprec.AdaptivePrecision"}]}}
-    cli = fit("rescue", *SHORT, configs=("rescue_fp16", "rescue_adaptive"))
+    cli = fit("adaptive_rescue", *SHORT, configs=("rescue_fp16", "rescue_adaptive"))
     found = formats(cli)
     moved = {name for name, (compute, _) in found.items() if compute != "fp16"}
     assert moved == {"model.blocks.0.attention", "model.blocks.1.attention"}
@@ -276,7 +276,7 @@ def test_two_lines_rescue_it() -> None:
 
 
 def test_it_is_healthy_in_fp32_and_where_nothing_has_grown() -> None:
-    rescue = module("rescue")
+    rescue = module("adaptive_rescue")
     torch.manual_seed(0)
     grown = rescue.GrownAttention(width=16, heads=2, growth=300.0)
     ordinary = module("text").Attention(width=16, heads=2, is_causal=False)

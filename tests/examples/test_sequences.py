@@ -162,7 +162,7 @@ def test_recordings_from_disk(speech: ModuleType, tmp_path: Path) -> None:
 
 
 def test_recordings_that_cannot_be_used_are_one_line(speech: ModuleType, tmp_path: Path) -> None:
-    assert "no recordings in '/nowhere'" in line(speech.Speech, "/nowhere")
+    assert "no file 'transcripts.txt' in '/nowhere'" in line(speech.Speech, "/nowhere")
     folder = recordings(tmp_path)
     write_wav(folder / "3.wav", np.zeros((400, 1)), rate=16000)
     assert "8000 Hz in 0.wav, 16000 Hz in 3.wav" in line(speech.Speech, folder)
@@ -172,6 +172,8 @@ def test_recordings_that_cannot_be_used_are_one_line(speech: ModuleType, tmp_pat
     assert "1.wav' as a wav file" in line(speech.Speech, folder)
     (folder / "transcripts.txt").write_text("0.wav ab\n")
     assert "line 1 of " in line(speech.Speech, folder)
+    (folder / "transcripts.txt").write_bytes("0.wav\té\n".encode("latin-1"))
+    assert "is no UTF-8 text" in line(speech.Speech, folder)
 
 
 def test_features_logits_and_loss_of_speech_are_fp32(speech: ModuleType) -> None:
@@ -306,6 +308,18 @@ def test_the_scale_of_the_similarity_ends_at_100(contrastive: ModuleType) -> Non
     assert similarity(vectors, 7 * vectors).diag().tolist() == pytest.approx([100] * 3)
 
 
+def test_a_scale_at_100_may_fall_again_and_not_rise(contrastive: ModuleType) -> None:
+    model = contrastive.Contrastive(["one", "two"], 8, scale=100.0)
+    log_scale = model.similarity.log_scale
+    model.similarity(torch.randn(3, 5), torch.randn(3, 5)).sum().backward()
+    assert log_scale.grad != 0
+    for step, expected in ((0.5, 100.0), (-0.5, 100 / math.exp(0.5))):
+        with torch.no_grad():
+            log_scale += step
+        model.on_train_batch_end(None, None, 0)
+        assert log_scale.exp().item() == pytest.approx(expected)
+
+
 def test_filling_does_not_change_what_a_text_is(contrastive: ModuleType) -> None:
     encoder = contrastive.TextEncoder(16, width=8, size=4)
     short = contrastive.TextEncoder(4, width=8, size=4)
@@ -334,12 +348,16 @@ def test_pairs_from_disk(contrastive: ModuleType, tmp_path: Path) -> None:
 
 
 def test_pairs_that_cannot_be_used_are_one_line(contrastive: ModuleType, tmp_path: Path) -> None:
-    assert "no captions in '/nowhere'" in line(contrastive.ImageTexts, "/nowhere")
+    assert "no file 'captions.txt' in '/nowhere'" in line(contrastive.ImageTexts, "/nowhere")
     folder = pairs(tmp_path)
     (folder / "1.png").write_text("no image")
-    assert "line 2 of " in line(contrastive.ImageTexts, folder)
+    assert "1.png" in line(contrastive.ImageTexts, folder)
     (folder / "captions.txt").write_text("0.png shade\n")
     assert "'file<TAB>caption'" in line(contrastive.ImageTexts, folder)
+    (tmp_path / "few").mkdir()
+    few = pairs(tmp_path / "few")
+    (few / "captions.txt").write_text("".join((few / "captions.txt").read_text().splitlines(keepends=True)[:6]))
+    assert "have 1 caption; list at least eleven" in line(contrastive.ImageTexts, few)
 
 
 def test_similarity_and_softmax_of_pairs_are_fp32(contrastive: ModuleType) -> None:

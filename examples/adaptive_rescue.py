@@ -1,6 +1,6 @@
 """Train a small transformer that fp16 cannot train, and let AdaptivePrecision rescue it.
 
-    python examples/rescue.py fit --config examples/configs/rescue_fp16.yaml
+    python examples/adaptive_rescue.py fit --config examples/configs/rescue_fp16.yaml
 
 ends in an error after 31 skipped steps. Two lines of YAML more, given after it, and it learns:
 
@@ -8,9 +8,7 @@ ends in an error after 31 skipped steps. Two lines of YAML more, given after it,
 
 To compare, add instead
 
-
     --trainer.plugins.policy=bf16                                                               or fp32: both learn
-    --trainer.callbacks+=lightning_mixprec.OverflowMonitor           the first command, with a diagnosis of each step
     --trainer.plugins=lightning.pytorch.plugins.MixedPrecision --trainer.plugins.precision=16-mixed
         --trainer.plugins.device=cpu                    Lightning's own 16-mixed: no error, and nothing is ever learned
 
@@ -22,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from common import ExampleCLI, run, start
-from data import TwoSets
+from data import DataError, TwoSets
 from lightning.pytorch import LightningModule
 from text import Attention, Block
 from torch import Tensor, nn
@@ -46,6 +44,8 @@ class Pairs(TwoSets):
 
     def __init__(self, pairs: int = 8, count: int = 12_800, batch_size: int = 64) -> None:
         super().__init__(batch_size)
+        if not 1 <= pairs <= KEYS:
+            raise DataError(f"there are {pairs} pairs to look in; --data.pairs takes 1 to {KEYS}")
         self.pairs, self.count = pairs, count
 
     def examples(self, count: int, seed: int) -> TensorDataset:
