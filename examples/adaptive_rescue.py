@@ -2,7 +2,7 @@
 
     python examples/adaptive_rescue.py fit --config examples/configs/rescue_fp16.yaml
 
-ends in an error after 31 skipped steps. Two lines of YAML more, given after it, and it learns:
+ends in an error at the 31st step, since all overflow. Two lines of YAML more, given after it, and it learns:
 
     --config examples/configs/rescue_adaptive.yaml
 
