@@ -38,8 +38,8 @@ class PrecisionReport(SamplingMonitor):
     skipped steps of every batch are collected without waiting for the device. The loss is that of the first rank; in
     manual optimization it is what ``training_step`` returns, if it does.
 
-    Rows of the JSONL file: ``run`` once (``environment``, ``plugin``, ``policy`` and ``layers``, each with name, type,
-    parameters, param, compute, output and rule), ``curve`` (``steps``, ``loss``, ``scale``, ``skipped``: lists of one
+    Rows of the JSONL file: ``run`` once (``environment``, ``watched`` and ``layers``, each with name, type, parameters,
+    param, compute, output and rule), ``curve`` (``steps``, ``loss``, ``scale``, ``skipped``: lists of one
     length), ``change`` after a change of the policy (``layers`` that differ and new entries of the ``history``),
     ``sample`` (by layer format, underflow rate, subnormal share, headroom, headroom of the output; ``histograms`` and
     once ``flops``), and ``end`` (``state``, ``message``); see :mod:`lightning_mixprec.report.shapes`.
@@ -90,7 +90,7 @@ class PrecisionReport(SamplingMonitor):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Says so if there is no folder to write to."""
         super().setup(trainer, pl_module, stage)
-        if trainer.state.fn == TrainerFn.FITTING and trainer.log_dir is None and not is_quiet(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and self._folder is None and not is_quiet(trainer):
             rank_zero_warn(
                 "PrecisionReport has no folder to write to, since the first logger has none; put a CSVLogger or a "
                 "TensorBoardLogger first, or drop the callback."

@@ -30,7 +30,7 @@ from lightning_mixprec.report.alert import counted
 from lightning_mixprec.report.alerts import alerts
 from lightning_mixprec.report.layers import Layer, layers_of, rows
 from lightning_mixprec.report.reading import Records, Row
-from lightning_mixprec.report.timeline import curve, steps_taken, with_skips
+from lightning_mixprec.report.timeline import curve, skipped_steps, steps_taken
 
 VERSION = 1
 _DRAWN_FORMATS = ("fp16", "bf16", "e4m3", "e5m2")
@@ -81,11 +81,9 @@ def _run(records: Records, runs: int) -> dict[str, Any]:
 def _facts(
     records: Records, layers: dict[str, Layer], moves: Sequence[Row], arithmetic: Sequence[Row]
 ) -> list[dict[str, str]]:
-    told = with_skips(records.curve)
-    skipped = sum(was_skipped for *_, was_skipped in told)
-    losses = [loss for _, loss, _, _ in told if loss is not None][-_LAST:]
-    scales = [scale for _, _, scale, _ in told if scale is not None]
-    facts = [_fact("optimizer steps", f"{steps_taken(records):,}", f"{skipped:,} skipped")]
+    losses = [loss for _, loss, _, _ in records.curve if loss is not None][-_LAST:]
+    scales = [scale for _, _, scale, _ in records.curve if scale is not None]
+    facts = [_fact("optimizer steps", f"{steps_taken(records):,}", f"{len(skipped_steps(records)):,} skipped")]
     if losses:
         facts.append(_fact("loss", f"{sum(losses) / len(losses):.4g}", f"mean of the last {len(losses)} batches"))
     if scales and any(scale != 1 for scale in scales):

@@ -4,7 +4,7 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ ROWS = "mixprec.jsonl"
 _METRICS = "metrics.csv"
 
 Row = dict[str, Any]
+Point = tuple[int, float | None, float | None, int | None]
+"""A batch: step, loss, loss scale, and whether its step was skipped; None for what is not known."""
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Records:
     Attributes:
         name: The folder's name.
         run: What ``PrecisionReport`` wrote when the run began: ``environment`` and ``layers``.
-        curve: One row a batch: step, loss (None unless finite), loss scale, skipped (1, 0 or None).
+        curve: One row a batch: step, loss (None unless finite), loss scale, and whether its step was skipped.
         infinite: Steps whose loss was infinite or NaN.
         changes: Rows with the layers whose formats changed, and ``step``.
         history: The plugin's history.
@@ -42,7 +44,7 @@ class Records:
 
     name: str
     run: Row = field(default_factory=dict)
-    curve: list[tuple[int, float | None, float | None, int | None]] = field(default_factory=list)
+    curve: list[tuple[int, float | None, float | None, bool]] = field(default_factory=list)
     infinite: list[int] = field(default_factory=list)
     changes: list[Row] = field(default_factory=list)
     history: list[Row] = field(default_factory=list)
@@ -79,8 +81,7 @@ def read_records(folder: str | Path) -> Records:
     records = Records(folder.resolve().name)
     for row in _rows(path):
         _take_in(records, row)
-    if not records.curve:
-        records.curve = _from_metrics(folder / _METRICS)
+    records.curve = _with_skips(records.curve or _from_metrics(folder / _METRICS))
     if records.curve:
         records.last_step = max(step for step, *_ in records.curve)  # other rows may say how many steps were taken
     return records
@@ -176,7 +177,21 @@ _TAKE_IN: dict[str, Callable[[Records, Row], None]] = {
 }
 
 
-def _from_metrics(path: Path) -> list[tuple[int, float | None, float | None, int | None]]:
+def _with_skips(points: Sequence[Point]) -> list[tuple[int, float | None, float | None, bool]]:
+    """The batches, each with whether its step was skipped.
+
+    Where a plugin does not say so, a loss scale that is smaller in the next batch does: one skipped step each time.
+    """
+    told = []
+    for place, (step, loss, scale, skipped) in enumerate(points):
+        if skipped is None:
+            later = points[place + 1][2] if place + 1 < len(points) else None
+            skipped = scale is not None and later is not None and later < scale
+        told.append((step, loss, scale, bool(skipped)))
+    return told
+
+
+def _from_metrics(path: Path) -> list[Point]:
     """Loss and loss scale as CSVLogger wrote them."""
     if not path.is_file():
         return []

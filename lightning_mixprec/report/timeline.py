@@ -27,7 +27,7 @@ def curve(records: Records, first: int, end: int, runs: int = 1) -> dict[str, li
     losses: list[list[float]] = [[] for _ in range(count)]
     scales: list[list[float]] = [[] for _ in range(count)]
     skipped = [0] * count
-    for step, loss, scale, was_skipped in with_skips(records.curve):
+    for step, loss, scale, was_skipped in records.curve:
         cell = bisect_right(edges, step) - 1
         if not 0 <= cell < count:
             continue
@@ -46,25 +46,9 @@ def curve(records: Records, first: int, end: int, runs: int = 1) -> dict[str, li
     }
 
 
-def with_skips(
-    points: Sequence[tuple[int, float | None, float | None, int | None]],
-) -> list[tuple[int, float | None, float | None, int]]:
-    """The batches, each with whether its step was skipped.
-
-    Where a plugin does not say so, a loss scale that is smaller in the next batch does: one skipped step each time.
-    """
-    told = []
-    for place, (step, loss, scale, skipped) in enumerate(points):
-        if skipped is None:
-            later = points[place + 1][2] if place + 1 < len(points) else None
-            skipped = int(scale is not None and later is not None and later < scale)
-        told.append((step, loss, scale, skipped))
-    return told
-
-
 def skipped_steps(records: Records) -> list[int]:
     """The step of each optimizer step that was skipped."""
-    return [step for step, _, _, was_skipped in with_skips(records.curve) if was_skipped]
+    return [step for step, _, _, was_skipped in records.curve if was_skipped]
 
 
 def steps_taken(records: Records) -> int:
