@@ -19,10 +19,10 @@ alone can find it.
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, run, start
-from data import DataError, TwoSets
 from lightning.pytorch import LightningModule
-from text import Attention, Block
+from shared.common import ExampleCLI, run, start
+from shared.data import DataError, TwoSets
+from shared.text import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset

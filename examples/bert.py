@@ -17,10 +17,10 @@ import pickle
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, run, start
-from data import DataError
 from lightning.pytorch import LightningModule
-from text import BYTES, Bytes, Snippets, Text, Transformer, adamw  # noqa: F401  the CLI finds the data by name
+from shared.common import ExampleCLI, run, start
+from shared.data import DataError
+from shared.text import BYTES, Bytes, Snippets, Text, Transformer, adamw  # noqa: F401  the CLI finds the data by name
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import ExampleCLI, one_cycle, run, start
-from data import DataError, Digits, TwoSets, read_listing
 from lightning.pytorch import LightningModule
 from PIL import Image, UnidentifiedImageError
+from shared.common import ExampleCLI, one_cycle, run, start
+from shared.data import DataError, Digits, TwoSets, read_listing
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import ExampleCLI, run, start
-from data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
 from image_classification import build
-from small_models import SmallClassifier, SmallNet, train_briefly
+from shared.common import ExampleCLI, run, start
+from shared.data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
+from shared.small_models import SmallClassifier, SmallNet, train_briefly
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 from torchmetrics.classification import MulticlassAccuracy

@@ -14,10 +14,10 @@ held-out images (a Frechet distance).
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, run, start
-from data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
 from lightning.pytorch import LightningModule
-from small_models import SmallNet, train_briefly
+from shared.common import ExampleCLI, run, start
+from shared.data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
+from shared.small_models import SmallNet, train_briefly
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torchmetrics import Metric

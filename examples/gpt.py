@@ -15,9 +15,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, run, start
 from lightning.pytorch import LightningModule
-from text import BYTES, Text, Transformer, adamw
+from shared.common import ExampleCLI, run, start
+from shared.text import BYTES, Text, Transformer, adamw
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from common import ExampleCLI, one_cycle, run, start
-from data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
 from lightning.pytorch import LightningModule
+from shared.common import ExampleCLI, one_cycle, run, start
+from shared.data import CIFAR10, DataError, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.models import inception_v3, resnet18, resnet50

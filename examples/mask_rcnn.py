@@ -16,9 +16,9 @@ mask's pixels beyond 65504 overflow fp16. README.md has the numbers, tests/examp
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, one_cycle, run, start
 from lightning.pytorch import LightningModule
-from shapes import COCO, MeanAveragePrecision, Scenes, Shapes, Target, mask_overlaps  # noqa: F401  by name in the CLI
+from shared.common import ExampleCLI, one_cycle, run, start
+from shared.shapes import COCO, MeanAveragePrecision, Scenes, Shapes, Target, mask_overlaps  # noqa: F401  by name in the CLI
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator

@@ -3,7 +3,7 @@
     python examples/pinn.py fit --config examples/configs/pinn.yaml
 
     --data.storage=fp32 --trainer.plugins=PerLayerPrecision --trainer.plugins.policy=fp32                 all in fp32
-    --trainer.plugins=PerLayerPrecision --trainer.plugins.policy=double.yaml         all in fp64, see the README
+    --trainer.plugins=PerLayerPrecision --trainer.plugins.policy=double.yaml         all in fp64, see examples/README.md
     --model.optimizer=lbfgs --model.learning_rate=1 --trainer.max_epochs=60       LBFGS, which takes no loss scaling
     --data.path=points.csv                               your own points of the square, lines of easting,northing
 
@@ -17,9 +17,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from common import ExampleCLI, one_cycle, run, start
-from data import DataError, TwoSets
 from lightning.pytorch import LightningModule
+from shared.common import ExampleCLI, one_cycle, run, start
+from shared.data import DataError, TwoSets
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchmetrics import MeanMetric

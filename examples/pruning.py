@@ -13,9 +13,9 @@ the last ones the remaining weights adapt.
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, run, start
-from data import CIFAR10, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
-from small_models import SmallClassifier, SmallNet
+from shared.common import ExampleCLI, run, start
+from shared.data import CIFAR10, Digits, ImageFolder, Images  # noqa: F401  the CLI finds these by name
+from shared.small_models import SmallClassifier, SmallNet
 from torch import Tensor, nn
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ExampleCLI, run, start
-from data import DataError, TwoSets
 from lightning.pytorch import LightningModule
+from shared.common import ExampleCLI, run, start
+from shared.data import DataError, TwoSets
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchmetrics.classification import BinaryAUROC

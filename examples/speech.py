@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ExampleCLI, one_cycle, run, start
-from data import DataError, TwoSets, read_listing
 from lightning.pytorch import LightningModule
+from shared.common import ExampleCLI, one_cycle, run, start
+from shared.data import DataError, TwoSets, read_listing
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.text import CharErrorRate

@@ -16,9 +16,9 @@ in bf16 pixels beyond 256 are rounded to even ones, and the losses and overlaps 
 from collections.abc import Sequence
 
 import torch
-from common import ExampleCLI, one_cycle, run, start
 from lightning.pytorch import LightningModule
-from shapes import COCO, MeanAveragePrecision, Scenes, Shapes, Target  # noqa: F401  by name in the CLI
+from shared.common import ExampleCLI, one_cycle, run, start
+from shared.shapes import COCO, MeanAveragePrecision, Scenes, Shapes, Target  # noqa: F401  by name in the CLI
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchvision.ops import Conv2dNormActivation, batched_nms, box_iou, complete_box_iou_loss

@@ -149,10 +149,10 @@ def test_a_malformed_policy_comes_out_of_what_the_cli_wraps_it_in(classification
     plugins = {"class_path": "PerLayerPrecision", "init_args": {"policy": "bf61"}}
     with pytest.raises(Exception) as raised:
         classification.main(["fit", "--data=Digits", *TINY_RUN, as_config(tmp_path, plugins)])
-    error = importlib.import_module("common").user_error(raised.value)
+    error = importlib.import_module("shared.common").user_error(raised.value)
     assert isinstance(error, MixPrecError)
     assert "\n" not in str(error)
-    assert importlib.import_module("common").user_error(KeyError("x")) is None
+    assert importlib.import_module("shared.common").user_error(KeyError("x")) is None
 
 
 def test_lightnings_own_precision_for_comparison(classification: ModuleType, capsys: pytest.CaptureFixture) -> None:
@@ -208,7 +208,7 @@ def test_cifar10_trains(classification: ModuleType, tmp_path: Path, monkeypatch:
         (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [0, 1, 2, 3]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
     arguments = [f"--config={CONFIGS / 'cifar10.yaml'}", f"--data.path={tmp_path}", "--data.num_workers=0"]
-    with pytest.raises(importlib.import_module("data").DataError, match="incomplete or damaged"):
+    with pytest.raises(importlib.import_module("shared.data").DataError, match="incomplete or damaged"):
         classification.main(["fit", MAIN_CONFIG, *arguments, *TINY_RUN])
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
     cli = classification.main(["fit", MAIN_CONFIG, *arguments, *TINY_RUN])
@@ -230,7 +230,7 @@ def test_imagenet_folders_train(classification: ModuleType, tmp_path: Path) -> N
     cli = classification.main(["fit", MAIN_CONFIG, *arguments, *TINY_RUN, "--data.size=32"])
     assert cli.model.model.fc.out_features == 3
     assert cli.model.model.conv1.stride == (2, 2)
-    data = importlib.import_module("data")
+    data = importlib.import_module("shared.data")
     (tmp_path / "val" / "fox").mkdir()
     with pytest.raises(data.DataError, match="differ between train and val: fox"):
         data.ImageFolder(str(tmp_path))
@@ -272,7 +272,7 @@ def test_a_resnet50_keeps_the_size_of_small_images(classification: ModuleType) -
 def test_inception_refuses_small_images_in_one_line(classification: ModuleType) -> None:
     with pytest.raises(Exception) as raised:
         classification.main(["fit", MAIN_CONFIG, *TINY_RUN, "--model.architecture=inception_v3"])
-    error = importlib.import_module("common").user_error(raised.value)
+    error = importlib.import_module("shared.common").user_error(raised.value)
     assert str(error).startswith("inception_v3 takes images of 299 pixels a side or more, and these are 8x8 or 32x32;")
     assert "\n" not in str(error)
 
@@ -281,7 +281,7 @@ def test_inception_says_which_size_of_folders_it_takes(classification: ModuleTyp
     image_folders(tmp_path)
     config = f"--config={CONFIGS / 'inception_v3_imagenet.yaml'}"
     data = [f"--data.path={tmp_path}", "--data.num_workers=0", "--data.size=224"]
-    error = importlib.import_module("data").DataError
+    error = importlib.import_module("shared.data").DataError
     with pytest.raises(error, match=r"299 pixels.*these have 224; give --data.size=299, or --model.auxiliary_head"):
         classification.main(["fit", MAIN_CONFIG, config, *data, *TINY_RUN])
 
@@ -297,7 +297,7 @@ def test_the_auxiliary_head_of_inception_has_its_share_of_the_loss(classificatio
 
 
 def test_the_digits_are_split_evenly_and_always_alike(examples: None) -> None:
-    data = importlib.import_module("data")
+    data = importlib.import_module("shared.data")
     (train, val), (again, _) = data.Digits().datasets(), data.Digits().datasets()
     assert (len(train), len(val)) == (1437, 360)
     assert torch.equal(train.tensors[0], again.tensors[0])

@@ -88,7 +88,7 @@ def test_coordinates_and_residual_are_fp64_and_the_network_is_fp32(fitted: Calla
 
 
 def test_own_points_are_read_and_wrong_ones_are_one_line(tmp_path: Path) -> None:
-    pinn, error = importlib.import_module("pinn"), importlib.import_module("data").DataError
+    pinn, error = importlib.import_module("pinn"), importlib.import_module("shared.data").DataError
     path = tmp_path / "points.csv"
     path.write_text("691610.25,5334761.5\n")
     assert torch.equal(pinn.read_points(path), torch.tensor([[691610.25, 5334761.5]], dtype=torch.float64))
@@ -125,7 +125,7 @@ def test_both_networks_step_and_the_logits_are_fp32(fitted: Callable, monkeypatc
     torch.manual_seed(0)
     for optimizer, network in zip(cli.trainer.optimizers, (cli.model.generator, cli.model.discriminator), strict=True):
         assert {id(weight) for weight in optimizer.state} == {id(weight) for weight in network.parameters()}
-    error = importlib.import_module("data").DataError
+    error = importlib.import_module("shared.data").DataError
     with pytest.raises(error, match=r"shape \(3, 8, 8\) and samples \(3, 16, 16\).*--model.size"):
         fitted("gan", "--model.size=16")
 
@@ -151,7 +151,7 @@ def test_the_teacher_stays_and_computes_in_bf16(fitted: Callable, monkeypatch: p
 
 def test_a_teacher_that_is_none_is_one_line(tmp_path: Path) -> None:
     read = importlib.import_module("distillation").resnet18_from
-    error = importlib.import_module("data").DataError
+    error = importlib.import_module("shared.data").DataError
     with pytest.raises(error, match="^no file '/nowhere.ckpt'; give a checkpoint"):
         read("/nowhere.ckpt", 10, True)
     torch.save({"state_dict": {"model.fc.weight": torch.ones(2)}}, tmp_path / "a.ckpt")
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_a_resnet18_teaches(tmp_path: Path) -> None:
 
 
 def test_pruning_takes_the_smallest_weights_of_the_first_epochs_only() -> None:
-    small_models, pruning = importlib.import_module("small_models"), importlib.import_module("pruning")
+    small_models, pruning = importlib.import_module("shared.small_models"), importlib.import_module("pruning")
     pruner = small_models.GradualPruning(amount=0.5, epochs=2)
     model = small_models.SmallNet(10, 4)
     pruner.setup(None, model, "fit")

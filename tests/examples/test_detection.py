@@ -30,7 +30,7 @@ def examples() -> Iterator[None]:
 
 @pytest.fixture
 def shapes() -> ModuleType:
-    return importlib.import_module("shapes")
+    return importlib.import_module("shared.shapes")
 
 
 @pytest.fixture

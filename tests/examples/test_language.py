@@ -51,7 +51,7 @@ def formats(cli: object) -> dict[str, tuple[str, str | None]]:
 
 
 def test_the_library_s_text_is_always_the_same_and_cut_off_where_asked() -> None:
-    text = module("text")
+    text = module("shared.text")
     one, again = text.documents(None, 100_000), text.documents(None, 100_000)
     assert one == again
     assert sum(map(len, one)) == 100_000
@@ -63,7 +63,7 @@ def test_windows_follow_on_each_other_and_the_last_tenth_validates(tmp_path: Pat
     (tmp_path / "a.txt").write_bytes(bytes(range(1, 101)))
     (tmp_path / "sub" / "b.txt").write_bytes(bytes(range(101, 201)))
     (tmp_path / "sub" / "picture.png").write_bytes(b"\0\1")
-    data = module("text").Text(str(tmp_path), context=4, ahead=1)
+    data = module("shared.text").Text(str(tmp_path), context=4, ahead=1)
     train, val = data.datasets()
     assert train.dtype == torch.uint8
     assert train[:3].tolist() == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [9, 10, 11, 12, 13]]
@@ -73,7 +73,7 @@ def test_windows_follow_on_each_other_and_the_last_tenth_validates(tmp_path: Pat
 
 def test_unigram_bits_of_two_equally_frequent_bytes_are_one(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"ab" * 50_000)
-    assert module("text").Text(str(tmp_path)).unigram_bits == pytest.approx(1, abs=0.01)
+    assert module("shared.text").Text(str(tmp_path)).unigram_bits == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_unigram_bits_of_two_equally_frequent_bytes_are_one(tmp_path: Path) -> N
 def test_text_that_is_not_there_is_one_line(tmp_path: Path, content: bytes | None, options: dict, message: str) -> None:
     if content is not None:
         (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(module("data").DataError, match=message) as caught:
-        module("text").Text(**({"path": str(tmp_path)} | options))
+    with pytest.raises(module("shared.data").DataError, match=message) as caught:
+        module("shared.text").Text(**({"path": str(tmp_path)} | options))
     assert "\n" not in str(caught.value)
 
 
@@ -105,21 +105,21 @@ class A:
 
 
 def test_the_kinds_of_a_module() -> None:
-    code, comments, docstrings = module("text").kinds(SOURCE)
+    code, comments, docstrings = module("shared.text").kinds(SOURCE)
     assert code.split() == ["LIMIT", "=", '"#', "no", 'comment"', "class", "A:", "def", "f(self):", "return"] + [
         '"""no',
         'docstring"""',
     ]
     assert comments.split() == ["how", "many", "above"]
     assert docstrings.split() == ["A", "module.", "A", "class", "of", "two", "lines."]
-    assert module("text").kinds(b"print 'Python 2'") == ("", "", "")
+    assert module("shared.text").kinds(b"print 'Python 2'") == ("", "", "")
 
 
 def test_snippets_are_balanced_and_no_file_is_in_both_sets(tmp_path: Path) -> None:
     for index, letter in enumerate("abcdefghij"):
         body = f'"""{letter * 40}"""\n# {letter * 40}\n{letter * 40} = 1\n'
         (tmp_path / f"{index}.py").write_text(body)
-    train, val = module("text").Snippets(str(tmp_path), length=20, per_kind=100).datasets()
+    train, val = module("shared.text").Snippets(str(tmp_path), length=20, per_kind=100).datasets()
     letters = [set("".join(map(chr, part.tensors[0].flatten().tolist()))) & set("abcdefghij") for part in (train, val)]
     assert letters == [set("bcdeghij"), set("af")]
     assert torch.bincount(val.tensors[1]).tolist() == [4, 4, 4]
@@ -128,8 +128,8 @@ def test_snippets_are_balanced_and_no_file_is_in_both_sets(tmp_path: Path) -> No
 
 def test_files_without_docstrings_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
-    with pytest.raises(module("data").DataError, match=r"too little code, comments or docstrings.*--data\.path"):
-        module("text").Snippets(str(tmp_path)).datasets()
+    with pytest.raises(module("shared.data").DataError, match=r"too little code, comments or docstrings.*--data\.path"):
+        module("shared.text").Snippets(str(tmp_path)).datasets()
 
 
 # The models
@@ -141,7 +141,7 @@ def test_a_decoder_sees_no_later_byte_and_an_encoder_does() -> None:
     changed = tokens.clone()
     changed[0, 8] = (tokens[0, 8] + 1) % 256
     for is_causal in (True, False):
-        model = module("text").Transformer(256, width=16, depth=2, heads=2, is_causal=is_causal)
+        model = module("shared.text").Transformer(256, width=16, depth=2, heads=2, is_causal=is_causal)
         difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
         assert (difference[:8] < 1e-6).all() == is_causal
         assert (difference[8:] > 1e-6).all()
@@ -207,7 +207,7 @@ def test_fine_tuning_begins_with_the_encoder_of_a_checkpoint(tmp_path: Path) -> 
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
-    bert, error = module("bert"), module("data").DataError
+    bert, error = module("bert"), module("shared.data").DataError
     size = {"width": 16, "depth": 1, "heads": 2}
     with pytest.raises(error, match=r"no checkpoint '/nowhere\.ckpt'.*--model\.encoder"):
         bert.Classifier(encoder="/nowhere.ckpt", **size)
@@ -279,7 +279,7 @@ def test_it_is_healthy_in_fp32_and_where_nothing_has_grown() -> None:
     rescue = module("adaptive_rescue")
     torch.manual_seed(0)
     grown = rescue.GrownAttention(width=16, heads=2, growth=300.0)
-    ordinary = module("text").Attention(width=16, heads=2, is_causal=False)
+    ordinary = module("shared.text").Attention(width=16, heads=2, is_causal=False)
     ordinary.load_state_dict(grown.state_dict(), strict=False)
     x = torch.randn(3, 5, 16)
     torch.testing.assert_close(grown(x), ordinary(x))

@@ -65,7 +65,7 @@ def formats(name: str, model: torch.nn.Module) -> dict[str, tuple[str, str, str 
 
 def line(data: type, path: object) -> str:
     """Return the one line that says why data cannot be used."""
-    with pytest.raises(importlib.import_module("data").DataError) as raised:
+    with pytest.raises(importlib.import_module("shared.data").DataError) as raised:
         data(str(path))
     assert "\n" not in str(raised.value)
     return str(raised.value)

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import one_cycle
-from data import DataError, TwoSets
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
+
+from .common import one_cycle
+from .data import DataError, TwoSets
 
 BYTES = 256
 

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from common import one_cycle
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
+
+from .common import one_cycle
 
 
 class SmallNet(nn.Module):

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from data import DataError
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mixprec import MixPrecError, PerLayerPrecision
+
+from .data import DataError
 
 # What a user of these scripts could not act on.
 QUIET = (

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 
 import torch
-from data import DataError, Images
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
@@ -17,6 +16,8 @@ from torchmetrics.utilities import dim_zero_cat
 from torchvision.datasets import CocoDetection
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional
+
+from .data import DataError, Images
 
 KINDS = ("circle", "square", "triangle")  # labels 1, 2 and 3
 Target = dict[str, Tensor]

@@ -1,0 +1,1 @@
+"""What the scripts share: command line and summary, data by path or generated, small networks. Nothing to run here."""
