@@ -20,7 +20,7 @@ from PIL import Image
 
 from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPolicy, PrecisionScheduler
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "image_classification.py"
 CONFIGS = ROOT / "examples" / "configs"
 README = (ROOT / "README.md").read_text()

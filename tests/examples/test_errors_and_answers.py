@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 QUESTIONS = README.split("## Questions that are asked with an error message")[1]
 
 

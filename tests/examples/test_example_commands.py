@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 README = (EXAMPLES / "README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^ *(python examples/\w+\.py fit .+)$", README, re.MULTILINE)))

@@ -14,7 +14,7 @@ from plugin_models import task
 
 from lightning_mixprec import OverflowMonitor, PerLayerPrecision, PrecisionReport
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
