@@ -19,8 +19,8 @@ from lightning_mixprec.callbacks.report import PrecisionReport
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
 from lightning_mixprec.callbacks.underflow import UnderflowMonitor
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.numerics.loss_scaling import LossScaling
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
+from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.plugin_fsdp import PerLayerFSDPPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule

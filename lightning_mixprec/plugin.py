@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec import plugin_checks as checks
-from lightning_mixprec.engine.buffers import BufferGuard
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.numerics.loss_scaling import LossScaling
-from lightning_mixprec.numerics.scaling import LossScaler
+from lightning_mixprec.optim.loss_scaling import LossScaler
+from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.skipped_buffers import BufferGuard
 from lightning_mixprec.plugin_formats import FormatsInForce
 from lightning_mixprec.plugin_state import PluginState, history_entries, saved_state
 from lightning_mixprec.plugin_steps import SchedulerGate, StepLedger

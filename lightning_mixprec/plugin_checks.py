@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
 from lightning_mixprec.numerics.formats import format_of, native_support
-from lightning_mixprec.numerics.gradients import needs_closure
-from lightning_mixprec.numerics.loss_scaling import LossScaling
+from lightning_mixprec.optim.gradients import needs_closure
+from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin_hooks import check_hook_state
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.names import walk

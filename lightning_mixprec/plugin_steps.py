@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.errors import ScalingError
-from lightning_mixprec.numerics.gradients import grads_of
-from lightning_mixprec.numerics.loss_scaling import LossScaling
-from lightning_mixprec.numerics.scaling import LossScaler
+from lightning_mixprec.optim.gradients import grads_of
+from lightning_mixprec.optim.loss_scaling import LossScaler
+from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin_hooks import forget_errors
 from lightning_mixprec.policy.names import walk
 

@@ -8,7 +8,7 @@ import torch
 from helpers import INF, SGD, fails_on_stock, fit, ours, slope, stock, weights
 from torch import nn
 
-from lightning_mixprec.numerics import scaling
+from lightning_mixprec.optim import loss_scaling as scaling
 
 STRAY = 1.0e4
 GOOD = [torch.randn(4, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]

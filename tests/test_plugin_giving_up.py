@@ -8,7 +8,7 @@ import torch
 from helpers import INF, SGD, Line, Manual, fit, ours, slope, weights
 
 from lightning_mixprec.errors import ScalingError
-from lightning_mixprec.numerics import scaling
+from lightning_mixprec.optim import loss_scaling as scaling
 
 AT_MINIMUM = {"init_scale": 4.0, "min_scale": 1.0}
 STATIC = dict.fromkeys(("init_scale", "min_scale", "max_scale"), 1024.0)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_mixprec import plugin_steps
 from lightning_mixprec.engine.transfer import Transfer
-from lightning_mixprec.numerics import scaling
+from lightning_mixprec.optim import loss_scaling as scaling
 
 FUSED = partial(SGD, fused=True)
 RUNS = {

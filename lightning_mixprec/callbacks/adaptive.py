@@ -29,9 +29,9 @@ from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.plugin_checks import check_choice
 from lightning_mixprec.plugin_state import policy_version
 from lightning_mixprec.policy.cover import covered_layers
-from lightning_mixprec.policy.decisions import Decision, Options, quoted
 from lightning_mixprec.policy.rules import PrecisionPolicy
-from lightning_mixprec.policy.shapes import has_shape
+from lightning_mixprec.records.decisions import Decision, Options, quoted
+from lightning_mixprec.records.schema import has_shape
 
 LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"
 

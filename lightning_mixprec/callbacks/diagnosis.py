@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.replay import Replayed, StepReplay, copied, halved, is_out_of_memory
 from lightning_mixprec.engine.casting import tensors_in
 from lightning_mixprec.engine.probe import layers_of, own_parameters, weight_gradients

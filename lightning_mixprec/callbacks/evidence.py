@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.formats import RunFormats
 from lightning_mixprec.engine.sandbox import RandomState
 from lightning_mixprec.engine.transfer import Transfer
-from lightning_mixprec.numerics.gradients import scalar
+from lightning_mixprec.optim.gradients import scalar
 
 MOST_BATCHES = 8
 _FIRST_LOOKS, _LOOKS_EVERY = 8, 64

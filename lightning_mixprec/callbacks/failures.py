@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.diagnosis import Diagnosis, Judge
 from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome, RandomUse, received
 from lightning_mixprec.callbacks.formats import RunFormats

@@ -14,7 +14,7 @@ from lightning_mixprec.callbacks.study import Findings, Wanted
 from lightning_mixprec.engine.plan import survey
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.drawing import draw_layers
-from lightning_mixprec.policy.shapes import Count
+from lightning_mixprec.records.schema import Count
 
 _MIN_COSINE, _MIN_COSINE_IN_BF16 = 0.99, 0.9
 

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.diagnosis import LOST_WEIGHTS, Diagnosis
 from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome
 from lightning_mixprec.callbacks.failures import FailureWatch, diagnosed
@@ -18,7 +18,7 @@ from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.drawing import draw_steps
 from lightning_mixprec.plugin import PerLayerPrecision
-from lightning_mixprec.policy.shapes import Count
+from lightning_mixprec.records.schema import Count
 
 _MOST_SCALES = 1000
 

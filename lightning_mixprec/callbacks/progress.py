@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.planning.phases import Moment, Phase, Plateau
 from lightning_mixprec.policy.rule import did_you_mean
-from lightning_mixprec.policy.schedule import Moment, Phase, Plateau
 
 
 def learning_rate(trainer: pl.Trainer) -> float:

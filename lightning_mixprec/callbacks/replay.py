@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.formats import Formats
 from lightning_mixprec.engine.memory import free_host_bytes
 from lightning_mixprec.engine.probe import widened

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import Monitor, check_count, takes_iterator
 from lightning_mixprec.callbacks.study import Findings, Study, Wanted
-from lightning_mixprec.policy.shapes import Count, Shapes
+from lightning_mixprec.records.schema import Count, Shapes
 
 _NEEDS_BATCHES = (
     "{} needs batches, and this training_step takes an iterator over them (dataloader_iter): no step is sampled."

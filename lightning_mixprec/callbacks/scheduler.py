@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec import plugin_checks as checks
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.callbacks.monitor import Monitor, is_quiet
 from lightning_mixprec.callbacks.progress import follows_epochs, learning_rate, looks_once_per_epoch, metric, share_done
 from lightning_mixprec.callbacks.states import Came, Looks
 from lightning_mixprec.errors import PolicyError, SupportError
+from lightning_mixprec.planning.phases import LowRate, Moment, Now, Phase, Plateau, naming, read_phases
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.plugin_state import policy_version
 from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
-from lightning_mixprec.policy.schedule import LowRate, Moment, Now, Phase, Plateau, naming, read_phases
 
 
 class PrecisionScheduler(Monitor):

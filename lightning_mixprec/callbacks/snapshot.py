@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.engine.memory import bytes_of, free_host_bytes
 from lightning_mixprec.engine.sharding import is_sharded, reshard
 from lightning_mixprec.numerics.finite import are_nonfinite, dense

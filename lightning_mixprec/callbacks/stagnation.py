@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.engine.transfer import Transfer
-from lightning_mixprec.numerics.gradients import params_of
 from lightning_mixprec.numerics.segments import local_part, sample
+from lightning_mixprec.optim.gradients import params_of
 
 
 class StepWatch:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from typing_extensions import Never, NotRequired, TypedDict
 
-from lightning_mixprec.policy.controller import ControllerState
-from lightning_mixprec.policy.shapes import Count
+from lightning_mixprec.planning.controller import ControllerState
+from lightning_mixprec.records.schema import Count
 
 Kind = Literal["promote", "demote", "scale", "restore"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome
 from lightning_mixprec.callbacks.failures import Found, diagnosed
 from lightning_mixprec.callbacks.formats import PluginFormats
@@ -20,14 +20,14 @@ from lightning_mixprec.callbacks.underflow import describe
 from lightning_mixprec.engine.plan import Site, survey
 from lightning_mixprec.engine.sandbox import RandomState
 from lightning_mixprec.numerics.rates import headroom
+from lightning_mixprec.planning.controller import Controller
+from lightning_mixprec.planning.remedies import Layer
 from lightning_mixprec.plugin import PerLayerPrecision
-from lightning_mixprec.policy.controller import Controller
 from lightning_mixprec.policy.cover import covered_layers
-from lightning_mixprec.policy.decisions import Decision, Options, quoted
 from lightning_mixprec.policy.patterns import literal
-from lightning_mixprec.policy.remedies import Layer
 from lightning_mixprec.policy.rule import parse_value
 from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.records.decisions import Decision, Options, quoted
 
 NOT_FINITE = "not finite in fp32"
 """Why a batch tells nothing of precision: no problem of this callback's."""

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.formats import RunFormats
 from lightning_mixprec.callbacks.replay import Replayed, StepReplay, halved, is_out_of_memory
 from lightning_mixprec.engine.arithmetic import FlopCount

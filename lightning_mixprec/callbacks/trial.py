@@ -10,15 +10,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mixprec.callbacks import ranks
+from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.evidence import KeptBatch
 from lightning_mixprec.callbacks.formats import PluginFormats
 from lightning_mixprec.callbacks.replay import Replayed, StepReplay
 from lightning_mixprec.engine.arithmetic import FlopCount
 from lightning_mixprec.engine.probe import agreement, layers_of, own_parameters
 from lightning_mixprec.numerics.fidelity import cosine_of
+from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
 from lightning_mixprec.plugin import PerLayerPrecision
-from lightning_mixprec.policy.agreement import Agreement, LayerAgreement
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
 _NO_LOSS = -1.0

@@ -1,1 +1,1 @@
-"""What happens to numbers: formats, rounding, loss scaling. Torch only; knows no layer, no policy, no trainer."""
+"""What a format does to numbers: formats, rounding, statistics. Torch only; knows no layer, no policy, no trainer."""

@@ -1,9 +1,7 @@
 """Policies in YAML files: read with line numbers, written atomically."""
 
-import contextlib
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.records.atomic_files import write_text
 
 _MAX_DEPTH = 6
 _UNQUOTED_STAR = re.compile(r"(?:^|[\s,\[{])(\*(?:\[[^\]\s]*\]|[^\s:,#\]}]|:(?=\S))*)")
@@ -53,33 +52,11 @@ def read(path: str | os.PathLike[str]) -> Document:
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write a YAML file as :func:`write_text` does."""
+    """Write a YAML file, complete or not at all."""
     text = yaml.dump(
         dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False
     )
     write_text(path, text)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file, its folder too: what stood there before stays whole until the new content is complete.
-
-    A pipe or a device is written to, not replaced.
-    """
-    target = Path(os.path.realpath(Path(path).expanduser()))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and not target.is_file():
-        target.write_text(text, encoding="utf-8", newline="\n")
-        return
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with draft.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
 
 
 def _read_text(path: str | os.PathLike[str]) -> str:

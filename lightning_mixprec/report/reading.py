@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.policy.shapes import Count, has_shape
+from lightning_mixprec.records.schema import Count, has_shape
 from lightning_mixprec.report.shapes import MONITORS, REPORT
 
 ROWS = "mixprec.jsonl"

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-from lightning_mixprec.policy.shapes import Count
+from lightning_mixprec.records.schema import Count
 
 Number = float | None
 FormatName = Literal["fp64", "fp32", "bf16", "fp16", "fp8", "e4m3", "e5m2"]

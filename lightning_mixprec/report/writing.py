@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_mixprec.policy.files import write_text
+from lightning_mixprec.records.atomic_files import write_text
 from lightning_mixprec.report.content import content_of
 from lightning_mixprec.report.html import render
 from lightning_mixprec.report.reading import read_records

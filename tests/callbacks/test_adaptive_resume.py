@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_mixprec import PerLayerPrecision
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
-from lightning_mixprec.policy import controller
+from lightning_mixprec.planning import controller
 
 COUNT = 16
 pytestmark = [

@@ -14,7 +14,7 @@ from lightning_mixprec.callbacks.evidence import Evidence, Outcome
 from lightning_mixprec.callbacks.failures import FailureWatch, diagnosed
 from lightning_mixprec.callbacks.formats import PolicyFormats, StockFormats, formats_of
 from lightning_mixprec.callbacks.replay import StepReplay
-from lightning_mixprec.numerics import scaling
+from lightning_mixprec.optim import loss_scaling as scaling
 
 CPU = torch.device("cpu")
 OPTIMIZER = SGD([torch.zeros(1, requires_grad=True)])

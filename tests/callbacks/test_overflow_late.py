@@ -18,7 +18,7 @@ from lightning_mixprec import OverflowMonitor, PerLayerPrecision
 from lightning_mixprec.callbacks import evidence as evidence_module
 from lightning_mixprec.callbacks.evidence import Evidence
 from lightning_mixprec.engine.transfer import Transfer
-from lightning_mixprec.numerics import scaling
+from lightning_mixprec.optim import loss_scaling as scaling
 
 FUSED = partial(SGD, fused=True)
 FP16 = pytest.mark.parametrize("make_plugin", [lambda: PerLayerPrecision("fp16"), stock], ids=["ours", "stock"])

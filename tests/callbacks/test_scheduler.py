@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_mixprec import FidelityMonitor, OverflowMonitor, PerLayerPrecision
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
-from lightning_mixprec.numerics import scaling
+from lightning_mixprec.optim import loss_scaling as scaling
 
 MIXED = {"default": "bf16", "net.4": "fp32"}
 

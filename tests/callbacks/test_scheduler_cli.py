@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 from plugin_models import Batches, Task, mlp
 
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
-from lightning_mixprec.policy.schedule import read_phases
+from lightning_mixprec.planning.phases import read_phases
 
 CLASS = "lightning_mixprec.callbacks.scheduler.PrecisionScheduler"
 PHASES = """

@@ -14,7 +14,7 @@ from interruption.runs import EPOCHS, LEARNED, differences
 from processes import TESTS, outcomes, started
 
 from lightning_mixprec import PrecisionPolicy
-from lightning_mixprec.callbacks.journal import FILE_NAME
+from lightning_mixprec.records.journal import FILE_NAME
 
 NOTHING_TO_GO_ON_FROM = {"on_train_batch_end 3", "half moved 1"}
 CUT_SHORT = {"half moved 1": {"epoch=0.ckpt"}, "half moved 4": {"last.ckpt"}}

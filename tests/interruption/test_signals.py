@@ -11,7 +11,7 @@ from interruption.signalled_run import AT, SIGNALS, plugin
 from processes import TESTS, outcomes, started
 
 from lightning_mixprec import PrecisionPolicy
-from lightning_mixprec.callbacks.journal import FILE_NAME
+from lightning_mixprec.records.journal import FILE_NAME
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from lightning_mixprec.errors import ScalingError
-from lightning_mixprec.numerics.loss_scaling import LossScaling
-from lightning_mixprec.numerics.scaling import LossScaler
+from lightning_mixprec.optim.loss_scaling import LossScaler
+from lightning_mixprec.optim.options import LossScaling
 
 SLOPES = (0.25, -0.5, 1.0, 3.0)
 WHICH = st.integers(0, 2)

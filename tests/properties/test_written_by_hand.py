@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.numerics.loss_scaling import LossScaling
+from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule, as_policy
 

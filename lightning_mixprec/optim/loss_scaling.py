@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec.errors import ScalingError
-from lightning_mixprec.numerics.gradients import (
+from lightning_mixprec.optim.gradients import (
     GradMark,
     check_and_unscale,
     grads_of,
@@ -33,7 +33,7 @@ from lightning_mixprec.numerics.gradients import (
     tell_found_inf,
     untell_found_inf,
 )
-from lightning_mixprec.numerics.loss_scaling import LossScaling
+from lightning_mixprec.optim.options import LossScaling
 
 _INT32 = torch.iinfo(torch.int32)
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mixprec.errors import ScalingError
-from lightning_mixprec.numerics import scaling
-from lightning_mixprec.numerics.loss_scaling import LossScaling
-from lightning_mixprec.numerics.scaling import LossScaler
+from lightning_mixprec.optim import loss_scaling as scaling
+from lightning_mixprec.optim.loss_scaling import LossScaler
+from lightning_mixprec.optim.options import LossScaling
 
 EVERY_OPTION_OFF_ITS_DEFAULT = LossScaling(
     init_scale=8.0,

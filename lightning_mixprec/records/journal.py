@@ -18,10 +18,9 @@ A row of ``"schedule"`` is a phase that came: ``phase`` (its number, from 1), ``
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
-
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 FILE_NAME = "mixprec.jsonl"
 
@@ -55,7 +54,8 @@ class Journal:
             opening = "" if _ends_whole(self.path) else "\n"
             _append(self.path, opening + text)
         except OSError as error:
-            rank_zero_warn(f"{self.path} cannot be written ({error}); the run goes on without per-layer rows.")
+            says = f"{self.path} cannot be written ({error}); the run goes on without per-layer rows."
+            warnings.warn(says, stacklevel=2)
             self.path = None
 
 

@@ -17,8 +17,8 @@ from lightning.pytorch.plugins.precision import Precision
 from plugin_models import Batches, Call, Task, fit, mlp, ours, trainer
 
 from lightning_mixprec import FidelityMonitor, MixPrecError, OverflowMonitor, UnderflowMonitor
-from lightning_mixprec.callbacks.journal import FILE_NAME, Journal
 from lightning_mixprec.errors import SupportError
+from lightning_mixprec.records.journal import FILE_NAME, Journal
 
 MONITORS = [OverflowMonitor, UnderflowMonitor, FidelityMonitor]
 KEYS = {"loss_scale", "overflow_rate", "skipped_steps", "underflow_rate", "loss_gap", "min_grad_cosine"}

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from lightning_mixprec.policy.agreement import Agreement, Limits
-from lightning_mixprec.policy.decisions import Decision, Options, quoted
-from lightning_mixprec.policy.remedies import Layer, Remedies, Remedy, Try, format_in, is_wider
+from lightning_mixprec.planning.agreement import Agreement, Limits
+from lightning_mixprec.planning.remedies import Layer, Remedies, Remedy, Try, format_in, is_wider
+from lightning_mixprec.records.decisions import Decision, Options, quoted
 
 _FIRST_SAMPLES = (0, 10, 30, 100, 300)
 _WINDOW = 100

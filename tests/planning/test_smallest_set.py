@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mixprec.policy.search import smallest
+from lightning_mixprec.planning.smallest_set import smallest
 
 
 @st.composite

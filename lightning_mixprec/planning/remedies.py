@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_mixprec.policy.agreement import Agreement, Limits
-from lightning_mixprec.policy.search import smallest
+from lightning_mixprec.planning.agreement import Agreement, Limits
+from lightning_mixprec.planning.smallest_set import smallest
 
 Try = Callable[[Mapping[str, str], float], Agreement]
 """Runs a step on a captured batch with layers promoted (``{"head": "c=fp32"}``), at a loss scale."""

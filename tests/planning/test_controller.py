@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lightning_mixprec.policy.agreement import Agreement, LayerAgreement, Limits
-from lightning_mixprec.policy.controller import Controller
-from lightning_mixprec.policy.decisions import Options
-from lightning_mixprec.policy.remedies import Layer, format_in
+from lightning_mixprec.planning.agreement import Agreement, LayerAgreement, Limits
+from lightning_mixprec.planning.controller import Controller
+from lightning_mixprec.planning.remedies import Layer, format_in
+from lightning_mixprec.records.decisions import Options
 
 
 @dataclass

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_mixprec import MixPrecError, PrecisionPolicy, Rule
+from lightning_mixprec.planning.phases import LowRate, Moment, Now, Plateau, read_phases
 from lightning_mixprec.plugin_state import policy_version
-from lightning_mixprec.policy.schedule import LowRate, Moment, Now, Plateau, read_phases
 
 BF16 = {"policy": "bf16"}
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_mixprec.engine.buffers import BufferGuard
+from lightning_mixprec.optim.skipped_buffers import BufferGuard
 
 SKIPPED = [pytest.param(True, id="read"), pytest.param(torch.tensor(1.0), id="on the device")]
 TAKEN = [pytest.param(False, id="read"), pytest.param(torch.tensor(0.0), id="on the device")]
