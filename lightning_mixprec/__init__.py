@@ -12,13 +12,13 @@
 """
 
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
-from lightning_mixprec.callbacks.diagnose import diagnose
 from lightning_mixprec.callbacks.fidelity import FidelityMonitor
 from lightning_mixprec.callbacks.overflow import OverflowMonitor
 from lightning_mixprec.callbacks.report import PrecisionReport
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
 from lightning_mixprec.callbacks.underflow import UnderflowMonitor
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.evidence.by_hand import diagnose
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin import PerLayerPrecision

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from attaching import attached, snapshot  # noqa: F401
 from hypothesis import settings
 
 # Shared machines are slow at times, and a failure must come back on the next run.

@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.evidence import KeptBatch
-from lightning_mixprec.callbacks.failures import FailureWatch
-from lightning_mixprec.callbacks.formats import PluginFormats
+from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, Steering
+from lightning_mixprec.callbacks.failure_monitor import FailureMonitor
 from lightning_mixprec.callbacks.monitor import (
     ROWS,
     check_count,
@@ -21,9 +20,10 @@ from lightning_mixprec.callbacks.monitor import (
     written,
 )
 from lightning_mixprec.callbacks.states import Made, Steered
-from lightning_mixprec.callbacks.steering import NOT_FINITE, Steering
-from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError, SupportError
+from lightning_mixprec.evidence.failures import FailureWatch
+from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.numerics.formats import native_support
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.plugin_checks import check_choice

@@ -11,8 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.formats import RunFormats, formats_of
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.evidence.run_formats import RunFormats, formats_of
 from lightning_mixprec.policy.table import align
 from lightning_mixprec.records.journal import Journal
 from lightning_mixprec.records.schema import Shapes, has_shape

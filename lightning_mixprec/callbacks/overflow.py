@@ -7,15 +7,15 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_mixprec import ranks
-from lightning_mixprec.callbacks.diagnosis import LOST_WEIGHTS, Diagnosis
-from lightning_mixprec.callbacks.evidence import Evidence, KeptBatch, Outcome
-from lightning_mixprec.callbacks.failures import FailureWatch, diagnosed
+from lightning_mixprec.callbacks.failure_monitor import FailureMonitor
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator, written
-from lightning_mixprec.callbacks.replay import StepReplay
-from lightning_mixprec.callbacks.saved import save_batch
 from lightning_mixprec.callbacks.states import Event
-from lightning_mixprec.callbacks.watching import FailureMonitor
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.evidence.diagnosis import LOST_WEIGHTS, Diagnosis
+from lightning_mixprec.evidence.failures import FailureWatch, diagnosed
+from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome
+from lightning_mixprec.evidence.replay import StepReplay
+from lightning_mixprec.evidence.saved_batches import save_batch
 from lightning_mixprec.numerics.drawing import draw_steps
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.records.schema import Count

@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.curve import Curve, loss_in
 from lightning_mixprec.callbacks.monitor import is_quiet, monitors
-from lightning_mixprec.callbacks.rows import described, environment, sampled, short
+from lightning_mixprec.callbacks.report_rows import described, environment, sampled, short
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
-from lightning_mixprec.callbacks.study import Findings, Wanted
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.evidence.loss_curve import Curve, loss_in
+from lightning_mixprec.evidence.study import Findings, Wanted
 from lightning_mixprec.plugin import PerLayerPrecision
 from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.report.writing import write_report

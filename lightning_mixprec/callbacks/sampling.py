@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import Monitor, check_count, takes_iterator
-from lightning_mixprec.callbacks.study import Findings, Study, Wanted
+from lightning_mixprec.evidence.study import Findings, Study, Wanted
 from lightning_mixprec.records.schema import Count, Shapes
 
 _NEEDS_BATCHES = (

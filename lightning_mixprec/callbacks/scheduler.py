@@ -15,7 +15,13 @@ from lightning_mixprec import plugin_checks as checks
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.callbacks.monitor import Monitor, is_quiet
-from lightning_mixprec.callbacks.progress import follows_epochs, learning_rate, looks_once_per_epoch, metric, share_done
+from lightning_mixprec.callbacks.run_progress import (
+    follows_epochs,
+    learning_rate,
+    looks_once_per_epoch,
+    metric,
+    share_done,
+)
 from lightning_mixprec.callbacks.states import Came, Looks
 from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.planning.phases import LowRate, Moment, Now, Phase, Plateau, naming, read_phases

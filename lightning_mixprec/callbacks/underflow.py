@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share, policy_hint, written
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
-from lightning_mixprec.callbacks.stagnation import StepWatch
 from lightning_mixprec.callbacks.states import Losses, Stagnation
-from lightning_mixprec.callbacks.study import Findings, Wanted
-from lightning_mixprec.engine.probe import layers_of, own_parameters
+from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
+from lightning_mixprec.evidence.stagnation import StepWatch
+from lightning_mixprec.evidence.study import Findings, Wanted
 from lightning_mixprec.numerics.drawing import draw_layers
 from lightning_mixprec.numerics.rates import best_scale, fits, headroom, overflow_rate, subnormal_share, underflow_rate
 from lightning_mixprec.numerics.stats import Histogram

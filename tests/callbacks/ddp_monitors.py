@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.optim import SGD
 
 from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor
-from lightning_mixprec.callbacks import study
+from lightning_mixprec.evidence import study
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 MIXED = {"default": "fp16", "net.1": "c=fp32,o=input", "net.4": "bf16"}

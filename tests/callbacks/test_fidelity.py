@@ -12,7 +12,7 @@ from plugin_models import Batches, Task, fit, mlp, ours, stock, trainer
 from torch import Tensor, nn
 
 from lightning_mixprec import FidelityMonitor, PerLayerPrecision
-from lightning_mixprec.callbacks import replay
+from lightning_mixprec.evidence import replay
 
 QUIET = "ignore:.*(no longer points|differs from fp32)"
 

@@ -13,7 +13,7 @@ from plugin_models import one_line
 from torch import nn
 
 from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision
-from lightning_mixprec.callbacks.replay import StepReplay
+from lightning_mixprec.evidence.replay import StepReplay
 
 
 def rows_of(logger):

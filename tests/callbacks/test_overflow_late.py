@@ -15,9 +15,9 @@ from monitor_models import CULPRITS, Watched, batches, mlp, watch
 from torch import nn
 
 from lightning_mixprec import OverflowMonitor, PerLayerPrecision
-from lightning_mixprec.callbacks import evidence as evidence_module
-from lightning_mixprec.callbacks.evidence import Evidence
 from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.evidence import outcomes as evidence_module
+from lightning_mixprec.evidence.outcomes import Evidence
 from lightning_mixprec.optim import loss_scaling as scaling
 
 FUSED = partial(SGD, fused=True)

@@ -11,9 +11,9 @@ from plugin_models import same
 from torch import nn
 
 from lightning_mixprec import PerLayerPrecision
-from lightning_mixprec.callbacks.formats import formats_of
-from lightning_mixprec.callbacks.replay import StepReplay
-from lightning_mixprec.engine.sandbox import RandomState
+from lightning_mixprec.evidence.instruments.sandbox import RandomState
+from lightning_mixprec.evidence.replay import StepReplay
+from lightning_mixprec.evidence.run_formats import formats_of
 
 
 class Replaying(pl.Callback):

@@ -11,8 +11,8 @@ from plugin_models import Batches, Call, Task, fit, ours, same, snapshot
 from torch import nn
 
 from lightning_mixprec import FidelityMonitor, UnderflowMonitor
-from lightning_mixprec.callbacks.replay import StepReplay
-from lightning_mixprec.engine.probe import Observer
+from lightning_mixprec.evidence.instruments.probe import Observer
+from lightning_mixprec.evidence.replay import StepReplay
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(vanish in|no longer points|differs from fp32)"),

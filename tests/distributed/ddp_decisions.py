@@ -19,7 +19,7 @@ from lightning_mixprec import (
     PrecisionScheduler,
     UnderflowMonitor,
 )
-from lightning_mixprec.callbacks.replay import StepReplay
+from lightning_mixprec.evidence.replay import StepReplay
 
 
 class Spiked(Task):

@@ -1,0 +1,379 @@
+"""Between the controller, which decides, and the run: tries formats on captured batches and carries decisions out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_mixprec import ranks
+from lightning_mixprec.callbacks.underflow import describe
+from lightning_mixprec.engine.plan import Site, survey
+from lightning_mixprec.evidence.failures import Found, diagnosed
+from lightning_mixprec.evidence.instruments.sandbox import RandomState
+from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome
+from lightning_mixprec.evidence.replay import StepReplay
+from lightning_mixprec.evidence.run_formats import PluginFormats
+from lightning_mixprec.evidence.snapshot import Snapshots
+from lightning_mixprec.evidence.study import Findings, Study, Wanted
+from lightning_mixprec.evidence.trial import Trial
+from lightning_mixprec.numerics.rates import headroom
+from lightning_mixprec.planning.controller import Controller
+from lightning_mixprec.planning.remedies import Layer
+from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.policy.cover import covered_layers
+from lightning_mixprec.policy.patterns import literal
+from lightning_mixprec.policy.rule import parse_value
+from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.records.decisions import Decision, Options, quoted
+
+NOT_FINITE = "not finite in fp32"
+"""Why a batch tells nothing of precision: no problem of this callback's."""
+
+_MAX_ELEMENTS = 16384
+_MAX_BYTES = 256 * 2**20
+_ROOM_BITS = 2
+_TOLD = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_bits")
+
+Report = Callable[..., None]
+
+
+class Steering:
+    """Steers the formats of one run.
+
+    Args:
+        trainer: The Trainer.
+        plugin: Its precision plugin.
+        options: How to decide.
+        pin: Patterns of layers that are left alone.
+        acts: Whether decisions are carried out; else steps are looked at as if they had been.
+        report: Called with a place (step, epoch, batch_idx) and what was seen or decided there.
+
+    Attributes:
+        controller: Who decides.
+        pending: What is decided and not carried out yet.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        plugin: PerLayerPrecision,
+        options: Options,
+        pin: Sequence[str],
+        report: Report,
+        *,
+        acts: bool = True,
+    ) -> None:
+        assert plugin.policy is not None
+        self._trainer, self._plugin, self._report, self._acts = trainer, plugin, report, acts
+        self._module = trainer.lightning_module
+        self._heights = heights(survey(self._module))
+        self._base = self._adopted = plugin.policy
+        self._flops: dict[str, int] = {}
+        self._outputs: dict[str, str | None] = {}
+        self.controller = self._new_controller(options, pin)
+        self._adapt()
+        self.pending: Decision | None = None
+        self._snapshots = Snapshots()
+        self._remember()
+
+    def _remember(self, *, is_sound: bool = False) -> None:
+        """Keeps a copy of weights and optimizers that are as they would be in fp32, if it fits."""
+        self._snapshots.take(self._trainer, self._module, self._trainer.global_step, is_sound=is_sound)
+
+    def _new_controller(self, options: Options, pin: Sequence[str]) -> Controller:
+        formats, pinned = self._base_formats(), covered_layers(pin, self._module, "AdaptivePrecision(pin=...)")
+        layers = [
+            Layer(
+                site.name,
+                formats[site.name],
+                is_pinned=site.name in pinned,
+                is_plain=type(site.module).forward is nn.Sequential.forward,
+                height=self._heights[site.name],
+            )
+            for site in survey(self._module)
+        ]
+        return Controller(layers, options)
+
+    def _base_formats(self) -> dict[str, str]:
+        assignment = self._base.resolve(self._module)
+        self._outputs = {name: assignment.hands_on(name) for name in assignment}
+        return {name: layer.compute for name, layer in assignment.items()}
+
+    def _adapt(self) -> None:
+        """Tells the controller between which bounds the loss scale is searched for, if it is."""
+        scaling = self._plugin.scaler.options
+        scales = None if scaling is None or scaling.is_static else (scaling.min_scale, scaling.max_scale)
+        self.controller.options = replace(self.controller.options, scales=scales)
+
+    def _take_over_change(self) -> None:
+        """Takes a policy that somebody else set for the one to start from."""
+        policy = self._plugin.policy
+        if policy is not self._adopted and policy is not None:
+            self.rebase(policy, "adaptive: kept over a change of the policy")
+
+    # What a checkpoint keeps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types, but for what :meth:`copy` adds."""
+        policy, pending = self._plugin.policy, self.pending
+        return {
+            "base": self._base.to_dict(),
+            "in_force": None if policy is None else policy.to_dict(),
+            "flops": self._flops,
+            "controller": self.controller.state_dict(),
+            "pending": None if pending is None else pending.state_dict(),
+        }
+
+    def copy(self) -> dict[str, Any] | None:
+        """The copy of weights and optimizers, while the controller undoes wrong steps; later it is not needed."""
+        return self._snapshots.state_dict() if self.controller.is_settling else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint, unless the run has another policy than the one arrived at there."""
+        if self._base.to_dict() != state["in_force"]:
+            return
+        self._base = PrecisionPolicy.from_dict(state["base"])
+        self.controller.rebase(self._base_formats())
+        self._flops = dict(state["flops"])
+        self.controller.measured(self._flops)
+        self.controller.load_state_dict(state["controller"])
+        self._policy_with(self.controller.state.promoted).resolve(self._module)  # fails here rather than in a step
+        if state["pending"] is not None:
+            self.pending = Decision.from_state(state["pending"])
+        if state.get("copy") is not None:
+            self._snapshots.load_state_dict(self._trainer, self._module, state["copy"])
+
+    # What is seen
+
+    def begin_batch(self, kept: KeptBatch, *, may_sample: bool) -> None:
+        """A batch begins; compares its step with fp32, if that is due.
+
+        Args:
+            kept: The batch.
+            may_sample: Whether formats may change before it.
+        """
+        self._take_over_change()
+        if not (self.controller.begin_batch() and may_sample):
+            return
+        place = self._place(kept)
+        if self._is_damaged():
+            if self.pending is None:
+                self.controller.see_no_sample()
+            return
+        trial = self._trial(kept)
+        if not trial.is_possible:
+            self.controller.see_no_sample()
+            self._report(place, problem=trial.problem or NOT_FINITE)
+            return
+        scale = self._plugin.scaler.get_scale()
+        promoted = self.controller.state.promoted
+        present = trial.run_as_is(scale) if self._acts else trial.run(promoted, scale)
+        self._report(place, sample=present.summary(), loss_scale=scale)
+        self.controller.see_loss(trial.loss_size)
+        decision = self.controller.decide_on_sample(present, scale, trial.run, partial(self._has_room, kept))
+        if self.controller.limits.accepts(present):
+            self._remember(is_sound=True)
+        self._take(decision, kept, trial)
+
+    def see_outcome(self, evidence: Evidence, outcome: Outcome) -> None:
+        """A step ended well or badly; a bad one was told to :meth:`see_failure`."""
+        if not outcome.is_bad:
+            self.controller.see_step(skipped=False, loss_is_bad=False)
+
+    def see_failure(self, evidence: Evidence, outcome: Outcome) -> None:
+        """A step failed; looks into it if it is time to."""
+        looks = self.controller.see_step(skipped=outcome.skipped > 0, loss_is_bad=outcome.loss_is_bad)
+        if not looks or not evidence.batches:
+            return
+        replay = StepReplay(self._module, PluginFormats(self._plugin), evidence.device)
+        found, problems = diagnosed(replay, evidence, outcome.scale)
+        for problem in problems:
+            self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
+        verdict = None if found is None else found.diagnosis.verdict
+        falls = verdict == "scale" and self.controller.scale_keeps_falling
+        if found is None or not (verdict == "precision" or falls):
+            self.controller.give_up_looking()
+            self._report(self._place(evidence.batches[-1]), verdict=verdict)
+            if verdict == "model":
+                self._is_damaged()
+            return
+        if not (falls or self.controller.accuse()):
+            return
+        trial = self._trial(found.kept)
+        if not trial.is_possible:
+            self.controller.give_up_looking()
+            return
+        if falls:
+            decision = self.controller.decide_on_falling_scale(outcome.scale, trial.run)
+        else:
+            told = {key: getattr(found.diagnosis, key) for key in ("layer", "direction", "op", "value")}
+            decision = self.controller.decide_on_failure(suspects(found), outcome.scale, trial.run, told)
+        self._take(decision, found.kept, trial)
+        if decision is None:
+            self._report(self._place(found.kept), verdict=verdict, remedy=None, passes=trial.passes)
+
+    def _is_damaged(self) -> bool:
+        """Whether weights or buffers are not finite; they are to go back to the last good copy, if there is one."""
+        damaged = self._snapshots.damaged(self._module)
+        _, names = ranks.first_found(damaged or None)
+        if names is None:
+            return False
+        if self._snapshots.step is not None:
+            self.pending = self.controller.decide_on_damage(names)
+        if self.pending is not None:
+            self._report(self._now(), decision=self.pending)
+        else:
+            self._report(self._now(), problem=f"{quoted(names)} not finite, and there is no good copy to go back to")
+        return True
+
+    def _trial(self, kept: KeptBatch) -> Trial:
+        usual, counts = self.controller.state.usual_loss, not self._flops
+        trial = Trial(self._module, self._plugin, kept, self._policy_with, usual, counts=counts)
+        if counts and trial.is_possible:
+            _, flops = ranks.first_found(trial.flops)
+            self._flops = flops or {}
+            self.controller.measured(self._flops)
+        return trial
+
+    def _take(self, decision: Decision | None, kept: KeptBatch, trial: Trial) -> None:
+        place = self._place(kept)
+        if (problem := ranks.first_told(trial.problem)) is not None:
+            self._report(place, problem=problem, passes=trial.passes)
+        if decision is None:
+            return
+        seen = self._statistics([name for name, _, _ in decision.moves], kept)
+        self.pending = decision.with_evidence(statistics=seen) if seen else decision
+        self._report(place, decision=self.pending, passes=trial.passes)
+
+    def _statistics(self, layers: Sequence[str], kept: KeptBatch) -> dict[str, Any]:
+        """What the moved layers lose in the formats that they are moved from."""
+        if not layers:
+            return {}
+        formats, found = PluginFormats(self._plugin), self._studied(layers, kept)
+        told: dict[str, Any] = {}
+        for name in layers:
+            if name in found.weights or name in found.gradients:
+                values = describe(name, found, formats.of(name))
+                told[name] = {key: values[key] for key in _TOLD}
+            if name in found.sqnr_db:
+                told.setdefault(name, {})["sqnr_db"] = found.sqnr_db[name]
+        return told
+
+    def _has_room(self, kept: KeptBatch, formats: Mapping[str, str]) -> bool:
+        """Whether outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
+        found = self._studied([], kept)
+        known = {name: format for name, format in formats.items() if name in found.outputs}
+        return found.is_any and all(headroom(found.outputs[name], known[name]) >= _ROOM_BITS for name in known)
+
+    def _studied(self, compared: Sequence[str], kept: KeptBatch) -> Findings:
+        names = tuple(name for name in compared if name)
+        wanted = Wanted(statistics=True, layers=names, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES)
+        state = RandomState(self._module.device)
+        if kept.random is not None:
+            kept.random.restore()
+        try:
+            return Study(self._module, PluginFormats(self._plugin), kept.batch, self._place(kept), wanted).findings()
+        finally:
+            state.restore()
+
+    def _place(self, kept: KeptBatch) -> dict[str, int]:
+        return {**self._now(), "batch_idx": kept.batch_idx}
+
+    def _now(self) -> dict[str, int]:
+        loop = self._trainer.fit_loop.epoch_loop
+        return {"step": self._trainer.global_step, "epoch": self._trainer.current_epoch, "batch_idx": loop.batch_idx}
+
+    # What is done
+
+    def carry_out(self) -> Decision | None:
+        """Brings what was decided into force, between steps; the decision, if there was one."""
+        decision, self.pending = self.pending, None
+        if decision is None:
+            return None
+        scale = self._plugin.scaler.get_scale() if decision.scale is None else decision.scale
+        if decision.restores and self._snapshots.step is not None:
+            self._snapshots.restore()
+        if decision.moves:
+            self._adopted = self._policy_with(self.controller.state.promoted)
+            self._plugin.set_policy(self._adopted, f"adaptive: {decision.reason}", decision.evidence)
+            self._adapt()
+        if self._plugin.scaler.is_active and scale != self._plugin.scaler.get_scale():
+            self._plugin.set_loss_scale(scale)
+        return decision
+
+    def withdraw(self) -> Decision:
+        """What was decided, if that is only advice; it is not carried out."""
+        decision, self.pending = self.pending, None
+        assert decision is not None
+        return decision
+
+    @property
+    def advised_policy(self) -> PrecisionPolicy | None:
+        """The policy with everything that was advised; None if nothing was."""
+        promoted = self.controller.state.promoted
+        return self._policy_with(promoted) if promoted and not self._acts else None
+
+    @property
+    def low_share(self) -> float:
+        """The share of the matrix products' flops in at most 16 bits, as the run computes; NaN before it is known."""
+        return self.controller.low_share() if self._acts else self.controller.low_share({})
+
+    def rebase(self, policy: PrecisionPolicy, reason: str) -> None:
+        """Another policy to start from; promotions that are wider than it are kept.
+
+        Args:
+            policy: The policy, without what was promoted.
+            reason: Goes into the history.
+        """
+        self._base = policy
+        self.controller.rebase(self._base_formats())
+        self._adopted = self._policy_with(self.controller.state.promoted if self._acts else {})
+        if self._adopted is not self._plugin.policy:
+            self._plugin.set_policy(self._adopted, reason)
+        self._adapt()
+
+    @property
+    def base(self) -> PrecisionPolicy:
+        """The policy without what was promoted."""
+        self._take_over_change()
+        return self._base
+
+    def _policy_with(self, promoted: Mapping[str, str]) -> PrecisionPolicy:
+        if not promoted:
+            return self._base
+        edits = {literal(name): self._edit(name, value) for name, value in promoted.items()}
+        return self._base.amend(edits, self._module)
+
+    def _edit(self, name: str, value: str) -> dict[str, Any]:
+        edit: dict[str, Any] = dict(parse_value(value))
+        if self._outputs[name] is not None:
+            edit.pop("output", None)  # the user's word on it holds
+        return {**edit, "recurse": False} if self._heights[name] or not name else edit
+
+
+def heights(sites: Sequence[Site]) -> dict[str, int]:
+    """How many layers deep each site is on its longest side; a shared layer that holds itself counts once."""
+    known: dict[str, int] = {}
+
+    def height(site: Site, above: frozenset[str]) -> int:
+        if site.name not in known:
+            inside = [child for child in site.children if child.name not in above]
+            known[site.name] = max((1 + height(child, above | {site.name}) for child in inside), default=0)
+        return known[site.name]
+
+    for site in sites:
+        height(site, frozenset())
+    return known
+
+
+def suspects(found: Found) -> list[str]:
+    """The layer that a diagnosis accuses, and those around it, the nearest first."""
+    name = found.diagnosis.layer or ""
+    names = [name]
+    while name:
+        name = name.rpartition(".")[0]
+        names.append(name)
+    return names

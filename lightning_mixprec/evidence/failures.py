@@ -1,0 +1,175 @@
+"""That an optimizer step failed: noticed at the right moment, and looked for in the batches that led to it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_mixprec import ranks
+from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.evidence.diagnosis import Diagnosis, Judge
+from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome, RandomUse, received
+from lightning_mixprec.evidence.replay import StepReplay
+from lightning_mixprec.evidence.run_formats import RunFormats
+
+OnStep = Callable[[Evidence, Outcome], None]
+
+
+class FailureWatch:
+    """Learns how optimizer steps went without waiting for the device; a callback hands on its hooks.
+
+    On the CPU the outcome is read before an optimizer steps, if it is known by then, else after. On a device it is sent
+    to the host when the batch ends and read when the next step is about to be taken, so no gap is left in its work. In
+    manual optimization all outcomes come after the batch's steps were taken.
+
+    Args:
+        formats: The formats of the run.
+        device: The device of the run.
+        is_automatic: Whether Lightning calls the optimizer.
+        on_failure: Called for a step that is to be explained. In automatic optimization its weights and formats are
+            still in place, except for weights that a step which is not guarded has already lost on a device.
+        on_outcome: Called once for every batch with optimizer steps, after ``on_failure``.
+    """
+
+    def __init__(
+        self,
+        formats: RunFormats,
+        device: torch.device,
+        is_automatic: bool,
+        on_failure: OnStep,
+        on_outcome: OnStep,
+    ) -> None:
+        self._formats, self._device, self._is_automatic = formats, device, is_automatic
+        self._on_failure, self._on_outcome = on_failure, on_outcome
+        self._random_use = RandomUse(device)
+        self._evidence: Evidence | None = None
+        self._outcome: Outcome | None = None
+        self._late: tuple[Evidence, Transfer] | None = None
+
+    @property
+    def is_in_window(self) -> bool:
+        """Whether batches were kept since the last optimizer step."""
+        return self._evidence is not None
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Keeps a batch for the window of the next optimizer step."""
+        if self._evidence is None:
+            self._evidence = Evidence(self._formats, self._device, self._is_automatic)
+        self._evidence.add_batch(batch, batch_idx, self._random_use.begin())
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Notes a loss that goes backward."""
+        if self._evidence is not None:
+            self._evidence.add_loss(loss)
+
+    def before_step(self, optimizer: Optimizer, step: int) -> None:
+        """Notes that an optimizer is about to step.
+
+        Args:
+            optimizer: The optimizer.
+            step: Optimizer steps taken so far.
+        """
+        evidence = self._evidence
+        if evidence is None:
+            return
+        evidence.add_step(optimizer, step)
+        if not self._is_automatic:
+            return
+        # The device has this step's work by now: waiting for the last one's outcome leaves it no gap.
+        self.settle()
+        is_explained = self._outcome is not None and self._outcome.is_bad  # an optimizer may evaluate more than once
+        if evidence.is_known_before_step and not is_explained:
+            self._outcome = evidence.read()
+            self._explain(evidence, self._outcome)
+
+    def end_batch(self, settles: Callable[[], bool]) -> None:
+        """Closes the window if an optimizer stepped in it.
+
+        Args:
+            settles: Whether to wait for the outcome, because modules and formats will be others when the next step is
+                taken; asked only of an outcome that has to be waited for.
+        """
+        self._random_use.end()
+        evidence, outcome = self._evidence, self._outcome
+        if evidence is None or not evidence.steps:
+            return
+        self._evidence = self._outcome = None
+        self.settle()
+        if outcome is not None:
+            self._on_outcome(evidence, outcome)
+        elif evidence.is_late:
+            self._late = evidence, evidence.send()
+            if settles():
+                self.settle()
+        else:
+            self._take_in(evidence, evidence.read())
+
+    def settle(self) -> None:
+        """Takes in the outcome that is still on its way."""
+        if self._late is not None:
+            (evidence, transfer), self._late = self._late, None
+            outcome = received(transfer)
+            if ranks.are_many() and evidence.formats.is_guarded and outcome.skipped:
+                outcome = outcome._replace(loss_is_bad=ranks.is_any(outcome.loss_is_bad, self._device))
+            self._take_in(evidence, outcome)
+
+    def abandon(self) -> None:
+        """Lets go of all batches, after an exception: what is still on its way can be counted, not replayed."""
+        self._evidence = self._outcome = None
+        if self._late is not None:
+            self._late[0].batches.clear()
+
+    def _take_in(self, evidence: Evidence, outcome: Outcome) -> None:
+        self._explain(evidence, outcome)
+        self._on_outcome(evidence, outcome)
+
+    def _explain(self, evidence: Evidence, outcome: Outcome) -> None:
+        if outcome.is_bad:
+            self._on_failure(evidence, outcome)
+
+
+class Found(NamedTuple):
+    """Why a step failed: the rank that says so, the batch it says it of, and what it says."""
+
+    rank: int
+    kept: KeptBatch
+    diagnosis: Diagnosis
+
+
+class Problem(NamedTuple):
+    """Why a batch could not be replayed, on some rank."""
+
+    batch_idx: int
+    message: str
+
+
+def diagnosed(replay: StepReplay, evidence: Evidence, scale: float) -> tuple[Found | None, list[Problem]]:
+    """Looks for the latest batch that a layer, the data or the model spoiled; else for one that the scale did.
+
+    All ranks have to look together. They find the same.
+
+    Args:
+        replay: How to replay a batch.
+        evidence: The batches of the failed step.
+        scale: The loss scale of the step.
+    """
+    found: Found | None = None
+    problems: list[Problem] = []
+    for kept in reversed(evidence.batches):
+        judge = Judge(replay, kept.batch, kept.batch_idx, scale, kept.random)
+        if found is not None and judge.is_finite_at(found.diagnosis.smaller_scale or scale):
+            continue
+        rank, diagnosis = ranks.first_found(judge.judge())
+        if judge.problem is not None:
+            problems.append(Problem(kept.batch_idx, judge.problem))
+        if diagnosis is not None and (found is None or diagnosis.verdict != "scale"):
+            found = Found(rank, kept, diagnosis)
+            if diagnosis.verdict != "scale":
+                break
+    return found, [
+        problem._replace(message=ranks.told_by(rank, problem.message))
+        for rank, each in enumerate(ranks.all_values(problems))
+        for problem in each
+    ]

@@ -1,0 +1,203 @@
+"""Replays a training step to find the operation that first made a finite number infinite or NaN."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mixprec.evidence.instruments.current_layer import Direction, Running
+from lightning_mixprec.evidence.instruments.origins import find_origin, is_given
+from lightning_mixprec.evidence.instruments.recording import CAST, Call, Recorder, Value
+from lightning_mixprec.numerics.formats import format_of
+
+_FRAMES_AFTER = 4
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One operation that ran.
+
+    Attributes:
+        layer: the innermost module that ran it, by its canonical name.
+        direction: in which pass.
+        op: its name in ATen (``"addmm"``); a cast is ``"_to_copy"``.
+        format: the format of what it made, the dtype's name where that is none.
+        amin: the smallest finite magnitude it made, 0 if there is none.
+        amax: the largest.
+        infs: whether it made infinities.
+        nans: whether it made NaNs.
+    """
+
+    layer: str
+    direction: Direction
+    op: str
+    format: str
+    amin: float
+    amax: float
+    infs: bool
+    nans: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where non-finite numbers entered a step.
+
+    Attributes:
+        layer: the innermost module that ran the operation, ``""`` for the root and what is outside of it.
+        direction: in which pass.
+        op: the operation's name in ATen.
+        format: the format of what it made.
+        input_amax: the largest finite magnitude among its inputs; for a cast, the number that did not fit.
+        occurrence: how many operations of this layer, direction and name ran before it; casts come and go with the
+            format, so this finds the same operation in another format's trace unless it is a cast itself.
+        reader: the layer of the first operation that read what it made, None if none did. A gradient that is cast goes
+            to the layer whose output was cast in forward: that layer's format is what the gradient has to fit.
+        is_leaf: whether the operation is not at fault: a number it was given (a weight, buffer or batch, or an argument
+            like ``-inf``) was not finite.
+        frames: the last operations up to and including it, and a few that follow.
+    """
+
+    layer: str
+    direction: Direction
+    op: str
+    format: str
+    input_amax: float
+    occurrence: int
+    reader: str | None
+    is_leaf: bool
+    frames: tuple[Frame, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return {**dataclasses.asdict(self), "frames": [frame.to_dict() for frame in self.frames]}
+
+
+class Trace:
+    """Watches every operation of a step, forward and backward, and then says where it went wrong.
+
+    Values and gradients are what they are without it, and it keeps none of the model's tensors. It reads from the
+    device only once it is asked. Backward runs in the thread that calls it.
+
+    Args:
+        model: the model; modules are named canonically, wrappers are looked through.
+        keep_frames: how many operations, the faulty one included, an origin shows.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Softmax(-1)).half()
+    >>> _ = nn.init.constant_(model[0].weight, 400.0)
+    >>> with Trace(model) as trace:
+    ...     loss = model(torch.full((1, 2), 300.0).half()).sum()
+    >>> origin = trace.origin([loss])
+    >>> origin.layer, origin.direction, origin.op, origin.format, origin.input_amax
+    ('0', 'forward', 'addmm', 'fp16', 400.0)
+    """
+
+    def __init__(self, model: nn.Module, keep_frames: int = 24) -> None:
+        self._running = Running(model)
+        self._recorder = Recorder(self._running)
+        self._keep_frames = keep_frames
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Trace":
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._running.detach)
+            self._running.attach()
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(self._recorder)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, traceback)
+
+    def origin(self, targets: Sequence[Tensor]) -> Origin | None:
+        """Where the non-finite numbers in the results come from, None if they are all finite.
+
+        Args:
+            targets: losses, gradients or any other results of what ran, still alive.
+        """
+        with self._recorder.paused():
+            ends = self._recorder.sources(targets)
+        values = self._recorder.settle()
+        found = find_origin(values, ends)
+        return None if found is None else self._describe(found, values)
+
+    def amax_of(self, layer: str, direction: Direction, op: str, occurrence: int) -> float | None:
+        """The largest finite magnitude that an operation of an :class:`Origin` made here, None if it did not run.
+
+        In an fp32 trace of the same step it is the number that overflowed. Casts are not looked up.
+        """
+        values = self._recorder.settle()
+        same = [call for call in self._recorder.calls if _key(call) == (layer, direction, op)]
+        if op == CAST or occurrence >= len(same):
+            return None
+        return max(values[place].amax for place in same[occurrence].outputs)
+
+    def forward_amax(self) -> float:
+        """The largest finite magnitude that any operation made in forward, 0 if there was none."""
+        return max(self.layer_amax("forward").values(), default=0.0)
+
+    def backward_amax(self) -> float:
+        """The largest finite magnitude that any operation made in backward, 0 if there was none."""
+        return max(self.layer_amax("backward").values(), default=0.0)
+
+    def layer_amax(self, direction: Direction) -> dict[str, float]:
+        """The largest finite magnitude that each layer's own operations made."""
+        amax: dict[str, float] = {}
+        for value in self._recorder.settle():
+            if value.call is not None and value.call.direction == direction:
+                amax[value.call.layer] = max(amax.get(value.call.layer, 0.0), value.amax)
+        return amax
+
+    def _describe(self, found: int, values: Sequence[Value]) -> Origin:
+        origin, calls = values[found], self._recorder.calls
+        call = origin.call or _first_reader(found, values, calls)
+        if call is None:
+            return Origin("", "forward", "", _format(origin), origin.amax, 0, None, True, ())
+        first = max(call.index + 1 - self._keep_frames, 0)
+        shown = calls[first : call.index + 1 + _FRAMES_AFTER]
+        return Origin(
+            *_key(call),
+            format=_format(origin),
+            input_amax=max((values[place].amax for place in call.inputs), default=0.0),
+            occurrence=sum(_key(each) == _key(call) for each in calls[: call.index]),
+            reader=reader.layer if (reader := _first_reader(found, values, calls)) is not None else None,
+            is_leaf=is_given(origin),
+            frames=tuple(_frame(each, values) for each in shown),
+        )
+
+
+def _key(call: Call) -> tuple[str, Direction, str]:
+    return call.layer, call.direction, call.op
+
+
+def _first_reader(found: int, values: Sequence[Value], calls: Iterable[Call]) -> Call | None:
+    """The first operation that read a value, or a part of it."""
+    ways = {found, *(place for place, value in enumerate(values) if value.call is None and found in value.inputs)}
+    return next((call for call in calls if not ways.isdisjoint(call.inputs)), None)
+
+
+def _frame(call: Call, values: Sequence[Value]) -> Frame:
+    made = [values[place] for place in call.outputs]
+    return Frame(
+        *_key(call),
+        format=_format(made[0]),
+        amin=min(value.amin for value in made),
+        amax=max(value.amax for value in made),
+        infs=any(value.infs for value in made),
+        nans=any(value.nans for value in made),
+    )
+
+
+def _format(value: Value) -> str:
+    return format_of(value.dtype) or str(value.dtype).removeprefix("torch.")

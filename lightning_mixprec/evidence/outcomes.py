@@ -1,0 +1,183 @@
+"""What a step tells about itself without being asked twice: its losses, its flag of non-finite gradients, its scale."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_mixprec import ranks
+from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.evidence.instruments.sandbox import RandomState
+from lightning_mixprec.evidence.run_formats import RunFormats
+from lightning_mixprec.optim.gradients import scalar
+
+MOST_BATCHES = 8
+_FIRST_LOOKS, _LOOKS_EVERY = 8, 64
+
+
+class KeptBatch(NamedTuple):
+    """A batch and what is needed to replay it: its index, and the random numbers unless the step uses none."""
+
+    batch: Any
+    batch_idx: int
+    random: RandomState | None
+
+
+class RandomUse:
+    """Records the random numbers that steps begin with, as long as steps use any.
+
+    The first eight steps and every 64th are looked at. Recording costs more than all else that is kept of a step.
+
+    Args:
+        device: The device of the run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._steps = self._without = 0
+        self._looked_at: RandomState | None = None
+
+    def begin(self) -> RandomState | None:
+        """The random numbers that a step begins with; None if steps use none."""
+        looks = self._steps < _FIRST_LOOKS or self._steps % _LOOKS_EVERY == 0
+        self._steps += 1
+        if not looks and self._without >= _FIRST_LOOKS:
+            return None
+        state = RandomState(self._device, others=False)
+        self._looked_at = state if looks else None
+        return state
+
+    def end(self) -> None:
+        """Looks whether the step used any."""
+        if self._looked_at is not None:
+            used_none = self._looked_at.is_same(RandomState(self._device, others=False))
+            self._without = self._without + 1 if used_none else 0
+            self._looked_at = None
+
+
+class Outcome(NamedTuple):
+    """How a step went.
+
+    Attributes:
+        loss_is_bad: Whether a loss was not finite.
+        skipped: How many optimizer steps were skipped.
+        scale: The loss scale of the step.
+    """
+
+    loss_is_bad: bool
+    skipped: int
+    scale: float
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether there is something to be explained."""
+        return self.loss_is_bad or self.skipped > 0
+
+
+@dataclass
+class Evidence:
+    """What is collected between two optimizer steps: up to eight batches, and what decides whether the step failed.
+
+    Attributes:
+        formats: The formats of the run.
+        device: The device of the run.
+        is_automatic: Whether an optimizer steps once, however often it evaluates the loss.
+        batches: The batches, the latest last.
+        step: Optimizer steps taken before.
+        steps: Optimizer steps tried.
+    """
+
+    formats: RunFormats
+    device: torch.device
+    is_automatic: bool
+    batches: list[KeptBatch] = field(default_factory=list)
+    step: int = 0
+    steps: int = 0
+    _losses: list[Tensor] = field(default_factory=list)
+    _flags: list[Tensor] = field(default_factory=list)
+    _scale: float | Tensor = 1.0
+    _flag_comes_later: bool = False
+
+    def add_batch(self, batch: Any, batch_idx: int, random: RandomState | None) -> None:
+        """Keeps a batch, and the random numbers that its step begins with."""
+        self.batches = [*self.batches, KeptBatch(_rebuilt(batch), batch_idx, random)][-MOST_BATCHES:]
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Notes a loss that goes backward."""
+        kept = loss.detach()
+        self._losses.append(kept.clone() if self.is_late else kept)  # CUDA graphs write the next one to the same place
+
+    def add_step(self, optimizer: Optimizer, step: int) -> None:
+        """Notes the flag of non-finite gradients of an optimizer that is about to step, and the scale.
+
+        Args:
+            optimizer: The optimizer.
+            step: Optimizer steps taken so far.
+        """
+        if not self.steps:
+            scale = self.formats.scale
+            self.step, self._scale = step, scale.clone() if isinstance(scale, Tensor) else scale
+        self.steps = 1 if self.is_automatic else self.steps + 1
+        flag = self.formats.found_inf(optimizer)
+        if flag is not None:
+            self._flags.append(flag)
+        else:
+            self._flag_comes_later = self.formats.is_guarded
+
+    @property
+    def is_known_before_step(self) -> bool:
+        """Whether the outcome can be read before the optimizer steps, without waiting for a device."""
+        return not self.is_late and not self._flag_comes_later
+
+    @property
+    def is_late(self) -> bool:
+        """Whether reading the outcome would wait for a device."""
+        return self.device.type != "cpu"
+
+    def read(self) -> Outcome:
+        """The outcome, where nothing has to be waited for."""
+        loss_is_bad = any(not math.isfinite(loss.item()) for loss in self._losses)
+        skipped = sum(flag.item() > 0 for flag in self._flags)
+        skipped = min(max(skipped, int(self._scale_fell())), self.steps)
+        # Where steps are guarded all ranks skip together; a loss on one rank is no reason to act without the others.
+        asks = skipped > 0 or not self.formats.is_guarded
+        if (asks or loss_is_bad) and ranks.are_many():
+            loss_is_bad = asks and ranks.is_any(loss_is_bad, self.device)
+        return Outcome(loss_is_bad, skipped, float(self._scale))
+
+    def send(self) -> Transfer:
+        """The outcome on its way to the host, for :func:`received`."""
+        zero = scalar(0.0, self.device)
+        losses = torch.stack([zero, *(loss.float().sum() for loss in self._losses)]).sum()
+        loss_is_bad = (~torch.isfinite(losses)).to(zero)
+        if ranks.are_many() and not self.formats.is_guarded:
+            ranks.take_largest([loss_is_bad])
+        skipped = torch.stack([zero, *((flag > 0).to(zero) for flag in self._flags)]).sum()
+        fell = self._scale_fell()
+        if isinstance(fell, Tensor):
+            skipped = torch.maximum(skipped, fell.to(zero)).clamp(max=self.steps)
+        scale = self._scale.to(zero) if isinstance(self._scale, Tensor) else scalar(self._scale, self.device)
+        return Transfer([torch.stack([loss_is_bad, skipped, scale])])
+
+    def _scale_fell(self) -> bool | Tensor:
+        """Whether a stock scaler whose flag cannot be read has lowered its scale since."""
+        if not self._flag_comes_later:
+            return False
+        now = self.formats.scale
+        return now < self._scale if isinstance(now, Tensor) else False
+
+
+def received(transfer: Transfer) -> Outcome:
+    """The outcome that :meth:`Evidence.send` sent. Waits until it has arrived."""
+    loss_is_bad, skipped, scale = transfer.get()[0].tolist()
+    return Outcome(loss_is_bad > 0, int(skipped), scale)
+
+
+def _rebuilt(batch: Any) -> Any:
+    """The batch in containers of its own: a step that takes something out of it takes it out of its own."""
+    if type(batch) in (list, tuple):
+        return type(batch)(map(_rebuilt, batch))
+    return {key: _rebuilt(value) for key, value in batch.items()} if type(batch) is dict else batch

@@ -1,0 +1,66 @@
+"""Files that hold the batch of a failed step, to replay it by hand."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils._pytree import tree_map
+
+from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.evidence.instruments.sandbox import RandomState
+from lightning_mixprec.evidence.outcomes import KeptBatch
+
+
+class Saved(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        kept: The batch, its index and torch's random numbers if the step used any.
+        loss_scale: The loss scale of the step.
+        policy: The policy that was in force, as a mapping or a format's name.
+    """
+
+    kept: KeptBatch
+    loss_scale: float
+    policy: Any
+
+
+def save_batch(path: Path, kept: KeptBatch, event: dict[str, Any], policy: Any) -> Path | None:
+    """Writes a batch and what else :class:`Saved` tells, and the event; None, and a warning, if that fails."""
+    random = None if kept.random is None else kept.random.to_dict()
+    content = {"batch": kept.batch, "batch_idx": kept.batch_idx, "random": random, "event": event, "policy": policy}
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, partial)
+        partial.replace(path)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        rank_zero_warn(f"the batch could not be saved to {path} ({type(error).__name__}: {error}).")
+        return None
+    return path
+
+
+def load_batch(path: str | Path, device: torch.device) -> Saved:
+    """Reads :func:`save_batch`.
+
+    Raises:
+        MixPrecError: The file is none of these, or its batch holds objects that torch does not load from files.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        saved = content["random"]
+        random = None if saved is None else RandomState.from_dict(tree_map(_on_cpu, saved), device)
+        kept = KeptBatch(content["batch"], content["batch_idx"], random)
+        return Saved(kept, content["event"]["loss_scale"], content["policy"])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise MixPrecError(
+            f"{str(path)!r} cannot be read as a saved batch ({reason}); if it holds a batch class of your own, pass "
+            "torch.load(path, weights_only=False)['batch'] instead."
+        ) from error
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,337 @@
+"""What is observed of a running step is what hooks of one's own would see, and observing changes nothing."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mixprec.evidence.instruments.probe import (
+    CallRecorder,
+    Observer,
+    agreement,
+    layers_of,
+    own_parameters,
+    shadow,
+    weight_gradients,
+    widened,
+)
+from lightning_mixprec.numerics.fidelity import cosine_of
+from lightning_mixprec.numerics.stats import histogram
+
+CPU = torch.device("cpu")
+
+
+def rows(observed, layers):
+    return {name: observed.select(row) for row, name in enumerate(layers) if observed.elements[row] > 0}
+
+
+def observe(model, step, max_elements=None):
+    layers = layers_of(model)
+    with Observer(layers, max_elements) as observer:
+        step()
+    return rows(observer.outputs(), layers), rows(observer.gradients(), layers)
+
+
+def same(one, other):
+    return torch.equal(one.counts, other.counts) and one.zeros == other.zeros and one.amax == other.amax
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+# Outputs and gradients
+
+
+def test_outputs_and_the_gradients_that_arrive_at_them_are_seen():
+    model, x = mlp(), torch.randn(16, 6)
+    outputs, gradients = observe(model, lambda: model(x).square().sum().backward())
+    values, h = {}, x
+    for name, layer in copy.deepcopy(model).named_children():
+        h = layer(h)
+        h.retain_grad()
+        values[name] = h
+    h.square().sum().backward()
+    assert outputs.keys() == gradients.keys() == values.keys()
+    for name, value in values.items():
+        assert same(outputs[name], histogram(value))
+        assert same(gradients[name], histogram(value.grad))
+
+
+def test_a_sample_of_the_elements_has_the_largest_of_all():
+    model, x = nn.Linear(6, 512), torch.randn(64, 6)
+    outputs, gradients = observe(model, lambda: model(x).pow(3).sum().backward(), max_elements=100)
+    assert outputs[""].counted <= 100
+    assert outputs[""].amax == pytest.approx(model(x).abs().max().item())
+    assert gradients[""].amax == pytest.approx((3 * model(x).square()).max().item(), rel=1e-5)
+
+
+def test_nothing_is_left_on_the_modules_after_an_error_either():
+    model = mlp()
+    with pytest.raises(ZeroDivisionError), Observer(layers_of(model), None):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), CallRecorder(layers_of(model), CPU, 10**6):
+        raise ZeroDivisionError
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_observing_changes_no_gradient_by_a_bit():
+    model, x = (
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(8, 2)),
+        torch.randn(9, 6),
+    )
+    state, results = torch.get_rng_state(), []
+    for layers in ({}, layers_of(model)):
+        torch.set_rng_state(state)
+        model.zero_grad()
+        with Observer(layers, None):
+            model(x).square().sum().backward()
+        results.append([param.grad.clone() for param in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_a_container_hands_on_is_the_inner_layers_alone():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    class Adds(Own):
+        def forward(self, x):
+            return self.inner(x) + x
+
+    for kind, seen in ((Own, {"inner"}), (Adds, {"inner", ""})):
+        model, x = kind(), torch.randn(4, 6)
+        assert observe(model, lambda model=model, x=x: model(x).sum().backward())[0].keys() == seen
+
+
+def test_a_layer_that_writes_to_its_input_has_an_output_of_its_own():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)), torch.randn(16, 6)
+    outputs, gradients = observe(model, lambda: model(x).sum().backward())
+    hidden = model[0](x)
+    assert outputs.keys() == {"0", "1", "2"}
+    assert same(outputs["0"], histogram(hidden))
+    assert same(outputs["1"], histogram(hidden.relu()))
+    after = torch.ones(16, 2) @ model[2].weight
+    assert gradients["1"].amax == pytest.approx(after.abs().max().item())
+    assert gradients["0"].zeros == (hidden < 0).sum()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpointed_layer_is_seen_once(use_reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=use_reentrant)
+
+    model, x = Checkpointed(), torch.randn(4, 6, requires_grad=True)
+    outputs, gradients = observe(model, lambda: model(x).square().sum().backward())
+    plain, plain_gradients = observe(model.inner, lambda: model.inner(x).square().sum().backward())
+    assert outputs["inner.0"].counted == gradients["inner.0"].counted == 24
+    assert same(outputs["inner.0"], plain["0"])
+    assert same(gradients["inner.0"], plain_gradients["0"])
+
+
+def test_calls_of_a_shared_layer_are_added_up():
+    layer = nn.Linear(6, 6)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(4, 6)
+    outputs, gradients = observe(model, lambda: model(x).sum().backward())
+    assert outputs["0"].counted == gradients["0"].counted == 48
+    assert "2" not in outputs
+
+
+def test_outputs_that_are_no_floats_or_need_no_gradient_are_no_problem():
+    class Mixed(nn.Module):
+        def forward(self, x):
+            return {"index": x.argmax(-1), "none": None, "pair": (x.detach() * 2, [x * 3])}
+
+    class Teaches(nn.Module):
+        @torch.inference_mode()
+        def forward(self, x):
+            return x * 2
+
+    model, x = nn.ModuleDict({"mixed": Mixed(), "teacher": Teaches()}), torch.randn(4, 6, requires_grad=True)
+    outputs, gradients = observe(model, lambda: (model["teacher"](x), model["mixed"](x)["pair"][1][0].sum().backward()))
+    assert outputs["mixed"].counted == 48
+    assert outputs["teacher"].counted == 24
+    assert gradients["mixed"].counted == 24
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_script_modules_are_a_part_of_what_contains_them():
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor):
+            return x * 2
+
+    model, x = nn.Sequential(nn.Linear(6, 6), torch.jit.script(Scaled())), torch.randn(4, 6)
+    outputs, _ = observe(model, lambda: model(x).sum().backward())
+    assert "0" in outputs
+    with CallRecorder(layers_of(model), CPU, 10**6) as recorder:
+        model(x)
+    assert recorder.calls.keys() == {"", "0"}
+
+
+# Calls, computed again
+
+
+def recorded(model, x, names=None, max_bytes=10**6, dtype=torch.float16):
+    layers = {name: module for name, module in layers_of(model).items() if names is None or name in names}
+    with CallRecorder(layers, CPU, max_bytes) as recorder, torch.autocast("cpu", dtype):
+        model(x)
+    return recorder
+
+
+def test_a_call_computed_again_in_the_same_format_is_the_same():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.LayerNorm(8))
+    calls = recorded(model, torch.randn(4, 6)).calls
+    with torch.autocast("cpu", torch.float16):
+        assert all(shadow(call)[1] == 0 for name, call in calls.items() if name in ("1", "2"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_call_computed_again_in_fp32_differs_by_the_rounding(dtype):
+    model, x = nn.Sequential(nn.Linear(6, 64)), torch.randn(64, 6)
+    signal, noise = shadow(recorded(model, x, ["0"], dtype=dtype).calls["0"]).tolist()
+    with torch.autocast("cpu", dtype):
+        low = model(x).double()
+    exact = model(x).double()
+    assert signal == pytest.approx(exact.square().sum().item())
+    assert noise == pytest.approx((exact - low).square().sum().item())
+    assert 10 * math.log10(signal / noise) > 45
+
+
+def test_computing_again_leaves_no_trace():
+    model, x = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)), torch.randn(16, 6)
+    calls = recorded(model, x).calls
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    for call in calls.values():
+        shadow(call)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_written_to_after_a_call_is_recorded_as_it_was():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x):
+            y = self.inner(x)
+            x.zero_()
+            y.detach().zero_()
+            return y
+
+    model, x = Writes(), torch.randn(4, 6)
+    expected = model.inner(x)
+    call = recorded(model, x, ["inner"], dtype=torch.bfloat16).calls["inner"]
+    assert call.output[0].float().allclose(expected, atol=0.05)
+    signal, noise = shadow(call).tolist()
+    assert signal == pytest.approx(expected.double().square().sum().item(), rel=1e-4)
+    assert noise < 1e-3 * signal
+
+
+def test_only_the_first_call_is_recorded_and_keywords_are_kept():
+    class Scales(nn.Module):
+        def forward(self, x, *, by):
+            return x * by["factor"]
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Scales()
+
+        def forward(self, x):
+            return self.inner(self.inner(x, by={"factor": torch.tensor(2.0)}), by={"factor": torch.tensor(3.0)})
+
+    call = recorded(Twice(), torch.ones(2, 2), ["inner"]).calls["inner"]
+    assert call.output[0].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert shadow(call).tolist() == [16.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "kept"), [(10**6, {"0", "1"}), (4 * 6 * 4 + 4 * 8 * 2, {"0"}), (4 * 6 * 4, set()), (1, set())]
+)
+def test_memory_for_calls_is_bounded_and_what_does_not_fit_is_told(max_bytes, kept):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+    recorder = recorded(model, torch.randn(4, 6), ["0", "1"], max_bytes)
+    assert recorder.calls.keys() == kept
+    assert {*recorder.too_large} == {"0", "1"} - kept
+    used = sum(t.nbytes for call in recorder.calls.values() for t in (*call.args, *call.output))
+    assert used <= max_bytes
+
+
+def test_16_bits_become_wide_and_nothing_else_changes():
+    value = {"a": [torch.ones(2, dtype=torch.float16)], "b": torch.ones(1, dtype=torch.float64), "c": torch.arange(2)}
+    wide = widened(value)
+    assert (wide["a"][0].dtype, wide["b"].dtype, wide["c"].dtype) == (torch.float32, torch.float64, torch.int64)
+    assert widened((torch.ones(1), "x"))[1] == "x"
+
+
+# Gradients of two runs
+
+
+def test_weights_belong_to_the_module_that_holds_them_and_shared_ones_to_the_first():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model[1][0].weight = model[0].weight
+    model.scale = nn.Parameter(torch.ones(1))
+    assert own_parameters(model, layers_of(model)) == {
+        "": ["scale"],
+        "0": ["0.weight", "0.bias"],
+        "1": [],
+        "1.0": ["1.0.bias"],
+        "1.1": ["1.1.weight", "1.1.bias"],
+    }
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_agreement_is_the_cosine_of_each_layers_gradients(is_sparse):
+    owned = {"a": ["a.weight", "a.bias"], "b": ["b.weight"], "c": ["c.weight"], "d": []}
+    low = {"a.weight": torch.randn(3, 2), "a.bias": torch.randn(3), "b.weight": torch.randn(2)}
+    other = {name: value + torch.randn_like(value) for name, value in low.items()} | {"c.weight": torch.ones(1)}
+    given = {name: value.to_sparse() if is_sparse and value.dim() > 1 else value for name, value in low.items()}
+    parts = agreement(owned, given, other)
+    expected = nn.functional.cosine_similarity(
+        torch.cat([low["a.weight"].flatten(), low["a.bias"]]),
+        torch.cat([other["a.weight"].flatten(), other["a.bias"]]),
+        dim=0,
+    )
+    assert cosine_of(parts)[0].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert parts[2:].tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_statistics_of_weight_gradients_are_by_layer():
+    owned = {"a": ["a.weight", "a.bias"], "b": ["b.weight"], "c": []}
+    gradients = {"a.weight": torch.tensor([[1.0, 0.0]]), "a.bias": torch.tensor([4.0])}
+    seen = weight_gradients(owned, gradients, None)
+    assert seen.counted.tolist() == [3, 0, 0]
+    assert seen.zeros.tolist() == [1, 0, 0]
+    assert seen.amax.tolist() == [4, 0, 0]
+
+
+@pytest.mark.gpu
+def test_observing_on_cuda_waits_for_nothing():
+    model, x = mlp().cuda(), torch.randn(16, 6, device="cuda")
+    layers = layers_of(model)
+    model(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with Observer(layers, 64) as observer, CallRecorder(layers, torch.device("cuda"), 10**6) as recorder:
+            model(x).square().sum().backward()
+        seen = observer.outputs(), observer.gradients()
+        energies = [shadow(call) for call in recorder.calls.values()]
+        parts = agreement(own_parameters(model, layers), *[{n: p.grad for n, p in model.named_parameters()}] * 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert seen[0].elements.sum() == seen[1].elements.sum() > 0
+    assert all(energy[1] < 1e-6 * energy[0] for energy in energies)
+    assert all(cosine == pytest.approx(1) for cosine in cosine_of(parts[parts[:, 2] > 0]).tolist())
