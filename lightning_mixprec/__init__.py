@@ -21,8 +21,8 @@ from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.by_hand import diagnose
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
 from lightning_mixprec.optim.options import LossScaling
-from lightning_mixprec.plugin import PerLayerPrecision
-from lightning_mixprec.plugin_fsdp import PerLayerFSDPPrecision
+from lightning_mixprec.plugin.fsdp import PerLayerFSDPPrecision
+from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 
-from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin.precision import PerLayerPrecision
 
 INF = math.inf
 SGD = partial(torch.optim.SGD, lr=1.0)

@@ -73,8 +73,6 @@ def layer_of(path):
     if path.startswith("evidence/instruments/"):
         return "evidence/instruments"
     first = path.partition("/")[0].removesuffix(".py")
-    if "/" not in path and first.startswith("plugin"):
-        return "plugin"
     return first if first in MAY_IMPORT else None
 
 
@@ -222,7 +220,7 @@ def test_the_examples_stay_small():
 
 
 GOOD = {
-    "__init__.py": "from lightning_mixprec.plugin import A\nfrom lightning_mixprec.policy.rules import Rule",
+    "__init__.py": "from lightning_mixprec.plugin.precision import A\nfrom lightning_mixprec.policy.rules import Rule",
     "errors.py": "class MixPrecError(ValueError): ...",
     "numerics/__init__.py": "",
     "numerics/formats.py": "import math\nimport torch\nfrom lightning_mixprec.errors import MixPrecError",
@@ -231,9 +229,9 @@ GOOD = {
     "policy/table.py": "def show():\n    import rich.table",
     "engine/apply.py": "from lightning_mixprec.policy.rules import Rule",
     "engine/backends/native.py": "from lightning_mixprec.errors import MixPrecError",
-    "plugin.py": "import lightning.pytorch as pl\nfrom lightning_mixprec.plugin_steps import A",
-    "plugin_steps.py": "from lightning_mixprec.engine.apply import attach\nA = 1",
-    "callbacks/overflow.py": "from lightning import Callback\nfrom lightning_mixprec.plugin import A",
+    "plugin/precision.py": "import lightning.pytorch as pl\nfrom lightning_mixprec.plugin.steps import A",
+    "plugin/steps.py": "from lightning_mixprec.engine.apply import attach\nA = 1",
+    "callbacks/overflow.py": "from lightning import Callback\nfrom lightning_mixprec.plugin.precision import A",
     "report.py": "from lightning_mixprec.policy.rules import Rule\ndef write():\n    import jinja2",
     "cli.py": "from lightning_mixprec.report import write\nfrom lightning_mixprec.callbacks import overflow",
 }
@@ -265,15 +263,19 @@ PLANTED = [
     ("numerics/a.py", "def f():\n    import lightning_mixprec.engine.apply", "a.py:2: numerics must not import engine"),
     ("policy/a.py", "from lightning_mixprec.engine.apply import attach", "policy must not import engine"),
     ("policy/a.py", "from lightning_mixprec import Rule", "policy must not import __init__"),
-    ("engine/a.py", "from lightning_mixprec.plugin import A", "engine must not import plugin"),
-    ("engine/a.py", "import importlib\nimportlib.import_module('lightning_mixprec.plugin')", "must not import plugin"),
-    ("engine/backends/a.py", "from ...plugin import A", "engine must not import plugin"),
-    ("plugin_more.py", "from lightning_mixprec.callbacks.overflow import x", "plugin must not import callbacks"),
+    ("engine/a.py", "from lightning_mixprec.plugin.precision import A", "engine must not import plugin"),
+    (
+        "engine/a.py",
+        "import importlib\nimportlib.import_module('lightning_mixprec.plugin.steps')",
+        "must not import plugin",
+    ),
+    ("engine/backends/a.py", "from ...plugin.precision import A", "engine must not import plugin"),
+    ("plugin/more.py", "from lightning_mixprec.callbacks.overflow import x", "plugin must not import callbacks"),
     ("callbacks/a.py", "from lightning_mixprec.cli import main", "callbacks must not import cli"),
     ("report.py", "from lightning_mixprec.engine.apply import attach", "report must not import engine"),
     ("report.py", "from lightning_mixprec.cli import main", "report must not import cli"),
     ("report/a.py", "from lightning_mixprec.callbacks.overflow import x", "report must not import callbacks"),
-    ("plugin_more.py", "from lightning_mixprec.report import write", "plugin must not import report"),
+    ("plugin/more.py", "from lightning_mixprec.report import write", "plugin must not import report"),
     ("__init__.py", "from lightning_mixprec.cli import main", "__init__ must not import cli"),
     (
         "policy/rules.py",

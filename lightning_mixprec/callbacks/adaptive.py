@@ -25,9 +25,9 @@ from lightning_mixprec.evidence.failures import FailureWatch
 from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.numerics.formats import native_support
-from lightning_mixprec.plugin import PerLayerPrecision
-from lightning_mixprec.plugin_checks import check_choice
-from lightning_mixprec.plugin_state import policy_version
+from lightning_mixprec.plugin.checks import check_choice
+from lightning_mixprec.plugin.precision import PerLayerPrecision
+from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.policy.rules import PrecisionPolicy
 from lightning_mixprec.records.decisions import Decision, Options, quoted

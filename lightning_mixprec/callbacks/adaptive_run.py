@@ -22,7 +22,7 @@ from lightning_mixprec.evidence.trial import Trial
 from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.planning.controller import Controller
 from lightning_mixprec.planning.remedies import Layer
-from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.rule import parse_value

@@ -17,7 +17,7 @@ from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.evidence.study import Findings
 from lightning_mixprec.numerics.formats import format_of
 from lightning_mixprec.numerics.stats import LOWEST, Histogram
-from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin.precision import PerLayerPrecision
 
 _CHOSEN = 8
 _TOLD = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_bits")

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mixprec import plugin_checks as checks
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.callbacks.monitor import Monitor, is_quiet
@@ -25,8 +24,9 @@ from lightning_mixprec.callbacks.run_progress import (
 from lightning_mixprec.callbacks.states import Came, Looks
 from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.planning.phases import LowRate, Moment, Now, Phase, Plateau, naming, read_phases
-from lightning_mixprec.plugin import PerLayerPrecision
-from lightning_mixprec.plugin_state import policy_version
+from lightning_mixprec.plugin import checks
+from lightning_mixprec.plugin.precision import PerLayerPrecision
+from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
 
 

@@ -21,7 +21,7 @@ from lightning_mixprec.engine.sharding import is_sharded, reshard
 from lightning_mixprec.evidence.instruments.memory import bytes_of, free_host_bytes
 from lightning_mixprec.numerics.finite import are_nonfinite, dense
 from lightning_mixprec.numerics.segments import local_part
-from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.names import walk
 
 _SHARE = 0.25

@@ -18,7 +18,7 @@ from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.numerics.fidelity import cosine_of
 from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
-from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy
 
 _NO_LOSS = -1.0

@@ -12,7 +12,7 @@ from sharded_models import ByHand, Sharded, Split
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_mixprec import FidelityMonitor, MixPrecError, OverflowMonitor, PerLayerPrecision
-from lightning_mixprec.plugin_fsdp import PerLayerFSDPPrecision
+from lightning_mixprec.plugin.fsdp import PerLayerFSDPPrecision
 
 WIDE_HEAD = {"default": "bf16", "model.2": "fp32"}
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lightning_mixprec import PerLayerPrecision
-from lightning_mixprec.plugin_fsdp import PerLayerFSDPPrecision
+from lightning_mixprec.plugin.fsdp import PerLayerFSDPPrecision
 
 
 class OnTheCPU(FSDPStrategy):

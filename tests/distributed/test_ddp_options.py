@@ -11,7 +11,7 @@ from processes import saved_by_two
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
 from lightning_mixprec.errors import SupportError
-from lightning_mixprec.plugin_checks import check_strategy
+from lightning_mixprec.plugin.checks import check_strategy
 
 SAME_AS_PLAIN = ["static graph", "bucket views", "sharded"]
 HOOKS = ["fp16 hook", "bf16 hook", "PowerSGD"]

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_mixprec import MixPrecError, PrecisionPolicy, Rule
 from lightning_mixprec.planning.phases import LowRate, Moment, Now, Plateau, read_phases
-from lightning_mixprec.plugin_state import policy_version
+from lightning_mixprec.plugin.state import policy_version
 
 BF16 = {"policy": "bf16"}
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.optim.options import LossScaling
-from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.rules import PrecisionPolicy, Rule, as_policy
 
 VALID = (

@@ -14,7 +14,7 @@ from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.plugin_checks import (
+from lightning_mixprec.plugin.checks import (
     check_running,
     check_storage_unchanged,
     choose_format,

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import WeightAveraging
 from plugin_models import Call
 from torch.optim.lr_scheduler import ExponentialLR
 
-from lightning_mixprec import plugin_steps
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.optim import loss_scaling as scaling
+from lightning_mixprec.plugin import steps as plugin_steps
 
 FUSED = partial(SGD, fused=True)
 RUNS = {

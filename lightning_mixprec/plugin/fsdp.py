@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mixprec import plugin_checks as checks
 from lightning_mixprec.errors import PolicyError, SupportError
-from lightning_mixprec.plugin import PerLayerPrecision
+from lightning_mixprec.plugin import checks
+from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.names import walk
 from lightning_mixprec.policy.rules import PrecisionPolicy

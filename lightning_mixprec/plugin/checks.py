@@ -25,7 +25,7 @@ from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, Su
 from lightning_mixprec.numerics.formats import format_of, native_support
 from lightning_mixprec.optim.gradients import needs_closure
 from lightning_mixprec.optim.options import LossScaling
-from lightning_mixprec.plugin_hooks import check_hook_state
+from lightning_mixprec.plugin.communication_hooks import check_hook_state
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.names import walk
 from lightning_mixprec.policy.rules import as_policy

@@ -23,7 +23,7 @@ from plugin_models import (
 )
 
 from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPolicy
-from lightning_mixprec.plugin_state import PluginState
+from lightning_mixprec.plugin.state import PluginState
 
 MIXED = {"default": "fp16", "net.6": "fp32"}
 POLICY = PrecisionPolicy.from_dict(MIXED)

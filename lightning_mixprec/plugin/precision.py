@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mixprec import plugin_checks as checks
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.optim.skipped_buffers import BufferGuard
-from lightning_mixprec.plugin_formats import FormatsInForce
-from lightning_mixprec.plugin_state import PluginState, history_entries, saved_state
-from lightning_mixprec.plugin_steps import SchedulerGate, StepLedger
-from lightning_mixprec.plugin_throughput import tell_throughput_monitors
+from lightning_mixprec.plugin import checks
+from lightning_mixprec.plugin.formats_in_force import FormatsInForce
+from lightning_mixprec.plugin.state import PluginState, history_entries, saved_state
+from lightning_mixprec.plugin.steps import SchedulerGate, StepLedger
+from lightning_mixprec.plugin.throughput import tell_throughput_monitors
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.table import show

@@ -10,7 +10,7 @@ import torch
 from plugin_models import Call, Scheduled, Task, TwoOptimizers, fit, mlp, ours, probes
 
 from lightning_mixprec import PerLayerPrecision
-from lightning_mixprec.plugin_steps import StepLedger
+from lightning_mixprec.plugin.steps import StepLedger
 
 MIXED = {"default": "bf16", "net.0": "fp16", "net.6": "c=fp32,o=fp32"}
 MIXED_PROBES = {"default": "bf16", "net.0": "fp16", "net.2": "fp32"}

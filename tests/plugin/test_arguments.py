@@ -86,7 +86,7 @@ def test_a_rule_that_matches_nothing_names_the_file_the_line_and_near_misses(tmp
 
 
 def pretend_no_native_bf16(monkeypatch):
-    from lightning_mixprec import plugin_checks
+    from lightning_mixprec.plugin import checks as plugin_checks
 
     real = plugin_checks.native_support
 
@@ -231,7 +231,7 @@ def test_what_is_not_supported_is_refused_in_one_line(kind, device, says):
 @pytest.mark.parametrize("kind", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_supported_is_not_refused(kind, device):
-    from lightning_mixprec.plugin_checks import check_strategy
+    from lightning_mixprec.plugin.checks import check_strategy
 
     check_strategy(strategy(kind, device))
 

@@ -23,7 +23,7 @@ from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.optim.gradients import grads_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.options import LossScaling
-from lightning_mixprec.plugin_hooks import forget_errors
+from lightning_mixprec.plugin.communication_hooks import forget_errors
 from lightning_mixprec.policy.names import walk
 
 
