@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_mixprec.engine.apply import attach
-from lightning_mixprec.policy.rules import as_policy
+from lightning_mixprec.policy.policy import as_policy
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ from torch import Tensor
 from workloads import Case, Repeated, Task
 
 from lightning_mixprec import FidelityMonitor, OverflowMonitor, PrecisionReport, UnderflowMonitor
-from lightning_mixprec.numerics.stats import histograms
+from lightning_mixprec.numerics.exponents import histograms
 
 PERIOD = UnderflowMonitor().every_n_steps
 DEFAULTS_TARGET, STATISTICS_TARGET = 1.02, 1.15  # at most 1.01, within noise

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.underflow import describe
-from lightning_mixprec.engine.plan import Site, survey
+from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.evidence.failures import Found, diagnosed
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome
@@ -25,8 +25,8 @@ from lightning_mixprec.planning.remedies import Layer
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.policy.patterns import literal
-from lightning_mixprec.policy.rule import parse_value
-from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.policy.rules import parse_value
 from lightning_mixprec.records.decisions import Decision, Options, quoted
 
 NOT_FINITE = "not finite in fp32"

@@ -10,10 +10,10 @@ from typing_extensions import override
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share, policy_hint, written
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.callbacks.states import Fidelity
-from lightning_mixprec.engine.plan import survey
+from lightning_mixprec.engine.border_plan import survey
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.study import Findings, Wanted
-from lightning_mixprec.numerics.drawing import draw_layers
+from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records.schema import Count
 
 _MIN_COSINE, _MIN_COSINE_IN_BF16 = 0.99, 0.9

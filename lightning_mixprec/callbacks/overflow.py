@@ -16,7 +16,7 @@ from lightning_mixprec.evidence.failures import FailureWatch, diagnosed
 from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.saved_batches import save_batch
-from lightning_mixprec.numerics.drawing import draw_steps
+from lightning_mixprec.numerics.plots import draw_steps
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.records.schema import Count
 

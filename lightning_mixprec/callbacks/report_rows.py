@@ -15,8 +15,8 @@ from lightning_mixprec.callbacks.underflow import describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
 from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.evidence.study import Findings
+from lightning_mixprec.numerics.exponents import LOWEST, Histogram
 from lightning_mixprec.numerics.formats import format_of
-from lightning_mixprec.numerics.stats import LOWEST, Histogram
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 
 _CHOSEN = 8

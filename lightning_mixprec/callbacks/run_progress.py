@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_mixprec import ranks
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.planning.phases import Moment, Phase, Plateau
-from lightning_mixprec.policy.rule import did_you_mean
+from lightning_mixprec.policy.rules import did_you_mean
 
 
 def learning_rate(trainer: pl.Trainer) -> float:

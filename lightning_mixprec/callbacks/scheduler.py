@@ -27,7 +27,7 @@ from lightning_mixprec.planning.phases import LowRate, Moment, Now, Phase, Plate
 from lightning_mixprec.plugin import checks
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
-from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
+from lightning_mixprec.policy.policy import PrecisionPolicy, describe_difference
 
 
 class PrecisionScheduler(Monitor):

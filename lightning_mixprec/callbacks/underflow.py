@@ -15,9 +15,9 @@ from lightning_mixprec.callbacks.states import Losses, Stagnation
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
 from lightning_mixprec.evidence.stagnation import StepWatch
 from lightning_mixprec.evidence.study import Findings, Wanted
-from lightning_mixprec.numerics.drawing import draw_layers
+from lightning_mixprec.numerics.exponents import Histogram
+from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.numerics.rates import best_scale, fits, headroom, overflow_rate, subnormal_share, underflow_rate
-from lightning_mixprec.numerics.stats import Histogram
 
 WHAT_IF = ("fp16", "bf16", "fp8")
 

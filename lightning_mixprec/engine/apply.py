@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from lightning_mixprec.engine import fastpath, sharding
+from lightning_mixprec.engine.border_plan import Plan, Precision, Site, bypassing, draw, survey
 from lightning_mixprec.engine.borders import Border, border_of
 from lightning_mixprec.engine.compiling import CompilerSettings
-from lightning_mixprec.engine.plan import Plan, Precision, Site, bypassing, draw, survey
-from lightning_mixprec.engine.watch import Watch
+from lightning_mixprec.engine.first_step import Watch
 from lightning_mixprec.engine.weights import Gate, Storage, reflatten
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import FORMATS, Format, format_of
-from lightning_mixprec.policy.names import unwrap, walk
+from lightning_mixprec.policy.module_names import unwrap, walk
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 

@@ -15,9 +15,9 @@ import torch
 import torch._functorch.config as functorch
 from torch import nn
 
+from lightning_mixprec.engine.border_plan import Plan, Site
 from lightning_mixprec.engine.borders import Border, Crossing
-from lightning_mixprec.engine.plan import Plan, Site
-from lightning_mixprec.policy.names import unwrap
+from lightning_mixprec.policy.module_names import unwrap
 
 _INHERITED, _OFF = "same_as_forward", "off"
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_mixprec.engine.plan import Precision, Site, survey
+from lightning_mixprec.engine.border_plan import Precision, Site, survey
 from lightning_mixprec.errors import PolicyError
 
 try:

@@ -12,8 +12,8 @@ from lightning_mixprec.evidence.diagnosis import Judge
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.evidence.saved_batches import load_batch
-from lightning_mixprec.policy.names import unwrap
-from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.module_names import unwrap
+from lightning_mixprec.policy.policy import PrecisionPolicy
 
 _DEFAULT_SCALE = 65536.0
 _DEFAULT_POLICY = "fp16"

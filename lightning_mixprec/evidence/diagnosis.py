@@ -17,9 +17,9 @@ from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.instruments.trace import Frame, Origin, Trace
 from lightning_mixprec.evidence.replay import Replayed, StepReplay, copied, halved, is_out_of_memory
+from lightning_mixprec.numerics.flat_batches import flatten
 from lightning_mixprec.numerics.formats import FORMATS, get_format
 from lightning_mixprec.numerics.rates import underflow_rate
-from lightning_mixprec.numerics.segments import flatten
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from lightning_mixprec.errors import SupportError
 from lightning_mixprec.plugin.checks import check_replay
 from lightning_mixprec.plugin.formats_in_force import widened
 from lightning_mixprec.plugin.precision import PerLayerPrecision
-from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
+from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
 _STOCK = {"16": "fp16", "bf16": "bf16", "32": "fp32", "64": "fp64"}
 

@@ -20,9 +20,9 @@ from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded, reshard
 from lightning_mixprec.evidence.instruments.memory import bytes_of, free_host_bytes
 from lightning_mixprec.numerics.finite import are_nonfinite, dense
-from lightning_mixprec.numerics.segments import local_part
+from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.plugin.precision import PerLayerPrecision
-from lightning_mixprec.policy.names import walk
+from lightning_mixprec.policy.module_names import walk
 
 _SHARE = 0.25
 _OF_SCHEDULES = {"lr", "initial_lr", "max_lr", "min_lr", "momentum", "base_momentum", "max_momentum", "betas"}

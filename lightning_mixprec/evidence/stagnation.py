@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.engine.transfer import Transfer
-from lightning_mixprec.numerics.segments import local_part, sample
+from lightning_mixprec.numerics.flat_batches import local_part, sample
 from lightning_mixprec.optim.gradients import params_of
 
 

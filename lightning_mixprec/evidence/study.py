@@ -24,8 +24,8 @@ from lightning_mixprec.evidence.instruments.probe import (
 )
 from lightning_mixprec.evidence.replay import Replayed, StepReplay, halved, is_out_of_memory
 from lightning_mixprec.evidence.run_formats import RunFormats
-from lightning_mixprec.numerics.fidelity import cosine_of, decibels
-from lightning_mixprec.numerics.stats import BINS, Histogram
+from lightning_mixprec.numerics.exponents import BINS, Histogram
+from lightning_mixprec.numerics.similarity import cosine_of, decibels
 
 _NO_LOSS = -1.0
 _LEAST_SCALE = 2.0**-149

@@ -16,10 +16,10 @@ from lightning_mixprec.evidence.instruments.probe import agreement, layers_of, o
 from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
-from lightning_mixprec.numerics.fidelity import cosine_of
+from lightning_mixprec.numerics.similarity import cosine_of
 from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
 from lightning_mixprec.plugin.precision import PerLayerPrecision
-from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.policy import PrecisionPolicy
 
 _NO_LOSS = -1.0
 _LEAST_SHARE = 0.1

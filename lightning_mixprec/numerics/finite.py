@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_mixprec.numerics.segments import local_part
+from lightning_mixprec.numerics.flat_batches import local_part
 
 
 def are_nonfinite(tensors: Sequence[Tensor]) -> list[bool]:

@@ -25,14 +25,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_mixprec.errors import FormatError
-from lightning_mixprec.numerics.drawing import draw_exponents
-from lightning_mixprec.numerics.fidelity import decibels
+from lightning_mixprec.numerics.exponents import HIGHEST, LOWEST, Histogram, histogram
+from lightning_mixprec.numerics.flat_batches import flatten, flatten_together
 from lightning_mixprec.numerics.formats import Format, get_format
-from lightning_mixprec.numerics.segments import flatten, flatten_together
-from lightning_mixprec.numerics.stats import HIGHEST, LOWEST, Histogram, histogram
+from lightning_mixprec.numerics.plots import draw_exponents
+from lightning_mixprec.numerics.similarity import decibels
 
 if TYPE_CHECKING:
-    from lightning_mixprec.numerics.drawing import Axes, FigureBase
+    from lightning_mixprec.numerics.plots import Axes, FigureBase
 
 _CHUNK = 1 << 22  # elements; bounds the memory that a large tensor's temporaries take
 
@@ -281,7 +281,7 @@ class SQNR(_Scalar):
     ``10 * log10(sum(reference**2) / sum((reference - approximation)**2))`` over everything seen, in fp64. Infinite
     where all is equal; minus infinity where only the approximation holds infinities or NaNs, or only the reference is
     all zeros; NaN where the reference is not finite or nothing was seen. As
-    :func:`~lightning_mixprec.numerics.fidelity.sqnr_db`, which compares two tensors once.
+    :func:`~lightning_mixprec.numerics.similarity.sqnr_db`, which compares two tensors once.
 
     Args:
         **kwargs: options of every ``torchmetrics.Metric``.

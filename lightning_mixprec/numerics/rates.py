@@ -5,7 +5,7 @@ histogram cannot tell, because a limit falls inside a bin, a rate is two bounds.
 that matters for underflow falls inside a bin.
 
 >>> import torch
->>> from lightning_mixprec.numerics.stats import histogram
+>>> from lightning_mixprec.numerics.exponents import histogram
 >>> gradient = histogram(torch.tensor([0.0, 2.0**-25, 2.0**-24, 1.0]))
 >>> underflow_rate(gradient, "fp16").middle, underflow_rate(gradient, "fp16", scale=2.0).middle
 (0.3333333333333333, 0.0)
@@ -18,8 +18,8 @@ from bisect import bisect_right
 from typing import Literal, NamedTuple
 
 from lightning_mixprec.errors import FormatError
+from lightning_mixprec.numerics.exponents import BINS, LOWEST, Histogram
 from lightning_mixprec.numerics.formats import Format, get_format
-from lightning_mixprec.numerics.stats import BINS, LOWEST, Histogram
 
 Direction = Literal["forward", "backward"]
 """Which of the formats of "fp8" is meant; the others have only one."""

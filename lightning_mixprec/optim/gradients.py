@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from lightning_mixprec.numerics.segments import local_part
+from lightning_mixprec.numerics.flat_batches import local_part
 
 _PLAIN = (Tensor, nn.Parameter)
 

@@ -12,9 +12,9 @@ from fractions import Fraction
 from typing import Any, Literal, TypeGuard
 
 from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.policy.amend import _edited
-from lightning_mixprec.policy.rule import did_you_mean
-from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
+from lightning_mixprec.policy.amending import _edited
+from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
+from lightning_mixprec.policy.rules import did_you_mean
 
 CONFIGURED = "configured"
 """The word for the policy that the plugin was given."""

@@ -27,8 +27,8 @@ from lightning_mixprec.optim.gradients import needs_closure
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin.communication_hooks import check_hook_state
 from lightning_mixprec.policy.assignment import Assignment
-from lightning_mixprec.policy.names import walk
-from lightning_mixprec.policy.rules import as_policy
+from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.policy import as_policy
 
 _WHY_NOT: dict[type[Strategy], str] = {
     DeepSpeedStrategy: ", whose engine casts weights and scales the loss by itself, past the policy",

@@ -22,7 +22,7 @@ from lightning_mixprec.plugin.checks import (
     warn_of_whole_copies,
 )
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
-from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.policy import PrecisionPolicy
 
 _LIGHTNING_NAMES = {"fp64": "64-true", "fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 

@@ -15,8 +15,8 @@ from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.plugin import checks
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.assignment import Assignment
-from lightning_mixprec.policy.names import walk
-from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.policy import PrecisionPolicy
 
 _FORMATS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -26,7 +26,7 @@ from lightning_mixprec.plugin.state import PluginState, history_entries, saved_s
 from lightning_mixprec.plugin.steps import SchedulerGate, StepLedger
 from lightning_mixprec.plugin.throughput import tell_throughput_monitors
 from lightning_mixprec.policy.assignment import Assignment
-from lightning_mixprec.policy.rules import PrecisionPolicy, as_policy
+from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.table import show
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_mixprec.errors import MixPrecError, PolicyError
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
-from lightning_mixprec.policy.rules import PrecisionPolicy, describe_difference
+from lightning_mixprec.policy.policy import PrecisionPolicy, describe_difference
 
 _VERSION = 1
 

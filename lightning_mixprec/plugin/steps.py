@@ -24,7 +24,7 @@ from lightning_mixprec.optim.gradients import grads_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin.communication_hooks import forget_errors
-from lightning_mixprec.policy.names import walk
+from lightning_mixprec.policy.module_names import walk
 
 
 class _Late(NamedTuple):

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_mixprec.policy.rule import Rule
+from lightning_mixprec.policy.rules import Rule
 from lightning_mixprec.policy.table import render
 
 if TYPE_CHECKING:
-    from lightning_mixprec.policy.rules import PrecisionPolicy
+    from lightning_mixprec.policy.policy import PrecisionPolicy
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.rules import PrecisionPolicy, Rule
+from lightning_mixprec.policy.policy import PrecisionPolicy, Rule
 
 
 def covered_layers(patterns: Sequence[str], model: nn.Module, argument: str) -> set[str]:

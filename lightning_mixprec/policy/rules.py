@@ -1,180 +1,226 @@
-"""The policy: a default format and rules for the layers that get something else."""
+"""A rule: which layers it selects, and what they get."""
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import difflib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from torch import nn
-
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy import files
-from lightning_mixprec.policy.amend import amend, describe_difference
-from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
-from lightning_mixprec.policy.forms import check_flag, read_mapping, read_rules
-from lightning_mixprec.policy.resolve import assign, decide
-from lightning_mixprec.policy.rule import COMPUTE_FORMATS, FieldError, Rule, check_format
-from lightning_mixprec.policy.strict import check
+from lightning_mixprec.numerics.formats import FORMATS, meant_by
+from lightning_mixprec.policy.patterns import parse
+from lightning_mixprec.policy.type_patterns import check_type_pattern
 
-__all__ = ["Assignment", "LayerPrecision", "PrecisionPolicy", "Rule", "as_policy", "describe_difference"]
+COMPUTE_FORMATS = ("fp64", "fp32", "bf16", "fp16")
+PARAM_FORMATS = ("fp64", "fp32")
+OUTPUT_FORMATS = (*COMPUTE_FORMATS, "input")
+
+_ALLOWED = {"param": PARAM_FORMATS, "compute": COMPUTE_FORMATS, "default": COMPUTE_FORMATS, "output": OUTPUT_FORMATS}
+_SHORT = {"p": "param", "c": "compute", "o": "output"}
+
+
+class FieldError(PolicyError):
+    """A part of a policy is malformed; ``path`` leads to it from the top, so that files can say where."""
+
+    def __init__(self, message: str, *path: str | int) -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the path, for errors that cross processes."""
+        return type(self), (str(self), *self.path)
 
 
 @dataclass(frozen=True)
-class PrecisionPolicy:
-    """Which layer gets which format: a default, and rules for the layers that get something else.
+class Rule:
+    """Selects layers, by name, by type or by both, and says what they get.
 
-    The rule that matches the nearest enclosing layer, the layer itself first, decides alone; among rules that match
-    that same layer the first in the list. So "encoder in bf16, its norms in fp32" works in either order.
+    A rule covers the layers it matches and everything below them; what it does not say stays as it is: weights as the
+    model stores them, the policy's default to compute in, the output as computed.
 
     Args:
-        default: The format to compute in where no rule says another: fp64, fp32, bf16 or fp16.
-        rules: The rules.
-        allow_unmatched: Whether a rule may match nothing in a model.
+        layers: A pattern for names as in ``named_modules()`` of the LightningModule, or a list of patterns: dotted
+            names (``model.head``) whose segments may be globs (``encoder.*.attn``), ``**`` for any number of segments,
+            or slices of numbered blocks (``blocks.[0:4]``); or ``re:`` and a regular expression for the whole name.
+            ``""`` is the LightningModule itself.
+        types: A class name, or a list of them: ``LayerNorm``, ``torch.nn.LayerNorm``, ``"*Norm*"``; subclasses
+            included. With both, one layer must match both.
+        param: The format the weights are stored in: fp64 or fp32.
+        compute: The format that the layers' own operations are autocast to: fp64, fp32, bf16 or fp16.
+        output: The format in which the matched layers hand their output on: one of those, or ``"input"`` for the one
+            that came in. Layers inside them hand on as computed.
+        recurse: Whether the layers below are covered too, and not only the matched layers' own operations.
 
     Raises:
-        PolicyError: An argument is malformed.
+        PolicyError: An argument is malformed, nothing is selected, or nothing is said.
 
-    >>> policy = PrecisionPolicy("bf16", [Rule("encoder", compute="fp16"), Rule(types="LayerNorm", compute="fp32")])
-    >>> model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "head": nn.Linear(2, 2)})
-    >>> {name: layer.compute for name, layer in policy.resolve(model).items() if name}
-    {'encoder': 'fp16', 'encoder.0': 'fp16', 'encoder.1': 'fp32', 'head': 'bf16'}
+    >>> Rule(types="*Norm*", compute="fp32", output="input").to_dict()
+    {'types': '*Norm*', 'compute': 'fp32', 'output': 'input'}
     """
 
-    default: str
-    rules: Sequence[Rule] = ()
-    allow_unmatched: bool = False
+    layers: str | list[str] | tuple[str, ...] | None = None
+    types: str | list[str] | tuple[str, ...] | None = None
+    param: str | None = None
+    compute: str | None = None
+    output: str | None = None
+    recurse: bool = True
+    origin: str | None = field(default=None, init=False, repr=False, compare=False)
+    """The file and line it was read from."""
 
     def __post_init__(self) -> None:
-        """Check every argument; rules may come as mappings and become a tuple of rules."""
-        try:
-            check_format("default", self.default)
-            object.__setattr__(self, "rules", read_rules(self.rules))
-            check_flag(self.allow_unmatched)
-        except FieldError as error:
-            raise PolicyError(_with_rule_number(error)) from None
+        """Check every argument; lists become tuples, so that a rule is hashable and cannot change."""
+        for name in ("layers", "types"):
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))
+            _check_names(name, getattr(self, name))
+        for name in ("param", "compute", "output"):
+            if getattr(self, name) is not None:
+                check_format(name, getattr(self, name))
+        if not isinstance(self.recurse, bool):
+            raise FieldError(f"recurse is {self.recurse!r}; it must be true or false", "recurse")
+        if self.layers is None and self.types is None:
+            raise FieldError("a rule selects no layers; give layers, types or both")
+        if not self.said:
+            raise FieldError("a rule must say at least one of param, compute and output")
 
-    @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any]) -> "PrecisionPolicy":
-        """Read a policy in the full form (``default``, ``rules``) or the short one (``default``, pattern: format).
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns for names."""
+        return _as_tuple(self.layers)
 
-        Raises:
-            PolicyError: it is malformed.
+    @property
+    def type_patterns(self) -> tuple[str, ...]:
+        """The patterns for types."""
+        return _as_tuple(self.types)
 
-        >>> policy = PrecisionPolicy.from_dict({"default": "fp16", "model.head": "fp32", "**.norm": "c=fp32,o=input"})
-        >>> [(rule.layers, rule.compute, rule.output) for rule in policy.rules]
-        [('model.head', 'fp32', None), ('**.norm', 'fp32', 'input')]
+    @property
+    def said(self) -> dict[str, str]:
+        """What it says: of param, compute and output those that are given."""
+        given = {"param": self.param, "compute": self.compute, "output": self.output}
+        return {name: format for name, format in given.items() if format is not None}
+
+    @property
+    def label(self) -> str:
+        """What it selects, in a few words.
+
+        >>> Rule("model.head", types=["Linear", "Conv2d"], compute="fp32").label
+        'model.head, types Linear|Conv2d'
         """
-        try:
-            parts = read_mapping(mapping)
-        except FieldError as error:
-            raise PolicyError(_with_rule_number(error)) from None
-        return cls(parts.default, parts.rules, parts.allow_unmatched)
+        patterns = [pattern or '""' for pattern in self.patterns]
+        parts = [" | ".join(patterns)] if patterns else []
+        parts += [f"types {'|'.join(self.type_patterns)}"] if self.type_patterns else []
+        return ", ".join(parts) + ("" if self.recurse else ", recurse=False")
 
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> "PrecisionPolicy":
-        """Read a policy from a YAML file in either form; its errors, later ones included, name file and line.
+    @property
+    def value(self) -> str:
+        """What it says, in the short form of a mapping.
 
-        Raises:
-            PolicyError: the file cannot be read or is malformed.
+        >>> Rule("model.head", compute="fp32", output="input").value
+        'c=fp32,o=input'
         """
-        document = files.read(path)
-        try:
-            parts = read_mapping(document.content)
-        except FieldError as error:
-            raise PolicyError(f"{document.where(error.path)}: {error}") from None
-        rules = [rule.read_from(document.where(at)) for rule, at in zip(parts.rules, parts.paths, strict=True)]
-        return cls(parts.default, rules, parts.allow_unmatched)
+        return ",".join(f"{name[0]}={format}" for name, format in self.said.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """The full form, of plain types; ``from_dict`` gives an equal policy.
+        """Its arguments as plain types, without those at their defaults."""
+        result: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.init and value != entry.default:
+                result[entry.name] = list(value) if isinstance(value, tuple) else value
+        return result
 
-        >>> PrecisionPolicy("bf16", [Rule("model.head", compute="fp32")]).to_dict()
-        {'default': 'bf16', 'rules': [{'layers': 'model.head', 'compute': 'fp32'}]}
-        """
-        rest = {"allow_unmatched": True} if self.allow_unmatched else {}
-        return {"default": self.default, "rules": [rule.to_dict() for rule in self.rules]} | rest
-
-    def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy to a YAML file, all or nothing; ``from_file`` gives an equal policy."""
-        files.write(path, self.to_dict())
-
-    def resolve(self, model: nn.Module) -> Assignment:
-        """Decide for every layer of a model; nothing of the model is changed or kept.
-
-        Args:
-            model: The LightningModule, or any module; wrappers such as DDP and ``torch.compile`` are looked through.
-
-        Raises:
-            PolicyError: A rule does nothing, or a shared layer or tied weight would get two formats.
-        """
-        decision = decide(self, model)
-        check(decision)
-        return assign(decision)
-
-    def amend(self, edits: Mapping[str, Any], model: nn.Module) -> "PrecisionPolicy":
-        """This policy with some layers changed, as is allowed while a model is running: compute and output only.
-
-        New rules go in front. A rule for the very same pattern gives way to the new one and lends it what the edit does
-        not say; if the edit is for own operations alone, a recursive rule stays, for the layers below. Rules that have
-        nothing left to decide are dropped, so the result resolves like any other policy.
-
-        Args:
-            edits: From pattern to a compute format, to ``"c=fp32,o=input"``, or to a mapping with compute, output and
-                recurse.
-            model: The model that the policy is in force on.
-
-        Raises:
-            PolicyError: An edit is malformed, matches nothing, or is about param.
-
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> PrecisionPolicy("bf16").amend({"1": "fp32"}, model).to_dict()
-        {'default': 'bf16', 'rules': [{'layers': '1', 'compute': 'fp32'}]}
-        """
-        return amend(self, edits, model)
+    def read_from(self, origin: str) -> "Rule":
+        """The same rule, knowing the file and line it was read from."""
+        copy = Rule(**self.to_dict())
+        object.__setattr__(copy, "origin", origin)
+        return copy
 
 
-def as_policy(value: object) -> PrecisionPolicy:
-    """The policy that a user means by a format name, a path to a YAML file, a mapping, or a policy itself.
+RULE_KEYS = tuple(entry.name for entry in fields(Rule) if entry.init and entry.default is not MISSING)
+
+
+def check_format(name: str, value: object) -> None:
+    """Check the format that is given for ``param``, ``compute``, ``output`` or a policy's ``default``.
 
     Raises:
-        PolicyError: it is none of these.
-
-    >>> as_policy("bf16")
-    PrecisionPolicy(default='bf16', rules=(), allow_unmatched=False)
+        FieldError: there is no such format, or not for that.
     """
-    if isinstance(value, PrecisionPolicy):
-        return value
-    if isinstance(value, Mapping):
-        return PrecisionPolicy.from_dict(value)
-    if isinstance(value, os.PathLike):
-        return PrecisionPolicy.from_file(value)
+    allowed = _ALLOWED[name]
+    if isinstance(value, str) and value in allowed:
+        return
+    options = f"{name} takes {', '.join(allowed)}"
+    meant = meant_by(value)
+    hint = f", did you mean {meant!r}?" if meant in allowed else did_you_mean(str(value), allowed) or ";"
     if not isinstance(value, str):
-        raise PolicyError(
-            f"policy is {value!r} ({type(value).__name__}); give a format name, a path to a YAML file, a mapping or a "
-            "PrecisionPolicy"
+        raise FieldError(f"{name} is {value!r} ({type(value).__name__}){hint} {options}", name)
+    if value == "input":
+        raise FieldError(f"{name} is 'input', which only output can be; {options}", name)
+    if value not in FORMATS:
+        raise FieldError(f"{name}: unknown format {value!r}{hint} {options}", name)
+    if name == "param":
+        raise FieldError(f"param is {value!r}, but weights narrower than fp32 are not stored for now; {options}", name)
+    raise FieldError(f"{name} is {value!r}, which is not computed in yet; {options}", name)
+
+
+def parse_value(text: object) -> dict[str, Any]:
+    """What the short form of a mapping says: a compute format, or ``p=``, ``c=`` and ``o=`` with commas between.
+
+    Raises:
+        FieldError: it is neither.
+
+    >>> parse_value("fp32"), parse_value("c=fp32,o=input")
+    ({'compute': 'fp32'}, {'compute': 'fp32', 'output': 'input'})
+    """
+    if not isinstance(text, str):
+        raise FieldError(
+            f"the value is {text!r} ({type(text).__name__}); write a compute format such as fp32, or "
+            "p=fp32,c=fp16,o=input"
         )
-    if value in COMPUTE_FORMATS:
-        return PrecisionPolicy(value)
-    if _is_path(value):
-        return PrecisionPolicy.from_file(value)
-    try:
-        return PrecisionPolicy(value)
-    except PolicyError as error:
-        problem = str(error).replace("default", "policy", 1).replace("default takes", "policy takes")
-        raise PolicyError(f"{problem}, or the path of a file; no file is called so") from None
+    if "=" not in text and "," not in text:
+        check_format("compute", text)
+        return {"compute": text}
+    said: dict[str, str] = {}
+    for piece in text.split(","):
+        key, equals, format = (part.strip() for part in piece.partition("="))
+        if not equals or key not in _SHORT or not format:
+            raise FieldError(f"cannot read {piece.strip()!r} in {text!r}; write p=, c= or o= and a format each")
+        if _SHORT[key] in said:
+            raise FieldError(f"{text!r} says {key}= twice; leave one out")
+        check_format(_SHORT[key], format)
+        said[_SHORT[key]] = format
+    return said
 
 
-def _is_path(text: str) -> bool:
-    looks_like_one = text.endswith((".yaml", ".yml", ".json")) or "/" in text or os.sep in text
-    try:
-        return looks_like_one or Path(text).expanduser().is_file()
-    except (OSError, ValueError):
-        return False
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The sentence's end that names what was probably meant, empty if nothing is near.
+
+    >>> did_you_mean("computes", ["param", "compute"])
+    ', did you mean compute?'
+    """
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
-def _with_rule_number(error: FieldError) -> str:
-    match error.path:
-        case ("rules", int(place), *_):
-            return f"rule {place + 1}: {error}"
-    return str(error)
+def _as_tuple(given: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _check_names(name: str, given: object) -> None:
+    if given is None:
+        return
+    entries = (given,) if isinstance(given, str) else given
+    if not isinstance(entries, tuple):
+        raise FieldError(f"{name} is {given!r} ({type(given).__name__}); write a string or a list of strings", name)
+    if not entries:
+        raise FieldError(f"{name} is an empty list; name at least one, or leave {name} out", name)
+    check = parse if name == "layers" else check_type_pattern
+    for place, entry in enumerate(entries):
+        path = (name,) if isinstance(given, str) else (name, place)
+        if not isinstance(entry, str):
+            shown = entry.__name__ if isinstance(entry, type) else repr(entry)
+            raise FieldError(f"{name} has {shown} ({type(entry).__name__}); write a string, in quotes", *path)
+        try:
+            check(entry)
+        except PolicyError as error:
+            raise FieldError(str(error), *path) from None

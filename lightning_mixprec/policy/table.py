@@ -26,7 +26,7 @@ def render(assignment: "Assignment", *, rich: bool = False, width: int | None = 
         width: The terminal's width in characters, for rich; on less than 80 the table is plain.
 
     >>> from torch import nn
-    >>> from lightning_mixprec.policy.rules import as_policy
+    >>> from lightning_mixprec.policy.policy import as_policy
     >>> print(render(as_policy({"default": "bf16", "1": "c=fp32,o=input"}).resolve(
     ...     nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9)))))
     layer  type        parameters  param/compute/output  rule

@@ -6,7 +6,7 @@ from plugin_models import Call, ours, same
 from torch import nn
 
 from lightning_mixprec import PrecisionScheduler
-from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.policy import PrecisionPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 

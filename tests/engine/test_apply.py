@@ -12,7 +12,7 @@ from torch import nn
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.engine.borders import border_of
 from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.policy.rules import as_policy
+from lightning_mixprec.policy.policy import as_policy
 
 
 def net():

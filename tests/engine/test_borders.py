@@ -15,7 +15,7 @@ from torch import nn
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.engine.borders import border_of
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.policy import PrecisionPolicy
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

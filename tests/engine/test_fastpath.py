@@ -102,7 +102,7 @@ def test_what_is_all_fp32_keeps_its_fast_path(attached):
 
 
 def test_detach_and_change_let_the_fast_path_on_again(attached, snapshot):
-    from lightning_mixprec.policy.rules import as_policy
+    from lightning_mixprec.policy.policy import as_policy
 
     model = encoder(masked_path=True)
     before = snapshot(model)

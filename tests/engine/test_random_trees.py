@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mixprec.engine.apply import attach
-from lightning_mixprec.policy.names import walk
+from lightning_mixprec.policy.module_names import walk
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OTHER = {"bf16": torch.float16, "fp16": torch.bfloat16}

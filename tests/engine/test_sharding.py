@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.engine.sharding import shard
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.rules import PrecisionPolicy
+from lightning_mixprec.policy.policy import PrecisionPolicy
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 

@@ -293,7 +293,7 @@ def test_buffers_of_fp64_layers_are_stored_in_fp64_and_come_back(attached, snaps
 
 
 def test_a_change_takes_buffers_along(attached):
-    from lightning_mixprec.policy.rules import as_policy
+    from lightning_mixprec.policy.policy import as_policy
 
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     with attached(model, {"default": "fp32", "0": "fp64"}) as attachment:

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from lightning_mixprec.errors import FormatError
-from lightning_mixprec.numerics import metrics, rates, stats
-from lightning_mixprec.numerics.fidelity import sqnr_db
+from lightning_mixprec.numerics import exponents as stats
+from lightning_mixprec.numerics import metrics, rates
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
+from lightning_mixprec.numerics.similarity import sqnr_db
 
 REAL = {
     "fp32": np.float32,

@@ -8,7 +8,7 @@ import torch
 from policy_models import Box
 from torch import nn
 
-from lightning_mixprec.policy.rules import PrecisionPolicy, Rule, as_policy
+from lightning_mixprec.policy.policy import PrecisionPolicy, Rule, as_policy
 from lightning_mixprec.policy.table import render, show
 
 

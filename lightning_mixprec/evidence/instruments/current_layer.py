@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mixprec.policy.names import walk
+from lightning_mixprec.policy.module_names import walk
 
 Direction = Literal["forward", "backward"]
 

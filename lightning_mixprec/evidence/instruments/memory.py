@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_mixprec.numerics.segments import local_part
+from lightning_mixprec.numerics.flat_batches import local_part
 
 
 def bytes_of(tensor: Tensor) -> int:

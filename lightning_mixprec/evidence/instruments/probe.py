@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_mixprec.engine.casting import cast, tensors_in
 from lightning_mixprec.evidence.instruments.attributes import bytes_of, version_of
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
-from lightning_mixprec.numerics.fidelity import dots
-from lightning_mixprec.numerics.segments import flatten, on_device, sample
-from lightning_mixprec.numerics.stats import Histogram, histograms
-from lightning_mixprec.policy.names import walk
+from lightning_mixprec.numerics.exponents import Histogram, histograms
+from lightning_mixprec.numerics.flat_batches import flatten, on_device, sample
+from lightning_mixprec.numerics.similarity import dots
+from lightning_mixprec.policy.module_names import walk
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

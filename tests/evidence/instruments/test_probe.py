@@ -18,8 +18,8 @@ from lightning_mixprec.evidence.instruments.probe import (
     weight_gradients,
     widened,
 )
-from lightning_mixprec.numerics.fidelity import cosine_of
-from lightning_mixprec.numerics.stats import histogram
+from lightning_mixprec.numerics.exponents import histogram
+from lightning_mixprec.numerics.similarity import cosine_of
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mixprec.errors import FormatError
-from lightning_mixprec.numerics import segments
-from lightning_mixprec.numerics.stats import LOWEST, histogram
+from lightning_mixprec.numerics import flat_batches as segments
+from lightning_mixprec.numerics.exponents import LOWEST, histogram
 
 
 def test_at_or_below_the_limit_everything_counts():

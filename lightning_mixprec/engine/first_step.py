@@ -7,9 +7,9 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mixprec.engine.border_plan import Plan, Precision, Site
 from lightning_mixprec.engine.borders import Border
 from lightning_mixprec.engine.compiling import compiled_parts
-from lightning_mixprec.engine.plan import Plan, Precision, Site
 from lightning_mixprec.errors import PolicyError
 
 

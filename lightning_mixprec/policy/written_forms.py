@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_mixprec.policy.rule import RULE_KEYS, FieldError, Rule, check_format, did_you_mean, parse_value
+from lightning_mixprec.policy.rules import RULE_KEYS, FieldError, Rule, check_format, did_you_mean, parse_value
 
 POLICY_KEYS = ("default", "rules", "allow_unmatched")
 

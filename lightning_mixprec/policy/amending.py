@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.resolve import Decision, decide, matches_of
-from lightning_mixprec.policy.rule import FieldError, Rule, check_format, did_you_mean, parse_value
-from lightning_mixprec.policy.strict import active_rules, check, no_such_layer
+from lightning_mixprec.policy.idle_rules import active_rules, check, no_such_layer
+from lightning_mixprec.policy.resolving import Decision, decide, matches_of
+from lightning_mixprec.policy.rules import FieldError, Rule, check_format, did_you_mean, parse_value
 
 if TYPE_CHECKING:
-    from lightning_mixprec.policy.rules import PrecisionPolicy
+    from lightning_mixprec.policy.policy import PrecisionPolicy
 
 _EDIT_KEYS = ("compute", "output", "recurse")
 
@@ -41,7 +41,7 @@ def amend(policy: "PrecisionPolicy", edits: Mapping[str, Any], model: nn.Module)
 def describe_difference(one: "PrecisionPolicy", other: "PrecisionPolicy") -> str:
     """How a policy differs from another, in one line.
 
-    >>> from lightning_mixprec.policy.rules import as_policy
+    >>> from lightning_mixprec.policy.policy import as_policy
     >>> describe_difference(as_policy("fp16"), as_policy({"default": "bf16", "model.head": "fp32"}))
     'default fp16 -> bf16; model.head (c=fp32) added'
     """

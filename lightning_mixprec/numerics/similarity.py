@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_mixprec.errors import FormatError
+from lightning_mixprec.numerics.flat_batches import batches, by_kind, flatten_together, placed, sums
 from lightning_mixprec.numerics.formats import Format, format_of, get_format, round_to
-from lightning_mixprec.numerics.segments import batches, by_kind, flatten_together, placed, sums
 
 
 @torch.no_grad()

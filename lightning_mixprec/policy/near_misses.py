@@ -2,8 +2,8 @@
 
 import difflib
 
+from lightning_mixprec.policy.name_tree import NameTree
 from lightning_mixprec.policy.patterns import REGEX_PREFIX, AnyDepth, Literal, Pattern, parse
-from lightning_mixprec.policy.tree import NameTree
 
 _MAX_SHOWN = 3
 _MAX_COMPARED = 20_000

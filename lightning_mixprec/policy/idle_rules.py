@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.inventory import Inventory
-from lightning_mixprec.policy.misses import near_layers, near_words
-from lightning_mixprec.policy.resolve import Decision, matches_of
-from lightning_mixprec.policy.rule import Rule
+from lightning_mixprec.policy.layers import Inventory
+from lightning_mixprec.policy.near_misses import near_layers, near_words
+from lightning_mixprec.policy.resolving import Decision, matches_of
+from lightning_mixprec.policy.rules import Rule
 
 _MAX_NAMED = 3
 

@@ -9,8 +9,8 @@ import torch
 from matplotlib.colors import to_rgb
 
 from lightning_mixprec.errors import SupportError
-from lightning_mixprec.numerics.drawing import draw_layers
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
+from lightning_mixprec.numerics.plots import draw_layers
 
 # log2 of smallest subnormal, smallest normal and largest number.
 RANGES = {

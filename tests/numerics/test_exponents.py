@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mixprec.errors import FormatError
-from lightning_mixprec.numerics import segments, stats
-from lightning_mixprec.numerics.stats import BINS, HIGHEST, LOWEST, Histogram, histogram, histograms
+from lightning_mixprec.numerics import exponents as stats
+from lightning_mixprec.numerics import flat_batches as segments
+from lightning_mixprec.numerics.exponents import BINS, HIGHEST, LOWEST, Histogram, histogram, histograms
 
 FLOAT8 = [
     torch.float8_e4m3fn,

@@ -14,9 +14,9 @@ from policy_models import Box
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.names import walk
-from lightning_mixprec.policy.resolve import decide
-from lightning_mixprec.policy.rules import PrecisionPolicy, Rule, as_policy
+from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.policy import PrecisionPolicy, Rule, as_policy
+from lightning_mixprec.policy.resolving import decide
 
 
 class Block(Box):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_mixprec.numerics.segments import (
+from lightning_mixprec.numerics.flat_batches import (
     Batch,
     batches,
     by_kind,

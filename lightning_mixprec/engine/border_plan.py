@@ -12,7 +12,7 @@ from lightning_mixprec.engine.fastpath import FUSED
 from lightning_mixprec.engine.weights import Slot, mismatches
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import FORMATS, Format
-from lightning_mixprec.policy.names import walk
+from lightning_mixprec.policy.module_names import walk
 
 _COMPUTE = ("fp64", "fp32", "bf16", "fp16")
 _DTYPES = {name: format.dtype for name in _COMPUTE if isinstance(format := FORMATS[name], Format)}

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_mixprec.errors import FormatError
+from lightning_mixprec.numerics.exponents import histogram, histograms
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.rates import (
     Bounds,
@@ -22,7 +23,6 @@ from lightning_mixprec.numerics.rates import (
     subnormal_share,
     underflow_rate,
 )
-from lightning_mixprec.numerics.stats import histogram, histograms
 
 # ml_dtypes rounds fp64 to fp8 by way of fp32, so the numbers that are cast must fit fp32 exactly.
 CAST = {

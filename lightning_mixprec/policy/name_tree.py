@@ -6,7 +6,7 @@ from lightning_mixprec.policy.patterns import AnyDepth, Glob, Literal, Pattern, 
 
 
 class NameTree:
-    """Layer names in the order of :func:`~lightning_mixprec.policy.names.walk`, parents first, the root ``""`` leading.
+    """Layer names in the order of ``module_names.walk``, parents first, the root ``""`` leading.
 
     >>> from lightning_mixprec.policy.patterns import parse
     >>> tree = NameTree(["", "norm", "blocks", "blocks.0", "blocks.0.norm", "blocks.1", "blocks.1.norm"])

@@ -13,13 +13,13 @@ from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.assignment import Assignment, LayerFacts, LayerPrecision, RuleTally
-from lightning_mixprec.policy.classes import ClassIndex
-from lightning_mixprec.policy.inventory import Inventory, count_parameters, stored_formats, take
+from lightning_mixprec.policy.layers import Inventory, count_parameters, stored_formats, take
 from lightning_mixprec.policy.patterns import parse
-from lightning_mixprec.policy.rule import Rule
+from lightning_mixprec.policy.rules import Rule
+from lightning_mixprec.policy.type_patterns import ClassIndex
 
 if TYPE_CHECKING:
-    from lightning_mixprec.policy.rules import PrecisionPolicy
+    from lightning_mixprec.policy.policy import PrecisionPolicy
 
 _Sources = dict[int, int]
 """Rules that reach a layer from above, each with the enclosing layer it matches."""

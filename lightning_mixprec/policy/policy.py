@@ -1,0 +1,180 @@
+"""The policy: a default format and rules for the layers that get something else."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.policy import yaml_files as files
+from lightning_mixprec.policy.amending import amend, describe_difference
+from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
+from lightning_mixprec.policy.idle_rules import check
+from lightning_mixprec.policy.resolving import assign, decide
+from lightning_mixprec.policy.rules import COMPUTE_FORMATS, FieldError, Rule, check_format
+from lightning_mixprec.policy.written_forms import check_flag, read_mapping, read_rules
+
+__all__ = ["Assignment", "LayerPrecision", "PrecisionPolicy", "Rule", "as_policy", "describe_difference"]
+
+
+@dataclass(frozen=True)
+class PrecisionPolicy:
+    """Which layer gets which format: a default, and rules for the layers that get something else.
+
+    The rule that matches the nearest enclosing layer, the layer itself first, decides alone; among rules that match
+    that same layer the first in the list. So "encoder in bf16, its norms in fp32" works in either order.
+
+    Args:
+        default: The format to compute in where no rule says another: fp64, fp32, bf16 or fp16.
+        rules: The rules.
+        allow_unmatched: Whether a rule may match nothing in a model.
+
+    Raises:
+        PolicyError: An argument is malformed.
+
+    >>> policy = PrecisionPolicy("bf16", [Rule("encoder", compute="fp16"), Rule(types="LayerNorm", compute="fp32")])
+    >>> model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "head": nn.Linear(2, 2)})
+    >>> {name: layer.compute for name, layer in policy.resolve(model).items() if name}
+    {'encoder': 'fp16', 'encoder.0': 'fp16', 'encoder.1': 'fp32', 'head': 'bf16'}
+    """
+
+    default: str
+    rules: Sequence[Rule] = ()
+    allow_unmatched: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every argument; rules may come as mappings and become a tuple of rules."""
+        try:
+            check_format("default", self.default)
+            object.__setattr__(self, "rules", read_rules(self.rules))
+            check_flag(self.allow_unmatched)
+        except FieldError as error:
+            raise PolicyError(_with_rule_number(error)) from None
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "PrecisionPolicy":
+        """Read a policy in the full form (``default``, ``rules``) or the short one (``default``, pattern: format).
+
+        Raises:
+            PolicyError: it is malformed.
+
+        >>> policy = PrecisionPolicy.from_dict({"default": "fp16", "model.head": "fp32", "**.norm": "c=fp32,o=input"})
+        >>> [(rule.layers, rule.compute, rule.output) for rule in policy.rules]
+        [('model.head', 'fp32', None), ('**.norm', 'fp32', 'input')]
+        """
+        try:
+            parts = read_mapping(mapping)
+        except FieldError as error:
+            raise PolicyError(_with_rule_number(error)) from None
+        return cls(parts.default, parts.rules, parts.allow_unmatched)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> "PrecisionPolicy":
+        """Read a policy from a YAML file in either form; its errors, later ones included, name file and line.
+
+        Raises:
+            PolicyError: the file cannot be read or is malformed.
+        """
+        document = files.read(path)
+        try:
+            parts = read_mapping(document.content)
+        except FieldError as error:
+            raise PolicyError(f"{document.where(error.path)}: {error}") from None
+        rules = [rule.read_from(document.where(at)) for rule, at in zip(parts.rules, parts.paths, strict=True)]
+        return cls(parts.default, rules, parts.allow_unmatched)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The full form, of plain types; ``from_dict`` gives an equal policy.
+
+        >>> PrecisionPolicy("bf16", [Rule("model.head", compute="fp32")]).to_dict()
+        {'default': 'bf16', 'rules': [{'layers': 'model.head', 'compute': 'fp32'}]}
+        """
+        rest = {"allow_unmatched": True} if self.allow_unmatched else {}
+        return {"default": self.default, "rules": [rule.to_dict() for rule in self.rules]} | rest
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy to a YAML file, all or nothing; ``from_file`` gives an equal policy."""
+        files.write(path, self.to_dict())
+
+    def resolve(self, model: nn.Module) -> Assignment:
+        """Decide for every layer of a model; nothing of the model is changed or kept.
+
+        Args:
+            model: The LightningModule, or any module; wrappers such as DDP and ``torch.compile`` are looked through.
+
+        Raises:
+            PolicyError: A rule does nothing, or a shared layer or tied weight would get two formats.
+        """
+        decision = decide(self, model)
+        check(decision)
+        return assign(decision)
+
+    def amend(self, edits: Mapping[str, Any], model: nn.Module) -> "PrecisionPolicy":
+        """This policy with some layers changed, as is allowed while a model is running: compute and output only.
+
+        New rules go in front. A rule for the very same pattern gives way to the new one and lends it what the edit does
+        not say; if the edit is for own operations alone, a recursive rule stays, for the layers below. Rules that have
+        nothing left to decide are dropped, so the result resolves like any other policy.
+
+        Args:
+            edits: From pattern to a compute format, to ``"c=fp32,o=input"``, or to a mapping with compute, output and
+                recurse.
+            model: The model that the policy is in force on.
+
+        Raises:
+            PolicyError: An edit is malformed, matches nothing, or is about param.
+
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> PrecisionPolicy("bf16").amend({"1": "fp32"}, model).to_dict()
+        {'default': 'bf16', 'rules': [{'layers': '1', 'compute': 'fp32'}]}
+        """
+        return amend(self, edits, model)
+
+
+def as_policy(value: object) -> PrecisionPolicy:
+    """The policy that a user means by a format name, a path to a YAML file, a mapping, or a policy itself.
+
+    Raises:
+        PolicyError: it is none of these.
+
+    >>> as_policy("bf16")
+    PrecisionPolicy(default='bf16', rules=(), allow_unmatched=False)
+    """
+    if isinstance(value, PrecisionPolicy):
+        return value
+    if isinstance(value, Mapping):
+        return PrecisionPolicy.from_dict(value)
+    if isinstance(value, os.PathLike):
+        return PrecisionPolicy.from_file(value)
+    if not isinstance(value, str):
+        raise PolicyError(
+            f"policy is {value!r} ({type(value).__name__}); give a format name, a path to a YAML file, a mapping or a "
+            "PrecisionPolicy"
+        )
+    if value in COMPUTE_FORMATS:
+        return PrecisionPolicy(value)
+    if _is_path(value):
+        return PrecisionPolicy.from_file(value)
+    try:
+        return PrecisionPolicy(value)
+    except PolicyError as error:
+        problem = str(error).replace("default", "policy", 1).replace("default takes", "policy takes")
+        raise PolicyError(f"{problem}, or the path of a file; no file is called so") from None
+
+
+def _is_path(text: str) -> bool:
+    looks_like_one = text.endswith((".yaml", ".yml", ".json")) or "/" in text or os.sep in text
+    try:
+        return looks_like_one or Path(text).expanduser().is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _with_rule_number(error: FieldError) -> str:
+    match error.path:
+        case ("rules", int(place), *_):
+            return f"rule {place + 1}: {error}"
+    return str(error)
