@@ -1,4 +1,4 @@
-"""The README's questions: stock Lightning fails with the words that users search for, and we do what it says."""
+"""The guide's answers to errors: stock Lightning fails with the words that users search for, and we do what it says."""
 
 import contextlib
 import re
@@ -13,8 +13,7 @@ from torch import nn
 
 from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-QUESTIONS = README.split("## Questions that are asked with an error message")[1]
+QUESTIONS = (Path(__file__).parents[2] / "examples" / "guides" / "errors_and_answers.md").read_text()
 
 
 class TwoNetworks(Task):
@@ -187,7 +186,7 @@ def test_a_loss_that_is_nan():
 
 def test_every_question_is_tested_here():
     source = Path(__file__).read_text()
-    questions = re.findall(r"^\*\*``? ?(.+?) ?``?", QUESTIONS, re.MULTILINE)
+    questions = re.findall(r"^## ``? ?(.+?) ?``?$", QUESTIONS, re.MULTILINE)
     assert len(questions) == 11
     assert [question for question in questions if question not in source] == []
 
