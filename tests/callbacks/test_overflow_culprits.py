@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import INF, stock
+from known_results import INF, stock
 from monitor_models import CULPRITS, FACTOR, STARVED, Gain, Planted, Spike, Watched, batches, mlp, watch
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -9,7 +9,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import INF, SGD, Batches, Line, Manual, Saving, slope, stock, trainer_of
+from known_results import INF, SGD, Batches, Line, Manual, Saving, slope, stock, trainer_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from monitor_models import CULPRITS, Watched, batches, mlp, watch
 from torch import nn

@@ -10,7 +10,7 @@ import weakref
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import INF, Batches, Line, Saving, stock, trainer_of
+from known_results import INF, Batches, Line, Saving, stock, trainer_of
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from monitor_models import Memory, Watched, batches, mlp, watch

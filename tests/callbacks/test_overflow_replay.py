@@ -5,7 +5,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import Batches, stock, trainer_of
+from known_results import Batches, stock, trainer_of
 from monitor_models import ResNet, Watched, batches
 from plugin_models import same
 from torch import nn

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
-from helpers import Batches, stock, trainer_of
+from known_results import Batches, stock, trainer_of
 from monitor_models import Memory, batches, watch
 from torch import nn
 

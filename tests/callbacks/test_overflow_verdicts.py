@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import INF, stock
+from known_results import INF, stock
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from monitor_models import CULPRITS, FACTOR, Gain, Planted, Watched, batches, mlp, watch

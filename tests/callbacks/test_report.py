@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from plugin_models import Batches, Call, Task, TwoOptimizers, fit, ours, same, stock, task, trainer
+from processes import python_path
 from torch import nn
 
 from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision, PrecisionReport, UnderflowMonitor
@@ -282,8 +283,8 @@ def test_a_process_that_dies_leaves_its_curve(tmp_path):
         "watching = [PrecisionReport(), die]\n"
         f"fit(task(), ours('bf16'), callbacks=watching, default_root_dir={str(tmp_path)!r}, max_epochs=99)"
     )
-    paths = os.pathsep.join(str(path) for path in (Path(__file__).parents[1], Path(__file__).parents[2]))
-    done = subprocess.run([sys.executable, "-c", dying], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    done = subprocess.run([sys.executable, "-c", dying], env=environment, capture_output=True)
     assert done.returncode == 9
     assert main([str(tmp_path)]) == 0
     run = run_in(tmp_path)

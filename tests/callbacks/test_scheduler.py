@@ -4,7 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-import helpers
+import known_results
 import pytest
 import torch
 from plugin_models import (
@@ -136,8 +136,8 @@ def test_a_skip_that_is_known_late_is_no_step_either(is_late, monkeypatch):
     if is_late:  # fused optimizers obey the flag on the device, as on CUDA
         monkeypatch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling.obeys_found_inf(optimizer))
     scheduler = PrecisionScheduler([{"at": 2, "policy": "bf16"}])
-    model = helpers.Line(partial(torch.optim.SGD, lr=1.0, fused=True))
-    helpers.fit(model, PerLayerPrecision("fp16"), [0.5, helpers.INF, 0.25, 0.5, 0.5], callbacks=[scheduler])
+    model = known_results.Line(partial(torch.optim.SGD, lr=1.0, fused=True))
+    known_results.fit(model, PerLayerPrecision("fp16"), [0.5, known_results.INF, 0.25, 0.5, 0.5], callbacks=[scheduler])
     [row] = [json.loads(line) for line in Path("mixprec.jsonl").read_text().splitlines()]
     assert (row["step"], row["batch_idx"]) == (2, 3)
     assert model.travelled == 1.75

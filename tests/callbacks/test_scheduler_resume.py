@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import Saving
+from known_results import Saving
 from plugin_models import Batches, Call, Scheduled, one_line, same, save, task, trainer
 
 from lightning_mixprec import PerLayerPrecision

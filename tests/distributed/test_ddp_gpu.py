@@ -1,12 +1,11 @@
 """DDP over NCCL: two GPUs, or one GPU and a world of one."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from plugin_models import same
-from processes import TESTS, outcomes, saved_by_two, started
+from processes import outcomes, python_path, saved_by_two, started
 
 pytestmark = pytest.mark.gpu
 
@@ -16,8 +15,7 @@ SPOILED = ["spoiled", "spoiled, fused", "spoiled, watched", "spoiled, fused and 
 
 def by_one(folder):
     """What a process saved that is its own world."""
-    paths = [TESTS.parent, TESTS, SCRIPT.parent, os.environ.get("PYTHONPATH", "")]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(SCRIPT.parent)}
     outcomes([started([SCRIPT, folder], folder, **environment)])
     return [torch.load(folder / "rank0.pt", weights_only=False)]
 

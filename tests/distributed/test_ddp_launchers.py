@@ -6,13 +6,12 @@ What happened is in ``trainer.callback_metrics``, the JSONL file, checkpoints an
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from plugin_models import same
-from processes import TESTS, outcomes, saved_by_two, started
+from processes import outcomes, python_path, saved_by_two, started
 
 LAUNCHERS = ["spawn", "fork", "script"]
 SCRIPT = Path(__file__).with_name("ddp_launched.py")
@@ -22,8 +21,7 @@ SCRIPT = Path(__file__).with_name("ddp_launched.py")
 def folder(tmp_path_factory):
     """Where all launchers left what their processes know."""
     folder = tmp_path_factory.mktemp("ddp")
-    paths = [TESTS.parent, TESTS, SCRIPT.parent, os.environ.get("PYTHONPATH", "")]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(SCRIPT.parent)}
     outcomes([started([SCRIPT, folder], folder, **environment)])
     (folder / "mixprec.jsonl").rename(folder / "launched.jsonl")
     saved_by_two(SCRIPT, folder)

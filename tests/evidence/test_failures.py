@@ -5,7 +5,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import INF, SGD, Batches, Line, Manual, slope, stock, trainer_of
+from known_results import INF, SGD, Batches, Line, Manual, slope, stock, trainer_of
 from monitor_models import FACTOR, STARVED, Watched, batches, mlp
 from torch import nn
 

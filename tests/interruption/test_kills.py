@@ -1,7 +1,6 @@
 """SIGKILL anywhere, also while a checkpoint is written: what is left loads, and goes on as if nothing had happened."""
 
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 import yaml
 from interruption.killed_run import POINTS
 from interruption.runs import EPOCHS, LEARNED, differences
-from processes import TESTS, outcomes, started
+from processes import outcomes, python_path, started
 
 from lightning_mixprec import PrecisionPolicy
 from lightning_mixprec.records.journal import FILE_NAME
@@ -50,7 +49,7 @@ def runs(tmp_path_factory):
     """The folder of all runs, and what each had left when it was killed; by now they have gone on."""
     folder, left = tmp_path_factory.mktemp("kills"), {}
     script = Path(__file__).with_name("killed_run.py")
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [TESTS.parent, TESTS]))}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     for task in ("kill", "continue"):
         outcomes([started([script, task, folder], folder, **environment)])
         left = left or {name: left_in(folder / name, code) for name, code in unpickled(folder / "kill.pkl").items()}

@@ -1,14 +1,13 @@
 """SIGTERM and Ctrl-C: a run ends as Lightning's own does, and its files are whole."""
 
 import json
-import os
 import pickle
 from pathlib import Path
 
 import pytest
 from interruption.runs import BATCHES, LEARNED, Lesson, differences, ending, trained
 from interruption.signalled_run import AT, SIGNALS, plugin
-from processes import TESTS, outcomes, started
+from processes import outcomes, python_path, started
 
 from lightning_mixprec import PrecisionPolicy
 from lightning_mixprec.records.journal import FILE_NAME
@@ -26,7 +25,7 @@ LAST = {"SIGTERM": AT, "SIGINT": AT - 1}
 def runs(tmp_path_factory):
     """The folder of the runs and their exit codes."""
     folder = tmp_path_factory.mktemp("signals")
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [TESTS.parent, TESTS]))}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     outcomes([started([Path(__file__).with_name("signalled_run.py"), folder], folder, **environment)])
     return folder, pickle.loads((folder / "codes.pkl").read_bytes())
 

@@ -229,24 +229,24 @@ def test_manual_optimization_can_change_between_batches():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "to", "says"),
     [
-        (edit({"net.1": "p=fp64,c=fp64"}), "param"),
-        (edit({"net.1": {"param": "fp64"}}), "param"),
-        (replace({"default": "bf16", "net.1": "p=fp64,c=fp64"}), "param can only be chosen before training"),
-        (edit({"net.11": "fp32"}), "net.1"),
-        (edit({"ent.1": "fp32"}), "net.1"),
-        (edit({"net.1": "fp23"}), "fp32"),
-        (edit("fp32"), "mapping"),
-        (replace("bf61"), "bf16"),
-        (replace("auto"), "auto"),
-        (replace("none.yaml"), "none.yaml does not exist"),
-        (replace({"default": "bf16", "head": "fp32"}), "head"),
-        (replace(None), "None"),
+        (edit, {"net.1": "p=fp64,c=fp64"}, "param"),
+        (edit, {"net.1": {"param": "fp64"}}, "param"),
+        (replace, {"default": "bf16", "net.1": "p=fp64,c=fp64"}, "param can only be chosen before training"),
+        (edit, {"net.11": "fp32"}, "net.1"),
+        (edit, {"ent.1": "fp32"}, "net.1"),
+        (edit, {"net.1": "fp23"}, "fp32"),
+        (edit, "fp32", "mapping"),
+        (replace, "bf61", "bf16"),
+        (replace, "auto", "auto"),
+        (replace, "none.yaml", "none.yaml does not exist"),
+        (replace, {"default": "bf16", "head": "fp32"}, "head"),
+        (replace, None, "None"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_a_change_that_cannot_be_is_one_line_and_leaves_everything_as_it_was(change, says):
+def test_a_change_that_cannot_be_is_one_line_and_leaves_everything_as_it_was(change, to, says):
     model = Task(probes())
     plugin = PerLayerPrecision({"default": "bf16", "net.2": "fp32"})
     policy = plugin.policy
@@ -254,7 +254,7 @@ def test_a_change_that_cannot_be_is_one_line_and_leaves_everything_as_it_was(cha
     def try_it(run, model):
         during = snapshot(model)
         with pytest.raises(MixPrecError) as caught:
-            change(run, model)
+            change(to)(run, model)
         assert snapshot(model) == during
         return str(caught.value)
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import INF, SGD, Line, Manual, fit, ours, slope, weights
+from known_results import INF, SGD, Line, Manual, fit, ours, slope, weights
 
 from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.optim import loss_scaling as scaling

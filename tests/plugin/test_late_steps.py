@@ -10,7 +10,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import INF, SGD, Line, Manual, Saving, fit, ours, slope, stock
+from known_results import INF, SGD, Line, Manual, Saving, fit, ours, slope, stock
 from lightning.pytorch.callbacks import WeightAveraging
 from plugin_models import Call
 from torch.optim.lr_scheduler import ExponentialLR

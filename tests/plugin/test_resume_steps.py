@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import INF, SGD, Batches, Line, Saving, fit, ours, stock, trainer_of
+from known_results import INF, SGD, Batches, Line, Saving, fit, ours, stock, trainer_of
 from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_mixprec.errors import ScalingError

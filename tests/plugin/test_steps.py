@@ -5,7 +5,20 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import INF, SGD, Batches, Line, Manual, fails_on_stock, fit, holds_on_both, ours, slope, stock, trainer_of
+from known_results import (
+    INF,
+    SGD,
+    Batches,
+    Line,
+    Manual,
+    fails_on_stock,
+    fit,
+    holds_on_both,
+    ours,
+    slope,
+    stock,
+    trainer_of,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, ReduceLROnPlateau, SequentialLR

@@ -5,7 +5,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import INF, SGD, Line, Manual, fails_on_stock, fit, ours, slope
+from known_results import INF, SGD, Line, Manual, fails_on_stock, fit, ours, slope
 from lightning.pytorch.plugins.precision import Precision
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import INF, SGD, Line, Manual, fails_on_stock, fit, holds_on_both, ours, slope, stock, weights
+from known_results import INF, SGD, Line, Manual, fails_on_stock, fit, holds_on_both, ours, slope, stock, weights
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 

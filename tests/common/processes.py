@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 
-TESTS = Path(__file__).parent
+COMMON = Path(__file__).parent
+SEARCHED = [COMMON.parents[1], COMMON.parent, COMMON]
+"""Where a process finds the package, what a folder of tests keeps for itself, and what all share."""
+
+
+def python_path(*folders):
+    """The ``PYTHONPATH`` of a process that a test starts, with further folders in it."""
+    return os.pathsep.join(dict.fromkeys(map(str, [*SEARCHED, *folders, os.environ.get("PYTHONPATH", "")])))
 
 
 def outcomes(processes):
@@ -42,7 +49,6 @@ def saved_by_two(script, folder):
 
 
 def _launched(rank, port, own_folder):
-    paths = dict.fromkeys([TESTS.parent, TESTS, own_folder, os.environ.get("PYTHONPATH", "")])
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -53,5 +59,5 @@ def _launched(rank, port, own_folder):
         "LOCAL_WORLD_SIZE": "2",
         "TORCHELASTIC_RUN_ID": "tests",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": python_path(own_folder),
     }
