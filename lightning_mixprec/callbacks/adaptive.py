@@ -24,7 +24,7 @@ from lightning_mixprec.errors import MixPrecError, SupportError
 from lightning_mixprec.evidence.failures import FailureWatch
 from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
-from lightning_mixprec.numerics.formats import native_support
+from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.plugin.checks import check_choice
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version

@@ -1,13 +1,14 @@
-"""The number formats, and rounding to them.
+"""The number formats: one table with what each of them is and what it means in training.
 
 A format is defined by a handful of facts (IEEE 754-2019, section 3; for fp8 the OCP 8-bit floating point
 specification): how many exponent and mantissa bits it has, and what its largest exponent code stands for. Everything
-else follows and is derived.
+else about its numbers is derived. What it is used for is written beside it, in the table and nowhere else: lists of
+formats are asked of the table when they are needed, so that a new row is known everywhere.
 
 >>> get_format("fp16").max, get_format("e4m3").max
 (65504.0, 448.0)
->>> round_to(torch.tensor([0.1, 2049.0, 70000.0]), "fp16").tolist()
-[0.0999755859375, 2048.0, inf]
+>>> get_format("fp16").use.for_range, get_format("fp16").use.for_precision, compute_formats()
+('bf16', 'fp32', ('fp64', 'fp32', 'bf16', 'fp16'))
 """
 
 import difflib
@@ -17,9 +18,34 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from lightning_mixprec.errors import FormatError, SupportError
+from lightning_mixprec.errors import FormatError
+
+REFERENCE = "fp32"
+"""The format that low precision is compared with, and in which weights are stored unless a policy says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What a format is used for in training.
+
+    Attributes:
+        is_computed_in: Whether layers compute in it.
+        stores_weights: Whether a policy may store weights in it.
+        needs_scaling: Whether gradients need a loss scale to be kept in it.
+        for_range: The format to promote to where numbers are too large or too small for this one.
+        for_precision: The format to promote to where this one rounds too coarsely.
+        lightning_name: What ``Trainer(precision=...)`` calls training in it; empty if Lightning has no name for it.
+        cuda_capability: The least compute capability of an NVIDIA GPU whose arithmetic units take it.
+    """
+
+    is_computed_in: bool = False
+    stores_weights: bool = False
+    needs_scaling: bool = False
+    for_range: str | None = None
+    for_precision: str | None = None
+    lightning_name: str = ""
+    cuda_capability: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -36,6 +62,7 @@ class Format:
     mantissa_bits: int
     overflow: Literal["inf", "nan"]
     dtype: torch.dtype
+    use: Use = Use()
 
     @property
     def bits(self) -> int:
@@ -51,6 +78,16 @@ class Format:
     def is_low_precision(self) -> bool:
         """Whether a number takes 16 bits or fewer."""
         return self.bits <= 16
+
+    @property
+    def is_half(self) -> bool:
+        """Whether a number takes 16 bits: operations are cast to it one by one, by autocast."""
+        return self.bits == 16
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether it keeps fewer digits than fp16, so that gradients of a healthy model differ visibly from fp32's."""
+        return self.mantissa_bits < 10
 
     @cached_property
     def max_exponent(self) -> int:
@@ -116,6 +153,7 @@ class FormatPair:
     name: str
     forward: Format
     backward: Format
+    use: Use = Use()
 
     @property
     def bits(self) -> int:
@@ -132,33 +170,43 @@ class FormatPair:
         """Whether a number takes 16 bits or fewer."""
         return self.forward.is_low_precision
 
+    @property
+    def is_half(self) -> bool:
+        """Whether a number takes 16 bits."""
+        return self.forward.is_half
 
-@dataclass(frozen=True)
-class Support:
-    """Whether a device computes in a format by itself, and why or why not."""
-
-    native: bool
-    reason: str
+    @property
+    def is_coarse(self) -> bool:
+        """Whether it keeps fewer digits than fp16."""
+        return self.forward.is_coarse
 
 
-_E4M3 = Format("e4m3", 4, 3, "nan", torch.float8_e4m3fn)
-_E5M2 = Format("e5m2", 5, 2, "inf", torch.float8_e5m2)
+_FP64 = Use(is_computed_in=True, stores_weights=True, lightning_name="64-true")
+_FP32 = Use(is_computed_in=True, stores_weights=True, for_range="fp64", for_precision="fp64", lightning_name="32-true")
+_BF16 = Use(
+    is_computed_in=True,
+    for_range="fp32",
+    for_precision="fp32",
+    lightning_name="bf16-mixed",
+    cuda_capability=(8, 0),  # Ampere
+)
+_FP16 = Use(is_computed_in=True, needs_scaling=True, for_range="bf16", for_precision="fp32", lightning_name="16-mixed")
+_FP8 = Use(needs_scaling=True, for_range="bf16", for_precision="bf16", cuda_capability=(8, 9))  # Ada
+_E4M3 = Format("e4m3", 4, 3, "nan", torch.float8_e4m3fn, _FP8)
+_E5M2 = Format("e5m2", 5, 2, "inf", torch.float8_e5m2, _FP8)
 
-FORMATS: dict[str, Format | FormatPair] = {
-    format.name: format
-    for format in (
-        Format("fp64", 11, 52, "inf", torch.float64),
-        Format("fp32", 8, 23, "inf", torch.float32),
-        Format("bf16", 8, 7, "inf", torch.bfloat16),
-        Format("fp16", 5, 10, "inf", torch.float16),
-        FormatPair("fp8", forward=_E4M3, backward=_E5M2),
-        _E4M3,
-        _E5M2,
-    )
-}
-"""Every format by its name, widest first."""
+_ROWS: tuple[Format | FormatPair, ...] = (
+    Format("fp64", 11, 52, "inf", torch.float64, _FP64),
+    Format("fp32", 8, 23, "inf", torch.float32, _FP32),
+    Format("bf16", 8, 7, "inf", torch.bfloat16, _BF16),
+    Format("fp16", 5, 10, "inf", torch.float16, _FP16),
+    FormatPair("fp8", _E4M3, _E5M2, _FP8),
+    _E4M3,
+    _E5M2,
+)
 
-_BY_DTYPE = {format.dtype: format for format in FORMATS.values() if isinstance(format, Format)}
+FORMATS: dict[str, Format | FormatPair] = {format.name: format for format in _ROWS}
+"""Every format by its name, widest first. Of several with one dtype, the first is what a stored tensor is called."""
 
 _OTHER_NAMES = {
     "64": "fp64",
@@ -173,10 +221,74 @@ _OTHER_NAMES = {
     "brain": "bf16",
     "float8": "fp8",
     "8": "fp8",
-} | {str(dtype).removeprefix("torch."): format.name for dtype, format in _BY_DTYPE.items()}
+}
 
-# Least compute capability of an NVIDIA GPU whose arithmetic units take the format; Ampere for bf16, Ada for fp8.
-_CUDA_CAPABILITY = {"bf16": (8, 0), "fp8": (8, 9), "e4m3": (8, 9), "e5m2": (8, 9)}
+
+def compute_formats() -> tuple[str, ...]:
+    """The names of the formats that layers compute in, in the order of the table."""
+    return tuple(name for name, format in FORMATS.items() if format.use.is_computed_in)
+
+
+def param_formats() -> tuple[str, ...]:
+    """The names of the formats that a policy may store weights in."""
+    return tuple(name for name, format in FORMATS.items() if format.use.stores_weights)
+
+
+def low_precision_formats(*, in_parts: bool = False) -> tuple[str, ...]:
+    """The names of the formats of 16 bits or fewer: more bits first, and of equally many the least range.
+
+    Args:
+        in_parts: Whether a pair stands for itself, or its two formats do.
+
+    >>> low_precision_formats(), low_precision_formats(in_parts=True)
+    (('fp16', 'bf16', 'fp8'), ('fp16', 'bf16', 'e4m3', 'e5m2'))
+    """
+    low = [format for format in FORMATS.values() if format.is_low_precision]
+    pairs = [format for format in low if isinstance(format, FormatPair)]
+    left_out = pairs if in_parts else [part for pair in pairs for part in (pair.forward, pair.backward)]
+    ordered = sorted((each for each in low if each not in left_out), key=lambda each: (-each.bits, each.forward.max))
+    return tuple(format.name for format in ordered)
+
+
+def half_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes of the 16-bit formats, each once.
+
+    >>> half_dtypes()
+    (torch.bfloat16, torch.float16)
+    """
+    return tuple({format.dtype: None for format in _plain() if format.is_half})
+
+
+def is_wider(format: str, other: str) -> bool:
+    """Whether a format keeps what another one loses: more bits, or of equally many more range.
+
+    >>> is_wider("bf16", "fp16"), is_wider("bf16", "bf16"), is_wider("fp32", "bf16")
+    (True, False, True)
+    """
+    one, two = get_format(format), get_format(other)
+    return (one.bits, one.forward.max) > (two.bits, two.forward.max)
+
+
+def promoted_for_range(format: str, magnitude: float | None = None) -> str | None:
+    """The nearest format with more range, enough for a magnitude if one is given; None if there is none.
+
+    >>> promoted_for_range("fp16"), promoted_for_range("fp16", 3.4e38), promoted_for_range("fp64")
+    ('bf16', 'fp32', None)
+    """
+    wider = get_format(format).use.for_range
+    while wider is not None and not (magnitude is None or magnitude <= get_format(wider).forward.max):
+        wider = get_format(wider).use.for_range
+    return wider
+
+
+def trained_in(precision: str) -> str | None:
+    """The format that ``Trainer(precision=...)`` trains in.
+
+    >>> trained_in("16-mixed"), trained_in("16-true"), trained_in("transformer-engine")
+    ('fp16', 'fp16', None)
+    """
+    start = precision.partition("-")[0]
+    return next((name for name, each in FORMATS.items() if each.use.lightning_name.partition("-")[0] == start), None)
 
 
 def get_format(name: str) -> Format | FormatPair:
@@ -207,10 +319,12 @@ def meant_by(name: object) -> str | None:
     if isinstance(name, bool) or not isinstance(name, str | int | torch.dtype):
         return None
     text = str(name).strip().lower().removeprefix("torch.").split("-")[0]
-    for exact in ("e4m3", "e5m2"):
-        if exact in text:
-            return exact
-    names = {known: known for known in FORMATS} | _OTHER_NAMES
+    for pair in FORMATS.values():
+        for part in (pair.forward, pair.backward) if isinstance(pair, FormatPair) else ():
+            if part.name in text:
+                return part.name
+    of_dtypes = {str(format.dtype).removeprefix("torch."): format.name for format in reversed(_plain())}
+    names = {known: known for known in FORMATS} | _OTHER_NAMES | of_dtypes
     close = difflib.get_close_matches(text, names, n=1, cutoff=0.7)
     return names[close[0]] if close else None
 
@@ -221,116 +335,14 @@ def format_of(dtype: torch.dtype) -> str | None:
     >>> format_of(torch.bfloat16), format_of(torch.int64)
     ('bf16', None)
     """
-    format = _BY_DTYPE.get(dtype)
+    format = stored_format(dtype)
     return None if format is None else format.name
 
 
-def round_to(tensor: Tensor, format: str) -> Tensor:
-    """Round each element to the nearest number of a format, ties to even, in one rounding.
-
-    What is too large becomes infinite, in e4m3, which has no infinity, NaN; and so does an infinity in e4m3. NaN stays
-    NaN and zero keeps its sign. ``"fp8"`` rounds to its forward format, e4m3.
-
-    Args:
-        tensor: any shape, device and floating-point dtype.
-        format: a format's name.
-
-    Returns:
-        A new tensor of the same shape, device and dtype, without a gradient. Only where the dtype cannot hold the
-        result is it fp32: from fp16 to bf16 (65504 rounds to 65536), and from float8 dtypes outside the table.
-
-    Raises:
-        FormatError: the format is unknown, or the tensor is no floating-point tensor.
-
-    >>> round_to(torch.tensor([1.0625, 1.1875, 500.0, -0.0009]), "e4m3").tolist()
-    [1.0, 1.25, nan, -0.0]
-    """
-    target = get_format(format).forward
-    source = _stored_format(tensor)
-    values = tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
-    if not target.contains(source or _BY_DTYPE[values.dtype]):
-        values = torch.copysign(_rounded_magnitude(values.abs(), target), values)
-    return values.to(tensor.dtype) if source and _holds_rounded(source, target) else values
+def stored_format(dtype: torch.dtype) -> Format | None:
+    """The format in which tensors of this dtype are stored, ``None`` if it is not in the table."""
+    return next((format for format in _plain() if format.dtype == dtype), None)
 
 
-def native_support(format: str, device: str | torch.device) -> Support:
-    """Whether a device computes in a format with arithmetic of its own, without emulation.
-
-    Raises:
-        FormatError: the format is unknown.
-        SupportError: this is no device.
-
-    >>> native_support("bf16", "cpu").native, native_support("fp8", "cpu").native
-    (True, False)
-    """
-    name = get_format(format).name
-    device = _checked_device(device)
-    if device.type == "cuda":
-        return _cuda_support(name, device)
-    if device.type == "cpu":
-        return _cpu_support(name)
-    return Support(False, f"{device.type} devices are not supported, only cuda and cpu are")
-
-
-def _stored_format(tensor: Tensor) -> Format | None:
-    if not isinstance(tensor, Tensor):
-        raise FormatError(
-            f"cannot round a {type(tensor).__name__}, only a floating-point tensor: use torch.tensor(...)"
-        )
-    if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:
-        raise FormatError(f"cannot round a tensor of {tensor.dtype}, only of an unpacked floating-point dtype: cast it")
-    return _BY_DTYPE.get(tensor.dtype)
-
-
-def _holds_rounded(source: Format, target: Format) -> bool:
-    step = math.ldexp(1.0, source.max_exponent - target.mantissa_bits)
-    largest = round(source.max / step) * step
-    return largest <= source.max or largest > target.max
-
-
-def _rounded_magnitude(magnitude: Tensor, target: Format) -> Tensor:
-    """Round fp32 or fp64 magnitudes to a format with fewer mantissa bits.
-
-    In the normal range, where the exponent is the number's own, by adding just under half a step to the bit pattern and
-    cutting it off. In the subnormal range, where the step is fixed, by adding and subtracting the power of two whose
-    own last place is that step. Neither depends on how a device casts, or on flush-to-zero.
-    """
-    work = _BY_DTYPE[magnitude.dtype]
-    dropped = work.mantissa_bits - target.mantissa_bits
-    bits = magnitude.view(torch.int64 if work.bits == 64 else torch.int32)
-    half_to_even = (bits >> dropped & 1) + ((1 << (dropped - 1)) - 1)
-    rounded = (bits + half_to_even & -(1 << dropped)).view(magnitude.dtype)
-    if target.min_exponent > work.min_exponent:
-        shifter = math.ldexp(1.0, target.min_exponent + dropped)
-        rounded = torch.where(magnitude < target.smallest_normal, (magnitude + shifter) - shifter, rounded)
-    rounded = torch.where(rounded > target.max, math.inf if target.overflow == "inf" else math.nan, rounded)
-    return torch.where(magnitude.isnan(), math.nan, rounded)
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise SupportError(f"{device!r} is no device: give one as 'cpu', 'cuda' or 'cuda:0'") from error
-
-
-def _cuda_support(name: str, device: torch.device) -> Support:
-    if not torch.cuda.is_available():
-        return Support(False, "torch sees no CUDA device")
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        return Support(False, f"there is no {device}, the last CUDA device is cuda:{torch.cuda.device_count() - 1}")
-    gpu = torch.cuda.get_device_name(device)
-    if torch.version.hip and get_format(name).bits == 8:
-        return Support(False, f"fp8 is supported on NVIDIA GPUs only, and this is {gpu}")
-    have, need = torch.cuda.get_device_capability(device), _CUDA_CAPABILITY.get(name, (0, 0))
-    capability = f"{gpu} (compute capability {have[0]}.{have[1]})"
-    if have < need:
-        return Support(False, f"{capability} has no {name} arithmetic, which came with {need[0]}.{need[1]}")
-    return Support(True, f"{capability} has {name} arithmetic")
-
-
-def _cpu_support(name: str) -> Support:
-    if get_format(name).bits == 8:
-        return Support(False, f"CPUs have no {name} arithmetic, and torch imitates only part of it")
-    slow = ", whose fp16 matrix products are slow without AVX512-FP16 or AMX-FP16" if name == "fp16" else ""
-    return Support(True, f"torch has CPU kernels for {name}{slow}")
+def _plain() -> list[Format]:
+    return [format for format in FORMATS.values() if isinstance(format, Format)]

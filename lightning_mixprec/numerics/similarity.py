@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics.flat_batches import batches, by_kind, flatten_together, placed, sums
-from lightning_mixprec.numerics.formats import Format, format_of, get_format, round_to
+from lightning_mixprec.numerics.formats import Format, format_of, get_format
+from lightning_mixprec.numerics.rounding import round_to
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
-from lightning_mixprec.numerics.formats import format_of, native_support
+from lightning_mixprec.numerics.devices import native_support
+from lightning_mixprec.numerics.formats import format_of
 from lightning_mixprec.optim.gradients import needs_closure
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin.communication_hooks import check_hook_state

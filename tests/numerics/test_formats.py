@@ -6,7 +6,20 @@ import pytest
 import torch
 
 from lightning_mixprec.errors import FormatError, MixPrecError, SupportError
-from lightning_mixprec.numerics.formats import FORMATS, Format, FormatPair, format_of, get_format, native_support
+from lightning_mixprec.numerics.devices import native_support
+from lightning_mixprec.numerics.formats import (
+    FORMATS,
+    Format,
+    FormatPair,
+    compute_formats,
+    format_of,
+    get_format,
+    half_dtypes,
+    is_wider,
+    param_formats,
+    promoted_for_range,
+    trained_in,
+)
 
 # What NumPy and ml_dtypes call the formats: written down here, so that the table is checked and not echoed.
 ORACLE = {
@@ -71,6 +84,49 @@ def test_fp8_is_the_pair():
     assert isinstance(fp8, FormatPair)
     assert (fp8.forward.name, fp8.backward.name) == ("e4m3", "e5m2")
     assert (fp8.bits, fp8.bytes) == (8, 1)
+
+
+def test_the_table_says_what_formats_are_used_for():
+    assert compute_formats() == ("fp64", "fp32", "bf16", "fp16")
+    assert param_formats() == ("fp64", "fp32")
+    assert half_dtypes() == (torch.bfloat16, torch.float16)
+    assert [name for name in FORMATS if get_format(name).use.needs_scaling] == ["fp16", "fp8", "e4m3", "e5m2"]
+    assert [name for name in FORMATS if get_format(name).is_half] == ["bf16", "fp16"]
+    assert [name for name in FORMATS if get_format(name).is_coarse] == ["bf16", "fp8", "e4m3", "e5m2"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_promotions_lead_to_formats_that_layers_compute_in_and_end_in_fp64(name):
+    for reason in ("for_range", "for_precision"):
+        wider = getattr(get_format(name).use, reason)
+        if name == "fp64":
+            assert wider is None
+        else:
+            assert get_format(wider).use.is_computed_in
+            assert is_wider(wider, name)
+
+
+def test_a_promotion_for_range_holds_the_number():
+    assert [promoted_for_range(name) for name in FORMATS] == [None, "fp64", "fp32", "bf16", "bf16", "bf16", "bf16"]
+    assert promoted_for_range("fp16", 1e5) == "bf16"
+    assert promoted_for_range("fp16", 3.4e38) == "fp32"
+    assert promoted_for_range("fp16", 1e39) == "fp64"
+    assert promoted_for_range("fp16", math.inf) is None
+    assert promoted_for_range("fp16", math.nan) is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "format"),
+    [
+        ("16-mixed", "fp16"),
+        ("bf16-true", "bf16"),
+        ("32-true", "fp32"),
+        ("64-true", "fp64"),
+        ("transformer-engine", None),
+    ],
+)
+def test_what_a_trainers_precision_trains_in(precision, format):
+    assert trained_in(precision) == format
 
 
 def test_a_plain_format_is_its_own_forward_and_backward():
@@ -253,6 +309,6 @@ def test_torch_agrees_on_this_gpu():
     assert native_support("fp32", "cuda").native
 
 
-def test_a_format_is_only_its_definition():
-    definition = {"name", "exponent_bits", "mantissa_bits", "overflow", "dtype"}
+def test_a_format_is_only_its_definition_and_its_use():
+    definition = {"name", "exponent_bits", "mantissa_bits", "overflow", "dtype", "use"}
     assert set(Format.__dataclass_fields__) == definition

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mixprec.errors import FormatError
-from lightning_mixprec.numerics.formats import round_to
+from lightning_mixprec.numerics.rounding import round_to
 
 ORACLE = {
     "fp32": np.float32,

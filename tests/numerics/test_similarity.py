@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics import flat_batches as segments
-from lightning_mixprec.numerics.formats import get_format, round_to
+from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.numerics.rounding import round_to
 from lightning_mixprec.numerics.similarity import cosine_of, dots, sqnr_db, stagnation_rate
 
 NORMAL = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
