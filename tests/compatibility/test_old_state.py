@@ -59,7 +59,7 @@ def test_each_callback_takes_its_state_and_gives_it_back(name):
         assert differences({key: state[key] for key in shown}, shown) == []
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "stock"])
 def test_a_resumed_run_has_what_was_saved_before_its_first_step(name):
     saved, (_, first, last) = checkpoint(name), resumed(name)
     if "PerLayerPrecision" in saved:
