@@ -25,12 +25,13 @@ from lightning_mixprec.evidence.failures import FailureWatch
 from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.numerics.devices import native_support
+from lightning_mixprec.planning.controller_state import Options
 from lightning_mixprec.plugin.checks import check_choice
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.records.decisions import Decision, Options, quoted
+from lightning_mixprec.records.decisions import Decision, quoted
 from lightning_mixprec.records.schema import has_shape
 
 LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"

@@ -21,13 +21,14 @@ from lightning_mixprec.evidence.study import Findings, Study, Wanted
 from lightning_mixprec.evidence.trial import Trial
 from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.planning.controller import Controller
-from lightning_mixprec.planning.remedies import Layer
+from lightning_mixprec.planning.controller_state import Options
+from lightning_mixprec.planning.promotions import Promotion
+from lightning_mixprec.planning.remedies import Candidate
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.cover import covered_layers
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.policy.rules import parse_value
-from lightning_mixprec.records.decisions import Decision, Options, quoted
+from lightning_mixprec.records.decisions import Decision, quoted
 
 NOT_FINITE = "not finite in fp32"
 """Why a batch tells nothing of precision: no problem of this callback's."""
@@ -86,7 +87,7 @@ class Steering:
     def _new_controller(self, options: Options, pin: Sequence[str]) -> Controller:
         formats, pinned = self._base_formats(), covered_layers(pin, self._module, "AdaptivePrecision(pin=...)")
         layers = [
-            Layer(
+            Candidate(
                 site.name,
                 formats[site.name],
                 is_pinned=site.name in pinned,
@@ -140,7 +141,7 @@ class Steering:
         self._flops = dict(state["flops"])
         self.controller.measured(self._flops)
         self.controller.load_state_dict(state["controller"])
-        self._policy_with(self.controller.state.promoted).resolve(self._module)  # fails here rather than in a step
+        self._policy_with(self.controller.promoted).resolve(self._module)  # fails here rather than in a step
         if state["pending"] is not None:
             self.pending = Decision.from_state(state["pending"])
         if state.get("copy") is not None:
@@ -169,7 +170,7 @@ class Steering:
             self._report(place, problem=trial.problem or NOT_FINITE)
             return
         scale = self._plugin.scaler.get_scale()
-        promoted = self.controller.state.promoted
+        promoted = self.controller.promoted
         present = trial.run_as_is(scale) if self._acts else trial.run(promoted, scale)
         self._report(place, sample=present.summary(), loss_scale=scale)
         self.controller.see_loss(trial.loss_size)
@@ -230,7 +231,7 @@ class Steering:
         return True
 
     def _trial(self, kept: KeptBatch) -> Trial:
-        usual, counts = self.controller.state.usual_loss, not self._flops
+        usual, counts = self.controller.counts.usual_loss, not self._flops
         trial = Trial(self._module, self._plugin, kept, self._policy_with, usual, counts=counts)
         if counts and trial.is_possible:
             _, flops = ranks.first_found(trial.flops)
@@ -297,7 +298,7 @@ class Steering:
         if decision.restores and self._snapshots.step is not None:
             self._snapshots.restore()
         if decision.moves:
-            self._adopted = self._policy_with(self.controller.state.promoted)
+            self._adopted = self._policy_with(self.controller.promoted)
             self._plugin.set_policy(self._adopted, f"adaptive: {decision.reason}", decision.evidence)
             self._adapt()
         if self._plugin.scaler.is_active and scale != self._plugin.scaler.get_scale():
@@ -313,7 +314,7 @@ class Steering:
     @property
     def advised_policy(self) -> PrecisionPolicy | None:
         """The policy with everything that was advised; None if nothing was."""
-        promoted = self.controller.state.promoted
+        promoted = self.controller.promoted
         return self._policy_with(promoted) if promoted and not self._acts else None
 
     @property
@@ -330,7 +331,7 @@ class Steering:
         """
         self._base = policy
         self.controller.rebase(self._base_formats())
-        self._adopted = self._policy_with(self.controller.state.promoted if self._acts else {})
+        self._adopted = self._policy_with(self.controller.promoted if self._acts else {})
         if self._adopted is not self._plugin.policy:
             self._plugin.set_policy(self._adopted, reason)
         self._adapt()
@@ -341,14 +342,14 @@ class Steering:
         self._take_over_change()
         return self._base
 
-    def _policy_with(self, promoted: Mapping[str, str]) -> PrecisionPolicy:
+    def _policy_with(self, promoted: Mapping[str, Promotion]) -> PrecisionPolicy:
         if not promoted:
             return self._base
-        edits = {literal(name): self._edit(name, value) for name, value in promoted.items()}
+        edits = {literal(name): self._edit(name, promotion) for name, promotion in promoted.items()}
         return self._base.amend(edits, self._module)
 
-    def _edit(self, name: str, value: str) -> dict[str, Any]:
-        edit: dict[str, Any] = dict(parse_value(value))
+    def _edit(self, name: str, promotion: Promotion) -> dict[str, Any]:
+        edit = promotion.said
         if self._outputs[name] is not None:
             edit.pop("output", None)  # the user's word on it holds
         return {**edit, "recurse": False} if self._heights[name] or not name else edit

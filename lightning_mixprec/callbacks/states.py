@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from typing_extensions import Never, NotRequired, TypedDict
 
-from lightning_mixprec.planning.controller import ControllerState
+from lightning_mixprec.planning.controller_state import ControllerState
 from lightning_mixprec.records.schema import Count
 
 Kind = Literal["promote", "demote", "scale", "restore"]

@@ -18,6 +18,7 @@ from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.numerics.similarity import cosine_of
 from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
+from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
 
@@ -68,7 +69,7 @@ class Trial:
         module: pl.LightningModule,
         plugin: PerLayerPrecision,
         kept: KeptBatch,
-        policy_with: Callable[[Mapping[str, str]], PrecisionPolicy],
+        policy_with: Callable[[Mapping[str, Promotion]], PrecisionPolicy],
         usual_loss: float = 0.0,
         *,
         counts: bool = True,
@@ -92,11 +93,11 @@ class Trial:
         self.loss_size = largest.item()
         self._least_loss = _LEAST_SHARE * max(usual_loss, self.loss_size)
 
-    def run(self, promoted: Mapping[str, str], scale: float) -> Agreement:
+    def run(self, promoted: Mapping[str, Promotion], scale: float) -> Agreement:
         """How the step agrees with fp32.
 
         Args:
-            promoted: Layers and the formats they are promoted to; the others compute as the user's policy says.
+            promoted: Promotions by layer; the others compute as the user's policy says.
             scale: The loss scale.
         """
         return self._agreement(partial(self._run_with, promoted, scale), scale)
@@ -109,7 +110,7 @@ class Trial:
         assert self._reference is not None
         return self._compared(self._tried(run), self._reference, scale)
 
-    def _run_with(self, promoted: Mapping[str, str], scale: float) -> Replayed:
+    def _run_with(self, promoted: Mapping[str, Promotion], scale: float) -> Replayed:
         return self._run(TrialFormats(self._plugin, self._policy_with(promoted)), scale)
 
     def _run(self, formats: PluginFormats, scale: float) -> Replayed:

@@ -1,18 +1,22 @@
-"""The adaptive controller: evidence of how a run computes in, decisions about which layer computes in what out.
+"""The adaptive controller: decides which layers are promoted and taken back.
 
 It looks at nothing itself. It is told how steps went and how sampled steps agree with fp32, it asks for trials of other
-formats on a captured batch, and it answers with decisions. Everything it knows is in its state, of plain types, so a
+formats on a captured batch, and it answers with decisions. All that it remembers is in its state, of plain types, so a
 run that is resumed decides as one that was not interrupted.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from copy import deepcopy
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
+from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.planning.agreement import Agreement, Limits
-from lightning_mixprec.planning.remedies import Layer, Remedies, Remedy, Try, format_in, is_wider
-from lightning_mixprec.records.decisions import Decision, Options, quoted
+from lightning_mixprec.planning.controller_state import ControllerCounts, ControllerState, Options
+from lightning_mixprec.planning.promotions import Promotion
+from lightning_mixprec.planning.remedies import Candidate, Promotions, Remedies, Remedy, Try, is_wider
+from lightning_mixprec.records.decisions import Decision, quoted
 
 _FIRST_SAMPLES = (0, 10, 30, 100, 300)
 _WINDOW = 100
@@ -26,33 +30,7 @@ _MIN_COSINE_IN_BF16 = 0.9
 _APPROVALS = 2
 
 HasRoom = Callable[[Mapping[str, str]], bool]
-"""Whether layers would fit into formats with room to spare."""
-
-
-@dataclass
-class ControllerState:
-    """All that the controller remembers; plain types."""
-
-    batches: int = 0
-    steps: int = 0
-    misses: int = 0
-    origin: int = -1
-    next_sample: int = 0
-    doubts: int = 0
-    failures: list[list[int]] = field(default_factory=list)
-    accusations: list[int] = field(default_factory=list)
-    skips_in_a_row: int = 0
-    fruitless: int = 0
-    next_look: int = 0
-    promoted: dict[str, str] = field(default_factory=dict)
-    since: dict[str, int] = field(default_factory=dict)
-    group: dict[str, int] = field(default_factory=dict)
-    relapses: dict[str, int] = field(default_factory=dict)
-    approvals: dict[str, int] = field(default_factory=dict)
-    assignments: list[dict[str, str]] = field(default_factory=lambda: [{}])
-    moves: int = 0
-    restores: int = 0
-    usual_loss: float = 0.0
+"""Says whether layers would fit into formats with room to spare."""
 
 
 class Controller:
@@ -60,119 +38,135 @@ class Controller:
 
     Args:
         layers: The layers that have operations of their own, in the model's order.
-        options: How to decide.
+        options: Its options.
+
+    Attributes:
+        promoted: The promotions in force.
+        assignments: The sets of promotions that have been in force, none included.
+        counts: Its counters and dates.
     """
 
-    def __init__(self, layers: Sequence[Layer], options: Options) -> None:
+    def __init__(self, layers: Sequence[Candidate], options: Options) -> None:
         self.options = options
-        self.state = ControllerState()
+        self.promoted: dict[str, Promotion] = {}
+        self.counts = ControllerCounts()
+        self.assignments: list[dict[str, Promotion]] = [{}]
         self.layers = {layer.name: layer for layer in layers}
         self.adapt({layer.name: layer.format for layer in layers})
 
-    # What it remembers
+    # Its memory
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, in plain types."""
-        return asdict(self.state)
+        """Its :class:`ControllerState`, as a dict."""
+        assignments = [_written(promoted) for promoted in self.assignments]
+        state = ControllerState(**asdict(self.counts), promoted=_written(self.promoted), assignments=assignments)
+        return asdict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Reads :meth:`state_dict`."""
-        copied = ControllerState(**{each.name: state[each.name] for each in fields(ControllerState)})
-        self.state = ControllerState(**asdict(copied))
+        """Reads :meth:`state_dict`.
+
+        Raises:
+            LookupError, PolicyError, TypeError: It is damaged.
+        """
+        self.promoted, *self.assignments = (_read(promoted) for promoted in (state["promoted"], *state["assignments"]))
+        self.counts = ControllerCounts(**deepcopy({each.name: state[each.name] for each in fields(ControllerCounts)}))
 
     def rebase(self, formats: Mapping[str, str]) -> None:
-        """The user's policy says something else from now on; promotions that are no wider than it are over."""
+        """Starts from another policy of the user; promotions that are no wider than it are over.
+
+        Args:
+            formats: The format that the policy has each layer compute in.
+        """
         self.adapt(formats)
-        state = self.state
-        state.promoted = {
-            name: value
-            for name, value in state.promoted.items()
-            if is_wider(format_in(value), self.layers[name].format)
+        self.promoted = {
+            name: promotion
+            for name, promotion in self.promoted.items()
+            if is_wider(promotion.compute, self.layers[name].format)
         }
-        state.assignments = [dict(state.promoted)]
+        self.assignments = [dict(self.promoted)]
         self._settle_in()
 
     def adapt(self, formats: Mapping[str, str]) -> None:
-        """What the user's policy has layers compute in, and so how well a step can agree with fp32."""
+        """Takes over the formats of the user's policy, which also say how well a step can agree with fp32."""
         self.limits = Limits(min_cosine=_MIN_COSINE_IN_BF16) if "bf16" in formats.values() else Limits()
         self.layers = {name: replace(layer, format=formats[name]) for name, layer in self.layers.items()}
 
     def measured(self, flops: Mapping[str, int]) -> None:
-        """The layers' flops are known."""
+        """Takes over the layers' flops."""
         self.layers = {name: replace(layer, flops=flops.get(name, 0)) for name, layer in self.layers.items()}
 
-    def low_share(self, promoted: Mapping[str, str] | None = None) -> float:
+    def low_share(self, promoted: Promotions | None = None) -> float:
         """The share of the flops in at most 16 bits; NaN if the layers have no flops."""
-        promoted = self.state.promoted if promoted is None else promoted
+        promoted = self.promoted if promoted is None else promoted
         formats = {name: layer.format for name, layer in self.layers.items()}
-        formats |= {name: format_in(value) for name, value in promoted.items()}
-        low = sum(layer.flops for name, layer in self.layers.items() if formats[name] in ("fp16", "bf16"))
+        formats |= {name: promotion.compute for name, promotion in promoted.items()}
+        low = sum(layer.flops for name, layer in self.layers.items() if get_format(formats[name]).is_low_precision)
         total = sum(layer.flops for layer in self.layers.values())
         return low / total if total else math.nan
 
-    # What it is told
+    # Told
 
     def begin_batch(self) -> bool:
-        """A batch begins. Whether its step is to be compared with fp32."""
-        self.state.batches += 1
-        is_settled = self.state.origin >= 0 and not self.state.skips_in_a_row
-        return is_settled and self.state.batches >= self.state.next_sample
+        """Counts a batch that begins; true if its step is to be compared with fp32."""
+        self.counts.batches += 1
+        is_settled = self.counts.origin >= 0 and not self.counts.skips_in_a_row
+        return is_settled and self.counts.batches >= self.counts.next_sample
 
     def see_step(self, *, skipped: bool, loss_is_bad: bool) -> bool:
-        """A step ended. Whether it is to be looked into."""
-        state = self.state
-        state.steps += 1
-        state.skips_in_a_row = state.skips_in_a_row + 1 if skipped else 0
+        """Counts a step that ended; true if it is to be looked into."""
+        counts = self.counts
+        counts.steps += 1
+        counts.skips_in_a_row = counts.skips_in_a_row + 1 if skipped else 0
         if not (skipped or loss_is_bad):
-            if state.origin < 0:
+            if counts.origin < 0:
                 self._settle_in()
             return False
-        state.failures = [each for each in state.failures if state.steps - each[0] < _WINDOW]
-        state.failures.append([state.steps, int(loss_is_bad)])
-        patience = 2 ** min(state.fruitless, _MOST_PATIENCE)
-        return state.steps >= state.next_look and bool(
-            sum(bad for _, bad in state.failures) >= patience
-            or state.skips_in_a_row >= _SKIPS_IN_A_ROW * patience
-            or len(state.failures) >= _SKIPS_IN_WINDOW * max(patience / 2, 1)
+        counts.failures = [each for each in counts.failures if counts.steps - each[0] < _WINDOW]
+        counts.failures.append([counts.steps, int(loss_is_bad)])
+        patience = 2 ** min(counts.fruitless, _MOST_PATIENCE)
+        return counts.steps >= counts.next_look and bool(
+            sum(bad for _, bad in counts.failures) >= patience
+            or counts.skips_in_a_row >= _SKIPS_IN_A_ROW * patience
+            or len(counts.failures) >= _SKIPS_IN_WINDOW * max(patience / 2, 1)
         )
 
     def accuse(self) -> bool:
-        """A step that was looked into failed for want of precision. Whether it is time to act: once is an outlier."""
-        state = self.state
-        state.accusations = [step for step in state.accusations if state.steps - step < _WINDOW]
-        state.accusations.append(state.steps)
-        is_persistent = state.skips_in_a_row >= _SKIPS_IN_A_ROW or self.scale_keeps_falling
-        return is_persistent or len(state.accusations) >= _ACCUSATIONS
+        """Counts a step that failed for want of precision; true if it is time to act, because one is an outlier."""
+        counts = self.counts
+        counts.accusations = [step for step in counts.accusations if counts.steps - step < _WINDOW]
+        counts.accusations.append(counts.steps)
+        is_persistent = counts.skips_in_a_row >= _SKIPS_IN_A_ROW or self.scale_keeps_falling
+        return is_persistent or len(counts.accusations) >= _ACCUSATIONS
 
     def see_loss(self, size: float) -> None:
-        """How large the losses of a sampled step are; what was seen before is forgotten by halves."""
-        self.state.usual_loss = max(size, self.state.usual_loss / 2)
+        """Takes note of the size of a sampled step's losses; earlier ones are forgotten by halves."""
+        self.counts.usual_loss = max(size, self.counts.usual_loss / 2)
 
     def see_no_sample(self) -> None:
-        """The batch that was to be sampled could not be, or told nothing: a later one, each time twice as far away."""
-        state = self.state
-        state.next_sample = state.batches + min(2**state.misses, self.options.every_n_steps)
-        state.misses = min(state.misses + 1, 16)
+        """Puts a sample off that could not be taken, or told nothing; each time in a row for twice as long."""
+        counts = self.counts
+        counts.next_sample = counts.batches + min(2**counts.misses, self.options.every_n_steps)
+        counts.misses = min(counts.misses + 1, 16)
 
     def give_up_looking(self) -> None:
-        """Looking into a failed step came to nothing: the next looks come later and later."""
-        self.state.fruitless = min(self.state.fruitless + 1, _MOST_FRUITLESS)
-        self.state.next_look = self.state.steps + 2**self.state.fruitless
+        """Puts the next look into a failed step off, because this one came to nothing; each time for longer."""
+        self.counts.fruitless = min(self.counts.fruitless + 1, _MOST_FRUITLESS)
+        self.counts.next_look = self.counts.steps + 2**self.counts.fruitless
 
     @property
     def is_settling(self) -> bool:
         """Whether samples are still dense, so that wrong steps are undone at the price of few right ones."""
-        return self.state.batches - self.state.origin <= _FIRST_SAMPLES[-1] + _DOUBTS
+        return self.counts.batches - self.counts.origin <= _FIRST_SAMPLES[-1] + _DOUBTS
 
-    # What it decides
+    # Decides
 
     @property
     def scale_keeps_falling(self) -> bool:
         """Whether steps failed more often than a search for the loss scale explains."""
-        return len(self.state.failures) >= _SKIPS_IN_WINDOW
+        return len(self.counts.failures) >= _SKIPS_IN_WINDOW
 
     def decide_on_falling_scale(self, scale: float, attempt: Try) -> Decision | None:
-        """The loss scale falls and falls. Whether few layers that cost little are all that needs a smaller one."""
+        """Decides on a loss scale that falls and falls: few layers that cost little may be all that holds it down."""
         remedy = self._remedies(attempt).promotions(scale)
         if remedy is not None and not self._is_small(remedy):
             remedy = None
@@ -181,7 +175,7 @@ class Controller:
     def decide_on_failure(
         self, culprits: Sequence[str], scale: float, attempt: Try, evidence: Mapping[str, Any]
     ) -> Decision | None:
-        """A step failed for want of precision. What is to change.
+        """Decides on a step that failed for want of precision.
 
         Args:
             culprits: The layers that are suspected, the likeliest first.
@@ -197,49 +191,47 @@ class Controller:
     def decide_on_sample(
         self, present: Agreement, scale: float, attempt: Try, has_room: HasRoom = lambda formats: True
     ) -> Decision | None:
-        """A sampled step was compared with fp32. What is to change.
+        """Decides on a sampled step that was compared with fp32.
 
         Args:
-            present: How it agrees.
+            present: Its agreement with fp32.
             scale: The present loss scale.
             attempt: Tries formats on the sampled step's batch.
-            has_room: Whether layers would fit into narrower formats with room to spare, on this batch.
+            has_room: Says whether layers would fit into narrower formats with room to spare, on this batch.
         """
-        state = self.state
+        counts = self.counts
         if not present.is_finite:
             self.see_no_sample()
             return None
-        state.misses = 0
+        counts.misses = 0
         failing = self.limits.failing(present)
         if not failing and not self.limits.gap_is_large(present):
-            state.doubts = state.restores = 0
-            state.fruitless //= 2
+            counts.doubts = counts.restores = 0
+            counts.fruitless //= 2
             self._next_sample()
             return self._demotion(scale, attempt, has_room)
-        state.doubts += 1
-        if state.doubts < _DOUBTS:
-            state.next_sample = state.batches + 1
+        counts.doubts += 1
+        if counts.doubts < _DOUBTS:
+            counts.next_sample = counts.batches + 1
             return None
-        state.doubts = 0
+        counts.doubts = 0
         self._next_sample()
         remedy = self._remedy(present, scale, self._remedies(attempt))
         return self._carried_out(remedy, scale, present, {"layers": failing[:8]})
 
     def decide_on_damage(self, names: Sequence[str]) -> Decision | None:
-        """Weights or buffers are not finite. Whether to go back to the last good copy of them."""
-        if self.state.restores >= _MOST_RESTORES:
+        """Decides on weights or buffers that are not finite: back to the last good copy of them, a few times."""
+        if self.counts.restores >= _MOST_RESTORES:
             return None
-        self.state.restores += 1
+        self.counts.restores += 1
         self._settle_in()
         reason = f"{quoted(names)} not finite"
-        return Decision("restore", (), dict(self.state.promoted), None, reason, {"damaged": list(names[:8])}, True)
+        return Decision("restore", (), _written(self.promoted), None, reason, {"damaged": list(names[:8])}, True)
 
-    # How it decides
+    # Weighs
 
     def _remedies(self, attempt: Try) -> Remedies:
-        options, promoted = self.options, self.state.promoted
-        has_bf16, scales = options.has_bf16, options.scales
-        return Remedies(self.layers, promoted, self.limits, has_bf16, scales, options.max_trials, attempt)
+        return Remedies(self.layers, self.promoted, self.limits, self.options, attempt)
 
     def _remedy(self, present: Agreement, scale: float, remedies: Remedies) -> Remedy | None:
         """The least that helps: a larger loss scale, else few promotions, with a larger loss scale or without."""
@@ -258,105 +250,113 @@ class Controller:
         total = sum(layer.flops for layer in self.layers.values())
         return flops <= _SMALL_SHARE * total and moved <= max(1, _SMALL_SHARE * len(self.layers))
 
-    def _cost(self, promotions: Mapping[str, str]) -> tuple[int, int]:
+    def _cost(self, promotions: Promotions) -> tuple[int, int]:
         """Flops that leave 16 bits, and layers that move."""
-        wide = [name for name, value in promotions.items() if format_in(value) == "fp32"]
+        wide = [name for name, promotion in promotions.items() if promotion.compute == "fp32"]
         return sum(self.layers[name].flops for name in wide), len(promotions)
 
-    def _is_allowed(self, promoted: Mapping[str, str]) -> bool:
+    def _is_allowed(self, promoted: Promotions) -> bool:
         least, share = self.options.min_low_precision_share, self.low_share(promoted)
         if least is not None and share < least and share < self.low_share():
             return False
-        known = self.state.assignments
+        known = self.assignments
         return dict(promoted) in known or len(known) < self.options.max_assignments
 
     def _carried_out(
         self, remedy: Remedy | None, scale: float, present: Agreement, evidence: Mapping[str, Any]
     ) -> Decision | None:
-        if remedy is None or not self._is_allowed({**self.state.promoted, **remedy.promotions}):
+        if remedy is None or not self._is_allowed({**self.promoted, **remedy.promotions}):
             self.give_up_looking()
             return None
-        state = self.state
-        moves = tuple((name, self._format(name), format_in(value)) for name, value in remedy.promotions.items())
+        counts = self.counts
+        moves = tuple((name, self._format(name), each.compute) for name, each in remedy.promotions.items())
         for name in remedy.promotions:
-            if name in state.relapses:
-                state.relapses[name] += 1
-            state.since[name], state.group[name] = state.batches, state.moves
-        state.promoted = {**state.promoted, **remedy.promotions}
+            if name in counts.relapses:
+                counts.relapses[name] += 1
+            counts.since[name], counts.group[name] = counts.batches, counts.moves
+        self.promoted = {**self.promoted, **remedy.promotions}
         if moves:
             self._note_assignment()
-        state.failures, state.accusations, state.fruitless = [], [], 0
+        counts.failures, counts.accusations, counts.fruitless = [], [], 0
         restores = present.is_finite and self.is_settling and bool(self.limits.poisoned(present))
         self._settle_in()
         told = {**evidence, **present.summary(), "loss_scale": scale}
         kind: Literal["promote", "scale"] = "promote" if moves else "scale"
         reason = _reason(present, self.limits)
-        return Decision(kind, moves, dict(state.promoted), remedy.scale, reason, told, restores)
+        return Decision(kind, moves, _written(self.promoted), remedy.scale, reason, told, restores)
 
     def _demotion(self, scale: float, attempt: Try, has_room: HasRoom) -> Decision | None:
         """The group of promotions that has stayed longest, taken back if the step agrees without it time and again."""
         group = self._oldest_group()
         if not group:
             return None
-        state = self.state
-        remaining = {name: value for name, value in state.promoted.items() if name not in group}
+        counts = self.counts
+        remaining = {name: promotion for name, promotion in self.promoted.items() if name not in group}
         if not self._is_allowed(remaining):
             return None
         tried = attempt(remaining, scale)
         key = group[0]
         if not (self.limits.accepts(tried) and has_room({name: self.layers[name].format for name in group})):
-            state.approvals.pop(key, None)
+            counts.approvals.pop(key, None)
             for name in group:
-                state.since[name] = state.batches
+                counts.since[name] = counts.batches
             return None
-        state.approvals[key] = state.approvals.get(key, 0) + 1
-        if state.approvals[key] < _APPROVALS:
-            state.next_sample = state.batches + 1
+        counts.approvals[key] = counts.approvals.get(key, 0) + 1
+        if counts.approvals[key] < _APPROVALS:
+            counts.next_sample = counts.batches + 1
             return None
         moves = tuple((name, self._format(name), self.layers[name].format) for name in group)
-        state.approvals.pop(key)
-        state.promoted = remaining
+        counts.approvals.pop(key)
+        self.promoted = remaining
         for name in group:
-            state.relapses.setdefault(name, 0)
+            counts.relapses.setdefault(name, 0)
         self._note_assignment()
         self._settle_in()
-        return Decision("demote", moves, dict(remaining), None, "agrees with fp32 without it again", tried.summary())
+        reason = "agrees with fp32 without it again"
+        return Decision("demote", moves, _written(remaining), None, reason, tried.summary())
 
     def _oldest_group(self) -> list[str]:
-        state = self.state
+        counts = self.counts
         due = [
             name
-            for name in state.promoted
+            for name in self.promoted
             if not self.layers[name].is_pinned
-            and state.batches - state.since.get(name, 0)
-            >= self.options.dwell_steps * 4 ** min(state.relapses.get(name, 0), 8)
+            and counts.batches - counts.since.get(name, 0)
+            >= self.options.dwell_steps * 4 ** min(counts.relapses.get(name, 0), 8)
         ]
         if not due:
             return []
-        number = min(state.group.get(name, 0) for name in due)
-        whole = [name for name in state.promoted if state.group.get(name, 0) == number]
+        number = min(counts.group.get(name, 0) for name in due)
+        whole = [name for name in self.promoted if counts.group.get(name, 0) == number]
         return whole if set(whole) <= set(due) else []
 
     def _format(self, name: str) -> str:
-        promoted = self.state.promoted
-        return format_in(promoted[name]) if name in promoted else self.layers[name].format
+        return self.promoted[name].compute if name in self.promoted else self.layers[name].format
 
     def _note_assignment(self) -> None:
-        self.state.moves += 1
-        if self.state.promoted not in self.state.assignments:
-            self.state.assignments.append(dict(self.state.promoted))
+        self.counts.moves += 1
+        if self.promoted not in self.assignments:
+            self.assignments.append(dict(self.promoted))
 
     def _settle_in(self) -> None:
-        """From here on samples are dense at first and sparse later."""
-        self.state.origin = self.state.batches
+        """Makes samples dense from here on, and sparse later."""
+        self.counts.origin = self.counts.batches
         self._next_sample(is_first=True)
 
     def _next_sample(self, *, is_first: bool = False) -> None:
-        state, every = self.state, self.options.every_n_steps
-        passed = state.batches - state.origin
+        counts, every = self.counts, self.options.every_n_steps
+        passed = counts.batches - counts.origin
         later: Iterable[int] = (offset for offset in _FIRST_SAMPLES if offset < every and (is_first or offset > passed))
         offset = next(iter(later), (passed // every + 1) * every)
-        state.next_sample = state.origin + offset
+        counts.next_sample = counts.origin + offset
+
+
+def _written(promotions: Promotions) -> dict[str, str]:
+    return {name: promotion.to_text() for name, promotion in promotions.items()}
+
+
+def _read(promotions: Mapping[str, str]) -> dict[str, Promotion]:
+    return {name: Promotion.from_text(text) for name, text in promotions.items()}
 
 
 def _reason(present: Agreement, limits: Limits) -> str:

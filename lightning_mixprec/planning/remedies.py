@@ -1,25 +1,31 @@
-"""What makes a step agree with fp32 again: a larger loss scale, or the smallest set of promotions."""
+"""Remedies that make a step agree with fp32 again: a larger loss scale, or the smallest set of promotions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from lightning_mixprec.planning.agreement import Agreement, Limits
+from lightning_mixprec.planning.controller_state import Options
+from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.planning.smallest_set import smallest
 
-Try = Callable[[Mapping[str, str], float], Agreement]
-"""Runs a step on a captured batch with layers promoted (``{"head": "c=fp32"}``), at a loss scale."""
+Promotions = Mapping[str, Promotion]
+"""Promotions by layer."""
 
-_LARGER_POWERS, _SMALLER_POWERS = (4, 8, 12, 16), (4, 8)
+Try = Callable[[Promotions, float], Agreement]
+"""Runs a step on a captured batch with layers promoted, at a loss scale."""
+
+_LARGER, _SMALLER = (4, 8, 12, 16), (-4, -8)
+"""Powers of two by which other loss scales are away."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What is known of a layer.
+class Candidate:
+    """A layer that may be promoted.
 
     Attributes:
         name: Its name.
-        format: What the user's policy has it compute in.
+        format: The format that the user's policy has it compute in.
         flops: Multiplications and additions of its own matrix products in a step.
         is_pinned: Whether it is to be left alone.
         is_plain: Whether it only hands data on between the layers inside it.
@@ -37,22 +43,22 @@ class Layer:
 class Remedy(NamedTuple):
     """Promotions that help, and the loss scale to go with them; None for the present one."""
 
-    promotions: dict[str, str]
+    promotions: dict[str, Promotion]
     scale: float | None = None
 
 
 class Manner(NamedTuple):
-    """How layers are promoted, as a policy writes it: to fp32, and to bf16."""
+    """A manner of promoting layers: to fp32, and to bf16."""
 
-    fp32: str
-    bf16: str
+    fp32: Promotion
+    bf16: Promotion
 
 
-TIGHT = Manner("c=fp32,o=input", "c=bf16,o=input")
-"""What comes out has the format of what went in, so no other layer computes in another format than before."""
+TIGHT = Manner(Promotion("fp32", "input"), Promotion("bf16", "input"))
+"""Outputs have the format of the inputs, so no other layer computes in another format than before."""
 
-WIDE = Manner("c=fp32", "c=bf16,o=fp32")
-"""What comes out is handed on in fp32: it may be out of the range of fp16, or lose there what was gained."""
+WIDE = Manner(Promotion("fp32"), Promotion("bf16", "fp32"))
+"""Outputs are handed on in fp32: they may be out of the range of fp16, or lose there what was gained."""
 
 
 class Remedies:
@@ -60,36 +66,32 @@ class Remedies:
 
     Args:
         layers: The layers by name.
-        promoted: What is promoted already: layers and values as a policy writes them.
-        limits: When a trial is good enough.
-        has_bf16: Whether the device computes in bf16.
-        scales: The smallest and the largest loss scale; None where it is not to be moved.
-        max_trials: How many trials there may be in all.
+        promoted: The promotions in force.
+        limits: The limits within which a trial is good enough.
+        options: The controller's options; of them the device, the loss scales and the number of trials.
         attempt: Tries promotions and a loss scale.
 
     Attributes:
-        bf16_tolerance: How far from agreement a promotion to bf16 may be, as a part of what would be left alone.
+        bf16_tolerance: Distance from agreement that a promotion to bf16 may have, as a part of the limits.
     """
 
     def __init__(
         self,
-        layers: Mapping[str, Layer],
-        promoted: Mapping[str, str],
+        layers: Mapping[str, Candidate],
+        promoted: Promotions,
         limits: Limits,
-        has_bf16: bool,
-        scales: tuple[float, float] | None,
-        max_trials: int,
+        options: Options,
         attempt: Try,
     ) -> None:
         self._layers, self._promoted, self._limits = layers, promoted, limits
-        self._has_bf16, self._scales, self._attempt = has_bf16, scales, attempt
+        self._options, self._attempt = options, attempt
+        self._trials_left = options.max_trials
         self.bf16_tolerance = 0.5
-        self.trials_left = max_trials
 
     def larger_scale(self, scale: float) -> Remedy | None:
         """A larger loss scale that is enough by itself."""
-        for larger in self._larger(scale):
-            if not self.trials_left:
+        for larger in self._scales(scale, _LARGER):
+            if not self._trials_left:
                 return None
             tried = self.attempt({}, larger)
             if not tried.is_finite:
@@ -116,7 +118,7 @@ class Remedies:
         if not chosen:
             chosen, manner = self._smallest(scale, (), culprits)
             lower = scale
-        for smaller in self._smaller(scale) if len(chosen) > 1 else ():
+        for smaller in self._scales(scale, _SMALLER) if len(chosen) > 1 else ():
             fewer = self._within(chosen, manner, smaller)
             if len(fewer) < len(chosen):
                 chosen, lower = fewer, smaller
@@ -127,15 +129,15 @@ class Remedies:
     def unpinned(self, starved: Sequence[str], scale: float) -> Remedy | None:
         """A larger loss scale for starved layers, and promotions for the layers that hold it down."""
         others = [name for name in self._movable() if name not in starved]
-        for larger in self._larger(scale):
+        for larger in self._scales(scale, _LARGER):
             if self._agrees(dict.fromkeys(others, WIDE.fp32), larger):
                 found = self.promotions(larger, spared=starved)
                 return found._replace(scale=larger) if found is not None else None
         return None
 
-    def attempt(self, promotions: Mapping[str, str], scale: float) -> Agreement:
+    def attempt(self, promotions: Promotions, scale: float) -> Agreement:
         """Tries promotions on top of what is promoted already."""
-        self.trials_left -= 1
+        self._trials_left -= 1
         return self._attempt({**self._promoted, **promotions}, scale)
 
     def _smallest(self, scale: float, spared: Iterable[str], culprits: Sequence[str]) -> tuple[list[str], Manner]:
@@ -162,7 +164,7 @@ class Remedies:
         if accused is None or not accused.height:
             return [], scale
         parts = [name for name in self._movable() if self._is_free(name) and not self._layers[name].height]
-        for tried in (scale, *self._smaller(scale)) if parts else ():
+        for tried in (scale, *self._scales(scale, _SMALLER)) if parts else ():
             if self._agrees(dict.fromkeys(parts, TIGHT.fp32), tried):
                 return self._within(parts, TIGHT, tried), tried
         return [], scale
@@ -174,12 +176,12 @@ class Remedies:
         def works(names: Sequence[str]) -> bool:
             return self._agrees(dict.fromkeys(names, manner.fp32), scale)
 
-        return smallest(candidates, works, self.trials_left) or list(candidates)
+        return smallest(candidates, works, self._trials_left) or list(candidates)
 
-    def _narrowed(self, names: Sequence[str], manner: Manner, scale: float) -> dict[str, str]:
+    def _narrowed(self, names: Sequence[str], manner: Manner, scale: float) -> dict[str, Promotion]:
         """Promotions to bf16 where the step agrees with that, too, and to fp32 elsewhere."""
         chosen = dict.fromkeys(names, manner.fp32)
-        able = [name for name in names if self._has_bf16 and self.format_of(name) == "fp16"]
+        able = [name for name in names if self._options.has_bf16 and self._format_of(name) == "fp16"]
         together = {**chosen, **dict.fromkeys(able, manner.bf16)}
         if not able or self._agrees(together, scale, self.bf16_tolerance):
             return together
@@ -189,46 +191,34 @@ class Remedies:
                 chosen = narrower if self._agrees(narrower, scale, self.bf16_tolerance) else chosen
         return chosen
 
-    def _agrees(self, promotions: Mapping[str, str], scale: float, tolerance: float = 0.5) -> bool:
-        return self.trials_left > 0 and self._limits.accepts(self.attempt(promotions, scale), tolerance)
+    def _agrees(self, promotions: Promotions, scale: float, tolerance: float = 0.5) -> bool:
+        return self._trials_left > 0 and self._limits.accepts(self.attempt(promotions, scale), tolerance)
 
-    def _larger(self, scale: float) -> list[float]:
-        largest = self._scales[1] if self._scales is not None else scale
-        larger = dict.fromkeys(min(scale * 2.0**power, largest) for power in _LARGER_POWERS)
-        return [each for each in larger if each > scale]
+    def _scales(self, scale: float, powers: Sequence[int]) -> list[float]:
+        """Other loss scales, powers of two larger or smaller and within bounds, the nearest first."""
+        if self._options.scales is None:
+            return []
+        smallest_scale, largest_scale = self._options.scales
+        others = dict.fromkeys(min(max(scale * 2.0**power, smallest_scale), largest_scale) for power in powers)
+        return [other for other in others if other != scale and (other > scale) == (powers[0] > 0)]
 
-    def _smaller(self, scale: float) -> list[float]:
-        smallest_scale = self._scales[0] if self._scales is not None else scale
-        smaller = dict.fromkeys(max(scale / 2.0**power, smallest_scale) for power in _SMALLER_POWERS)
-        return [each for each in smaller if each < scale]
-
-    def format_of(self, name: str) -> str:
-        """What a layer computes in."""
-        return format_in(self._promoted[name]) if name in self._promoted else self._layers[name].format
+    def _format_of(self, name: str) -> str:
+        return self._promoted[name].compute if name in self._promoted else self._layers[name].format
 
     def _movable(self) -> list[str]:
         """The layers that may be promoted: those without matrix products, then the cheapest, parts before wholes."""
         movable = [
             name
             for name, layer in self._layers.items()
-            if not layer.is_pinned and is_wider("fp32", self.format_of(name))
+            if not layer.is_pinned and is_wider("fp32", self._format_of(name))
         ]
         return sorted(movable, key=lambda name: self._rank(self._layers[name]))
 
-    def _rank(self, layer: Layer) -> tuple[bool, int, int]:
+    def _rank(self, layer: Candidate) -> tuple[bool, int, int]:
         return layer.is_plain, layer.flops, layer.height
 
     def _is_free(self, name: str) -> bool:
         return not self._layers[name].flops and not self._layers[name].is_plain
-
-
-def format_in(value: str) -> str:
-    """The compute format of a promotion as a policy writes it.
-
-    >>> format_in("c=bf16,o=fp32"), format_in("c=fp32")
-    ('bf16', 'fp32')
-    """
-    return value.removeprefix("c=").partition(",")[0]
 
 
 def is_wider(format: str, other: str) -> bool:

@@ -1,7 +1,7 @@
 """A rule: which layers it selects, and what they get."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -117,7 +117,7 @@ class Rule:
         >>> Rule("model.head", compute="fp32", output="input").value
         'c=fp32,o=input'
         """
-        return ",".join(f"{name[0]}={format}" for name, format in self.said.items())
+        return short_form(self.said)
 
     def to_dict(self) -> dict[str, Any]:
         """Its arguments as plain types, without those at their defaults."""
@@ -188,6 +188,15 @@ def parse_value(text: object) -> dict[str, Any]:
         check_format(_SHORT[key], format)
         said[_SHORT[key]] = format
     return said
+
+
+def short_form(said: Mapping[str, str]) -> str:
+    """The text that :func:`parse_value` reads, of the formats for param, compute and output.
+
+    >>> short_form({"compute": "fp32", "output": "input"})
+    'c=fp32,o=input'
+    """
+    return ",".join(f"{name[0]}={format}" for name, format in said.items())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

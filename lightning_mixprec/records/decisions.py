@@ -1,31 +1,8 @@
-"""What the adaptive controller is given to decide by, and what it decides."""
+"""Decisions of the adaptive controller."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the controller decides.
-
-    Attributes:
-        every_n_steps: Batches between two samples, once a run has settled.
-        dwell_steps: Batches that a promoted layer stays as it is, at least; four times as long after each relapse.
-        max_trials: Trials for one decision.
-        max_assignments: Different assignments in a run.
-        min_low_precision_share: Share of the flops that has to stay in at most 16 bits; None for any.
-        has_bf16: Whether the device computes in bf16.
-        scales: The smallest and the largest loss scale; None where it is not searched for.
-    """
-
-    every_n_steps: int = 1000
-    dwell_steps: int = 1000
-    max_trials: int = 48
-    max_assignments: int = 8
-    min_low_precision_share: float | None = None
-    has_bf16: bool = True
-    scales: tuple[float, float] | None = (2.0**-14, 2.0**24)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import pytest
 
 from lightning_mixprec.planning.agreement import Agreement, LayerAgreement, Limits
 from lightning_mixprec.planning.controller import Controller
-from lightning_mixprec.planning.remedies import Layer, format_in
-from lightning_mixprec.records.decisions import Options
+from lightning_mixprec.planning.controller_state import Options
+from lightning_mixprec.planning.promotions import Promotion
+from lightning_mixprec.planning.remedies import Candidate
 
 
 @dataclass
@@ -33,7 +34,7 @@ class World:
     def lacks(self, promoted, batch):
         if not self.begins <= batch < self.ends:
             return []
-        formats = {name: format_in(promoted[name]) if name in promoted else self.default for name in self.names}
+        formats = {name: promoted[name].compute if name in promoted else self.default for name in self.names}
         enough = {"range": ("bf16", "fp32"), "precision": ("fp32",)}
         return [name for name, kind in self.needs.items() if formats[name] not in enough[kind]]
 
@@ -45,12 +46,12 @@ class World:
         return Agreement(is_finite, 0.9 if lacking else 1e-4, layers)
 
     def controller(self, pinned=(), **options):
-        layers = [Layer(name, self.default, self.flops.get(name, 10), name in pinned) for name in self.names]
+        layers = [Candidate(name, self.default, self.flops.get(name, 10), name in pinned) for name in self.names]
         return Controller(layers, Options(**options))
 
     def batch(self, controller):
         """One batch, as the callback plays it; the decisions, each with its batch."""
-        number = controller.state.batches + 1
+        number = controller.counts.batches + 1
         decisions = []
 
         def attempt(promoted, scale):
@@ -58,11 +59,11 @@ class World:
             return self.agreement(promoted, number)
 
         if controller.begin_batch():
-            present = attempt(controller.state.promoted, 1024.0)
+            present = attempt(controller.promoted, 1024.0)
             decisions.append(controller.decide_on_sample(present, 1024.0, attempt))
-        is_finite = self.agreement(controller.state.promoted, number).is_finite
+        is_finite = self.agreement(controller.promoted, number).is_finite
         if controller.see_step(skipped=not is_finite, loss_is_bad=not is_finite) and controller.accuse():
-            culprit = self.lacks(controller.state.promoted, number)[:1]
+            culprit = self.lacks(controller.promoted, number)[:1]
             decisions.append(controller.decide_on_failure(culprit, 1024.0, attempt, {"layer": culprit[0]}))
         return [(number, decision) for decision in decisions if decision is not None]
 
@@ -115,7 +116,7 @@ def test_a_precision_failure_is_moved_to_fp32_never_to_bf16():
 def test_both_kinds_at_once():
     world = World({"b": "range", "g": "precision", "h": "range"}, is_loud=False)
     decisions = world.run(world.controller(), 1000)
-    promoted = {name: format_in(value) for name, value in decisions[-1][1].promoted.items()}
+    promoted = {name: Promotion.from_text(text).compute for name, text in decisions[-1][1].promoted.items()}
     assert promoted == {"b": "bf16", "g": "fp32", "h": "bf16"}
     assert len(decisions) == 1
 
@@ -159,7 +160,7 @@ def test_the_number_of_assignments_is_bounded():
     for name in "abcdef":
         world.needs = {name: "range"}
         world.run(controller, 20)
-    assert len(controller.state.assignments) == 3
+    assert len(controller.assignments) == 3
 
 
 def test_trials_are_bounded():
@@ -178,8 +179,8 @@ def test_what_has_passed_is_demoted_again_and_what_comes_back_waits_longer():
     assert promotion.kind == "promote"
     assert (demotion.kind, demotion.moves, demotion.promoted) == ("demote", (("c", "bf16", "fp16"),), {})
     assert 1000 < batch <= 2200
-    world.begins, world.ends = controller.state.batches + 1, controller.state.batches + 50
-    begins = controller.state.batches
+    world.begins, world.ends = controller.counts.batches + 1, controller.counts.batches + 50
+    begins = controller.counts.batches
     (again, relapse), (back, _) = world.run(controller, 12_000)
     assert relapse.moves == (("c", "fp16", "bf16"),)
     assert again <= begins + 2
@@ -229,7 +230,7 @@ class Pinned:
 
     def decide(self, scale, flops=None):
         flops = flops or dict.fromkeys(self.names, 10)
-        controller = Controller([Layer(name, "fp16", flops[name]) for name in self.names], Options())
+        controller = Controller([Candidate(name, "fp16", flops[name]) for name in self.names], Options())
         controller.begin_batch()
         controller.see_step(skipped=False, loss_is_bad=False)
         for _ in range(2):
@@ -269,26 +270,26 @@ def test_what_would_have_no_room_to_spare_is_not_taken_back():
     world = World({"c": "range"}, ends=500)
     controller = world.controller(dwell_steps=200, every_n_steps=100)
     world.run(controller, 600)
-    assert controller.state.promoted == {"c": "c=bf16,o=input"}
+    assert controller.promoted == {"c": Promotion("bf16", "input")}
     asked = []
     for _ in range(3):
-        controller.state.batches += 300
+        controller.counts.batches += 300
         controller.begin_batch()
         controller.decide_on_sample(
-            world.agreement(controller.state.promoted, 1000),
+            world.agreement(controller.promoted, 1000),
             1024.0,
             lambda promoted, scale: world.agreement(promoted, 1000),
             lambda formats: asked.append(dict(formats)) or False,
         )
     assert asked == [{"c": "fp16"}] * 3
-    assert controller.state.promoted == {"c": "c=bf16,o=input"}
+    assert controller.promoted == {"c": Promotion("bf16", "input")}
 
 
 def test_the_low_share_weighs_layers_by_their_flops():
     world = World(names=tuple("abc"), flops={"a": 6, "b": 1, "c": 1})
     controller = world.controller()
     assert controller.low_share() == 1.0
-    assert controller.low_share({"b": "c=fp32", "c": "c=bf16,o=fp32"}) == 7 / 8
+    assert controller.low_share({"b": Promotion("fp32"), "c": Promotion("bf16", "fp32")}) == 7 / 8
     controller.measured({})
     assert math.isnan(controller.low_share())
 
