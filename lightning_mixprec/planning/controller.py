@@ -11,11 +11,11 @@ from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
-from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.numerics.formats import get_format, is_wider
 from lightning_mixprec.planning.agreement import Agreement, Limits
 from lightning_mixprec.planning.controller_state import ControllerCounts, ControllerState, Options
 from lightning_mixprec.planning.promotions import Promotion
-from lightning_mixprec.planning.remedies import Candidate, Promotions, Remedies, Remedy, Try, is_wider
+from lightning_mixprec.planning.remedies import Candidate, Promotions, Remedies, Remedy, Try
 from lightning_mixprec.records.decisions import Decision, quoted
 
 _FIRST_SAMPLES = (0, 10, 30, 100, 300)
@@ -26,7 +26,7 @@ _SMALL_SHARE = 0.05
 _MOST_RESTORES = 3
 _MOST_PATIENCE, _MOST_FRUITLESS = 4, 6
 _BF16_TOLERANCE = 0.1
-_MIN_COSINE_IN_BF16 = 0.9
+_MIN_COSINE_IF_COARSE = 0.9
 _APPROVALS = 2
 
 HasRoom = Callable[[Mapping[str, str]], bool]
@@ -88,7 +88,8 @@ class Controller:
 
     def adapt(self, formats: Mapping[str, str]) -> None:
         """Takes over the formats of the user's policy, which also say how well a step can agree with fp32."""
-        self.limits = Limits(min_cosine=_MIN_COSINE_IN_BF16) if "bf16" in formats.values() else Limits()
+        is_coarse = any(get_format(format).is_coarse for format in formats.values())
+        self.limits = Limits(min_cosine=_MIN_COSINE_IF_COARSE) if is_coarse else Limits()
         self.layers = {name: replace(layer, format=formats[name]) for name, layer in self.layers.items()}
 
     def measured(self, flops: Mapping[str, int]) -> None:
@@ -252,7 +253,7 @@ class Controller:
 
     def _cost(self, promotions: Promotions) -> tuple[int, int]:
         """Flops that leave 16 bits, and layers that move."""
-        wide = [name for name, promotion in promotions.items() if promotion.compute == "fp32"]
+        wide = [name for name, promotion in promotions.items() if not get_format(promotion.compute).is_low_precision]
         return sum(self.layers[name].flops for name in wide), len(promotions)
 
     def _is_allowed(self, promoted: Promotions) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lightning_mixprec.numerics.formats import is_wider, promoted_for_range
 from lightning_mixprec.planning.agreement import Agreement, Limits
 from lightning_mixprec.planning.controller_state import Options
 from lightning_mixprec.planning.promotions import Promotion
@@ -181,7 +182,8 @@ class Remedies:
     def _narrowed(self, names: Sequence[str], manner: Manner, scale: float) -> dict[str, Promotion]:
         """Promotions to bf16 where the step agrees with that, too, and to fp32 elsewhere."""
         chosen = dict.fromkeys(names, manner.fp32)
-        able = [name for name in names if self._options.has_bf16 and self._format_of(name) == "fp16"]
+        able = [name for name in names if promoted_for_range(self._format_of(name)) == "bf16"]
+        able = able if self._options.has_bf16 else []
         together = {**chosen, **dict.fromkeys(able, manner.bf16)}
         if not able or self._agrees(together, scale, self.bf16_tolerance):
             return together
@@ -219,13 +221,3 @@ class Remedies:
 
     def _is_free(self, name: str) -> bool:
         return not self._layers[name].flops and not self._layers[name].is_plain
-
-
-def is_wider(format: str, other: str) -> bool:
-    """Whether a format keeps what another one loses: bf16 is wider than fp16 in range, fp32 and fp64 in all.
-
-    >>> is_wider("bf16", "fp16"), is_wider("bf16", "bf16"), is_wider("fp32", "bf16")
-    (True, False, True)
-    """
-    order = ("fp16", "bf16", "fp32", "fp64")
-    return order.index(format) > order.index(other)
