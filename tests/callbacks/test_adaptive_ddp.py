@@ -7,6 +7,8 @@ import pytest
 from plugin_models import same
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 CASES = ["overflow", "one", "undoing", "uneven", "advice", "damaged"]
 
 

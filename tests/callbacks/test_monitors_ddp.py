@@ -12,6 +12,8 @@ from plugin_models import Batches, same
 from processes import saved_by_two
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

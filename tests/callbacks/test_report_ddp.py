@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_first_process_alone_writes_what_both_saw(tmp_path):
     first, second = saved_by_two(Path(__file__).parent / "ddp_report.py", tmp_path)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

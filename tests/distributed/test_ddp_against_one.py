@@ -7,6 +7,8 @@ import torch
 from plugin_models import same
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 STYLES = ["automatic", "accumulating", "two optimizers", "taking turns"]
 POLICIES = ["fp32", "fp16", "bf16", "mixed"]
 # Sums of eight products round otherwise than two sums of four; without an exchange losses part by more than a half.

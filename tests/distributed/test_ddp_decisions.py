@@ -6,6 +6,8 @@ import pytest
 from plugin_models import same
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 STEERED = ["prompt", "late", "whole", "resumed"]
 PROBLEMS = ["unreplayed 0", "unreplayed 1"]
 

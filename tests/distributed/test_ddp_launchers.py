@@ -13,6 +13,8 @@ import torch
 from plugin_models import same
 from processes import outcomes, python_path, saved_by_two, started
 
+pytestmark = pytest.mark.slow
+
 LAUNCHERS = ["spawn", "fork", "script"]
 SCRIPT = Path(__file__).with_name("ddp_launched.py")
 

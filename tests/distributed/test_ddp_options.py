@@ -4,14 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy
 from plugin_models import same
 from processes import saved_by_two
-from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
-from lightning_mixprec.errors import SupportError
-from lightning_mixprec.plugin.checks import check_strategy
+pytestmark = pytest.mark.slow
 
 SAME_AS_PLAIN = ["static graph", "bucket views", "sharded"]
 HOOKS = ["fp16 hook", "bf16 hook", "PowerSGD"]
@@ -94,10 +90,3 @@ def test_no_layer_is_accused_of_what_the_message_did(ranks):
 def test_messages_with_the_range_of_fp32_overflow_never(ranks, hook):
     for results in ranks:
         assert results[f"compressed, {hook}"]["skipped"] == 0
-
-
-def test_post_local_sgd_is_refused():
-    state, where = PostLocalSGDState(None, None, 1), {"cluster_environment": LightningEnvironment()}
-    strategy = DDPStrategy(parallel_devices=[torch.device("cpu")], ddp_comm_state=state, **where)
-    with pytest.raises(SupportError, match="LocalSGD"):
-        check_strategy(strategy)

@@ -10,6 +10,8 @@ import pytest
 from plugin_models import same
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 WAYS = ["stock", "ours", "watched"]
 GOES_WELL = {"limited": 3, "padded": 4, "own epochs": 6, "early stopping": 8}
 LEFT_ALONE = {"first longer": 0, "second longer": 1, "stopping alone": 0}

@@ -6,6 +6,8 @@ import pytest
 import torch
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 CASES = ["fp32", "bf16", "fp16", "norms", "by block", "spoiled", "moved", "clipped", "linears"]
 
 

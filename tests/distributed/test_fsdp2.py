@@ -6,6 +6,8 @@ import pytest
 import torch
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 FP16, BF16, FP32 = (f"torch.{name}" for name in ("float16", "bfloat16", "float32"))
 CASES = [
     "fp32",

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 REFUSED = {
     "fsdp2 own policy": "layer 'model.stem' were sharded with MixedPrecisionPolicy(param_dtype=torch.bfloat16)",
     "fsdp2 stored": "is to store its weights in torch.float64, but they are sharded in torch.float32",

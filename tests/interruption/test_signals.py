@@ -13,6 +13,7 @@ from lightning_mixprec import PrecisionPolicy
 from lightning_mixprec.records.journal import FILE_NAME
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]

@@ -6,6 +6,8 @@ import pytest
 from interruption.runs import BATCHES, differences, ending, trained
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 SAME = ("losses", "step", "scale", "history", "skipped", "formats", "schedules", "optimizers", "plugin")
 """What does not depend on how many processes there are; names and events of ranks do."""
 

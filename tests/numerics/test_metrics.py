@@ -557,6 +557,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_as_good_as_one(tmp_path):
     data = sample(None, count=80).clamp(-6e4, 6e4)
     torch.save(data, tmp_path / "data.pt")

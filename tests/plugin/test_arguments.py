@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -16,6 +17,7 @@ from lightning.pytorch.strategies import (
 )
 from plugin_models import Call, Task, fit, mlp, one_line, probes, snapshot, trainer
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
 from lightning_mixprec import LossScaling, MixPrecError, PerLayerPrecision, PrecisionPolicy
 
@@ -234,6 +236,15 @@ def test_what_is_supported_is_not_refused(kind, device):
     from lightning_mixprec.plugin.checks import check_strategy
 
     check_strategy(strategy(kind, device))
+
+
+def test_post_local_sgd_is_refused():
+    from lightning_mixprec.plugin.checks import check_strategy
+
+    state, where = PostLocalSGDState(None, None, 1), {"cluster_environment": LightningEnvironment()}
+    averaging = DDPStrategy(parallel_devices=[torch.device("cpu")], ddp_comm_state=state, **where)
+    with pytest.raises(MixPrecError, match="LocalSGD"):
+        check_strategy(averaging)
 
 
 def test_fabric_is_refused_in_one_line():

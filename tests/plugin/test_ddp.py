@@ -7,6 +7,8 @@ import torch
 from plugin_models import same
 from processes import saved_by_two
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
