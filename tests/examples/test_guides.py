@@ -21,7 +21,7 @@ from lightning_mixprec import PerLayerPrecision, PrecisionPolicy
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 GUIDES = sorted((EXAMPLES / "guides").glob("*.md"))
-ROOMS = sorted(page for folder in ("lightning_mixprec", "tests") for page in (ROOT / folder).glob("**/README.md"))
+ROOMS = sorted((ROOT / "lightning_mixprec").glob("**/README.md"))
 PAGES = [ROOT / "README.md", EXAMPLES / "README.md", *GUIDES]
 PUBLIC = {name: getattr(lightning_mixprec, name) for name in lightning_mixprec.__all__}
 GIVEN = {"model", "batch", "gradient"}  # names in Python on the pages that stand for something of the reader's
@@ -158,6 +158,12 @@ def test_the_tables_of_options_say_the_defaults() -> None:
     assert values == {each.name: each.default for each in defaults}
 
 
+def test_the_table_of_logged_keys_is_whole() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "lightning_mixprec").rglob("*.py"))
+    table = re.findall(r"^\| `(mixprec/\w+)` \|", (EXAMPLES / "guides" / "monitors.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted(set(re.findall(r"\bmixprec/\w+", sources)))
+
+
 # YAML
 
 
@@ -223,7 +229,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pages([*PAGES, ROOT / "CHANGELOG.md", *ROOMS])
+@pages([*PAGES, *ROOMS, ROOT / "CHANGELOG.md", *sorted((ROOT / "tests").glob("**/README.md"))])
 def test_links_on_a_page_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"https?://", link):
