@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attaching import attached, snapshot  # noqa: F401
+from capabilities import incapable
 from hypothesis import settings
 
 # Shared machines are slow at times, and a failure must come back on the next run.
@@ -26,6 +27,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """A test that meets what this machine cannot compute is skipped, by what torch says and not by its name."""
+    try:
+        return (yield)
+    except Exception as error:
+        if reason := incapable(error):
+            pytest.skip(reason)
+        raise
 
 
 @pytest.fixture(autouse=True)

@@ -132,16 +132,17 @@ def pickle_to(path: Path, content: Any) -> None:
     path.write_bytes(pickle.dumps(content))
 
 
-def main(task: str, folder: Path) -> None:
+def main(task: str, folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     codes: dict[str, int] = {}
     if task == "kill":
         codes["whole"] = forked(partial(train, folder / "whole"), folder / "whole")
-    for name, point in POINTS.items():
+    for name in names:
+        point = POINTS[name]
         act: Callable[[], None] = partial(go_on, folder / name)
         codes[name] = forked(partial(train, folder / name, point) if task == "kill" else act, folder / name)
     pickle_to(folder / f"{task}.pkl", codes)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

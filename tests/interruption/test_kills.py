@@ -1,4 +1,7 @@
-"""SIGKILL anywhere, also while a checkpoint is written: what is left loads, and goes on as if nothing had happened."""
+"""SIGKILL anywhere, also while a checkpoint is written: what is left loads, and goes on as if nothing had happened.
+
+Each point costs a run that is killed there and one that goes on; a quick run has two of them.
+"""
 
 import json
 import pickle
@@ -11,14 +14,21 @@ import yaml
 from interruption.killed_run import POINTS
 from interruption.runs import EPOCHS, LEARNED, differences
 from processes import outcomes, python_path, started
+from selection import selected, slow_but_for
 
 from lightning_mixprec import PrecisionPolicy
 from lightning_mixprec.records.journal import FILE_NAME
 
 NOTHING_TO_GO_ON_FROM = {"on_train_batch_end 3", "half moved 1"}
 CUT_SHORT = {"half moved 1": {"epoch=0.ckpt"}, "half moved 4": {"last.ckpt"}}
-RESUMED = [name for name in POINTS if name not in NOTHING_TO_GO_ON_FROM]
 WHOLE = "whole"
+QUICK = {"on_after_backward 11", "half moved 4"}
+"""In the first batch of a window, and while a checkpoint takes the place of the one before it."""
+
+every_point = pytest.mark.parametrize("name", slow_but_for(QUICK, POINTS))
+every_point_to_go_on_from = pytest.mark.parametrize(
+    "name", slow_but_for(QUICK, [name for name in POINTS if name not in NOTHING_TO_GO_ON_FROM])
+)
 
 
 class Left(NamedTuple):
@@ -45,13 +55,14 @@ def unpickled(path):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, request):
     """The folder of all runs, and what each had left when it was killed; by now they have gone on."""
     folder, left = tmp_path_factory.mktemp("kills"), {}
     script = Path(__file__).with_name("killed_run.py")
+    points = [name for name in POINTS if name in selected(request, "name")]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     for task in ("kill", "continue"):
-        outcomes([started([script, task, folder], folder, **environment)])
+        outcomes([started([script, task, folder, *points], folder, **environment)])
         left = left or {name: left_in(folder / name, code) for name, code in unpickled(folder / "kill.pkl").items()}
     return folder, left
 
@@ -85,7 +96,7 @@ def test_the_run_has_all_that_could_be_lost(runs, whole):
     assert scale["growth_tracker"] > 0
 
 
-@pytest.mark.parametrize("name", POINTS)
+@every_point
 def test_it_died_and_left_whole_files(runs, name):
     folder, left = runs[0], runs[1][name]
     assert left.code == -9
@@ -98,20 +109,23 @@ def test_it_died_and_left_whole_files(runs, name):
         assert learned.to_dict() in [content["PerLayerPrecision"]["policy"] for content in saved]
 
 
-def test_a_learned_policy_that_was_being_written_is_still_the_last_one(runs):
-    folder, left = runs[0], runs[1]["learned policy 3"]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["learned policy 3"])
+def test_a_learned_policy_that_was_being_written_is_still_the_last_one(runs, name):
+    folder, left = runs[0], runs[1][name]
     assert left.checkpoints == {"epoch=0.ckpt", "last.ckpt"}
     first, second = (checkpoint(folder / WHOLE / f"saved/epoch={epoch}.ckpt") for epoch in (0, 1))
     assert yaml.safe_load(left.learned) == first["PerLayerPrecision"]["policy"] != second["PerLayerPrecision"]["policy"]
 
 
-def test_before_the_first_checkpoint_is_whole_there_is_none_to_take_for_good(runs):
-    for name in NOTHING_TO_GO_ON_FROM:
-        assert runs[1][name].checkpoints == CUT_SHORT.get(name, set())
-        assert not (runs[0] / name / "end.pkl").exists()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NOTHING_TO_GO_ON_FROM))
+def test_before_the_first_checkpoint_is_whole_there_is_none_to_take_for_good(runs, name):
+    assert runs[1][name].checkpoints == CUT_SHORT.get(name, set())
+    assert not (runs[0] / name / "end.pkl").exists()
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@every_point_to_go_on_from
 def test_it_goes_on_to_the_bits_of_the_uninterrupted_run(runs, whole, name):
     end = unpickled(runs[0] / name / "end.pkl")
     begun = len(whole["losses"]) - len(end["losses"])
@@ -120,7 +134,7 @@ def test_it_goes_on_to_the_bits_of_the_uninterrupted_run(runs, whole, name):
     assert list(differences(end, whole)) == []
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@every_point_to_go_on_from
 def test_all_files_are_those_of_the_uninterrupted_run(runs, name):
     folder = runs[0]
     for epoch in range(EPOCHS):
