@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_mixprec.numerics.formats import format_of
+from lightning_mixprec.policy.matching import NameTree
 from lightning_mixprec.policy.module_names import walk
-from lightning_mixprec.policy.name_tree import NameTree
 
 
 @dataclass(frozen=True)

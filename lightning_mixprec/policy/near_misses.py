@@ -2,7 +2,7 @@
 
 import difflib
 
-from lightning_mixprec.policy.name_tree import NameTree
+from lightning_mixprec.policy.matching import NameTree
 from lightning_mixprec.policy.patterns import REGEX_PREFIX, AnyDepth, Literal, Pattern, parse
 
 _MAX_SHOWN = 3

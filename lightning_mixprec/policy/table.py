@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from lightning_mixprec.policy.folding import Row, fold
+from lightning_mixprec.policy.table_folding import Row, fold
 
 if TYPE_CHECKING:
     from lightning_mixprec.policy.assignment import Assignment, RuleTally

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.policy.matching import NameTree
 from lightning_mixprec.policy.module_names import walk
-from lightning_mixprec.policy.name_tree import NameTree
 from lightning_mixprec.policy.patterns import literal, parse
 from lightning_mixprec.policy.policy import PrecisionPolicy, Rule
 from lightning_mixprec.policy.type_patterns import ClassIndex, check_type_pattern, class_names
