@@ -23,7 +23,8 @@ from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, Overflow
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin.fsdp import PerLayerFSDPPrecision
 from lightning_mixprec.plugin.precision import PerLayerPrecision
-from lightning_mixprec.policy.policy import PrecisionPolicy, Rule
+from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.policy.rules import Rule
 
 __version__ = "0.1.0"
 

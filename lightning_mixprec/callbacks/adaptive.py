@@ -29,7 +29,7 @@ from lightning_mixprec.planning.controller_state import Options
 from lightning_mixprec.plugin.checks import check_choice
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
-from lightning_mixprec.policy.cover import covered_layers
+from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.records.decisions import Decision, quoted
 from lightning_mixprec.records.schema import has_shape

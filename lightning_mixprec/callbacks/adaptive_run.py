@@ -25,7 +25,7 @@ from lightning_mixprec.planning.controller_state import Options
 from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.planning.remedies import Candidate
 from lightning_mixprec.plugin.precision import PerLayerPrecision
-from lightning_mixprec.policy.cover import covered_layers
+from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.records.decisions import Decision, quoted

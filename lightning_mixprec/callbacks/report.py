@@ -18,7 +18,7 @@ from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.loss_curve import Curve, loss_in
 from lightning_mixprec.evidence.study import Findings, Wanted
 from lightning_mixprec.plugin.precision import PerLayerPrecision
-from lightning_mixprec.policy.cover import covered_layers
+from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.report.writing import write_report
 
 _MAX_ELEMENTS = 16384

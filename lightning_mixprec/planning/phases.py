@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any, Literal, TypeGuard
 
 from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.policy.amending import _edited
+from lightning_mixprec.policy.amending import read_edit
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.rules import did_you_mean
 
@@ -208,7 +208,7 @@ def _edit(given: object) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or not given:
         raise PolicyError(f"edit is {given!r}; write a mapping from pattern to format: {{'model.head': 'fp32'}}")
     for pattern, value in given.items():
-        _edited(PrecisionPolicy("fp32"), pattern, value)
+        read_edit(pattern, value)
     return {pattern: dict(value) if isinstance(value, Mapping) else value for pattern, value in given.items()}
 
 

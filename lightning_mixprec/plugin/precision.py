@@ -27,7 +27,6 @@ from lightning_mixprec.plugin.steps import SchedulerGate, StepLedger
 from lightning_mixprec.plugin.throughput import tell_throughput_monitors
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
-from lightning_mixprec.policy.table import show
 
 
 class PerLayerPrecision(Precision):
@@ -215,7 +214,7 @@ class PerLayerPrecision(Precision):
         self._formats.attach(model, strategy.root_device.type)
         self._model = weakref.ref(model)
         if model.trainer.state.fn == TrainerFn.FITTING and strategy.is_global_zero and not model.trainer.barebones:
-            show(training, title=f"policy 'auto': {self._formats.chosen}" if self._formats.chosen else None)
+            training.table.show(title=f"policy 'auto': {self._formats.chosen}" if self._formats.chosen else None)
         tell_throughput_monitors(model.trainer, *self._formats.defaults)
         return module
 

@@ -2,89 +2,65 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.idle_rules import active_rules, check, no_such_layer
-from lightning_mixprec.policy.resolving import Decision, decide, matches_of
+from lightning_mixprec.policy.idle_rules import active_rules, check_rules, no_such_layer
+from lightning_mixprec.policy.resolving import Resolution, matches_of, resolve
 from lightning_mixprec.policy.rules import FieldError, Rule, check_format, did_you_mean, parse_value
-
-if TYPE_CHECKING:
-    from lightning_mixprec.policy.policy import PrecisionPolicy
 
 _EDIT_KEYS = ("compute", "output", "recurse")
 
 
-def amend(policy: "PrecisionPolicy", edits: Mapping[str, Any], model: nn.Module) -> "PrecisionPolicy":
-    """See :meth:`PrecisionPolicy.amend`."""
+def amended_rules(
+    default: str, rules: Sequence[Rule], edits: Mapping[str, Any], model: nn.Module, allow_unmatched: bool
+) -> list[Rule]:
+    """The rules of a policy after edits; see :meth:`PrecisionPolicy.amend`."""
     if not isinstance(edits, Mapping):
         raise PolicyError(f"edits are {edits!r}; write a mapping from pattern to format: {{'model.head': 'fp32'}}")
-    before = decide(policy, model)
-    new = [_edited(policy, pattern, value) for pattern, value in edits.items()]
+    before = resolve(default, rules, model)
+    new = [read_edit(pattern, value, rules) for pattern, value in edits.items()]
     for rule in new:
         if not matches_of(rule, before.inventory, before.classes):
             pattern = rule.patterns[0]
             raise PolicyError(f"edit {pattern!r} matches no layer; {no_such_layer(before, pattern)}")
     successors = {(_single_pattern(rule), rule.recurse) for rule in new}
-    kept = [rule for rule in policy.rules if (_single_pattern(rule), rule.recurse) not in successors]
-    after = decide(replace(policy, rules=[*new, *kept]), model)
+    kept = [rule for rule in rules if (_single_pattern(rule), rule.recurse) not in successors]
+    after = resolve(default, [*new, *kept], model)
     new = [_storing_as_before(before, after, number) for number in range(len(new))]
     active = active_rules(after)
     kept = [rule for number, rule in enumerate(kept, start=len(new)) if number in active or not after.matched[number]]
-    amended = replace(policy, rules=[*new, *kept])
-    check(decide(amended, model))
-    return amended
+    check_rules(resolve(default, [*new, *kept], model), allow_unmatched)
+    return [*new, *kept]
 
 
-def describe_difference(one: "PrecisionPolicy", other: "PrecisionPolicy") -> str:
-    """How a policy differs from another, in one line.
+def read_edit(pattern: str, value: object, rules: Sequence[Rule] = ()) -> Rule:
+    """The rule that an edit stands for.
 
-    >>> from lightning_mixprec.policy.policy import as_policy
-    >>> describe_difference(as_policy("fp16"), as_policy({"default": "bf16", "model.head": "fp32"}))
-    'default fp16 -> bf16; model.head (c=fp32) added'
+    Args:
+        pattern: The pattern.
+        value: The edit: a compute format, ``"c=fp32,o=input"``, or a mapping with compute, output and recurse.
+        rules: The rules of the policy, one of which may say what the edit does not say.
+
+    Raises:
+        PolicyError: the edit is malformed, or is about param.
     """
-    parts = [f"default {one.default} -> {other.default}"] if one.default != other.default else []
-    if one.allow_unmatched != other.allow_unmatched:
-        parts.append(f"allow_unmatched {one.allow_unmatched} -> {other.allow_unmatched}".lower())
-    parts += _rule_differences(one.rules, other.rules)
-    return "; ".join(parts) or "no difference"
-
-
-def _rule_differences(one: Sequence[Rule], other: Sequence[Rule]) -> list[str]:
-    removed = [rule for rule in one if rule not in other]
-    added = [rule for rule in other if rule not in one]
-    parts = []
-    for rule in removed:
-        successor = next((new for new in added if new.label == rule.label), None)
-        if successor is None:
-            parts.append(f"{rule.label} ({rule.value}) removed")
-        else:
-            added.remove(successor)
-            parts.append(f"{rule.label} {rule.value} -> {successor.value}")
-    parts += [f"{rule.label} ({rule.value}) added" for rule in added]
-    common = [rule for rule in one if rule in other], [rule for rule in other if rule in one]
-    if common[0] != common[1]:
-        parts.append("rules in another order")
-    return parts
-
-
-def _edited(policy: "PrecisionPolicy", pattern: str, value: object) -> Rule:
     try:
         said = _said(value)
-        lender = _lender(policy, pattern, said.get("recurse"))
+        lender = _lender(rules, pattern, said.get("recurse"))
         return Rule(pattern, **said) if lender is None else replace(lender, **said)
     except FieldError as error:
         raise PolicyError(f"edit {pattern!r}: {error}") from None
 
 
-def _lender(policy: "PrecisionPolicy", pattern: str, recurse: bool | None) -> Rule | None:
-    """The rule of that very pattern which says what the edit does not say.
+def _lender(rules: Sequence[Rule], pattern: str, recurse: bool | None) -> Rule | None:
+    """The rule of that very pattern, which lends what the edit does not say.
 
     There may be two, for the layer itself and for what is below; an edit that does not say which is for both.
     """
-    rules = [rule for rule in policy.rules if _single_pattern(rule) == pattern]
+    rules = [rule for rule in rules if _single_pattern(rule) == pattern]
     wanted = recurse is not False
     lender = next((rule for rule in rules if rule.recurse == wanted), rules[0] if rules else None)
     if lender is None or recurse in (None, lender.recurse):
@@ -115,15 +91,15 @@ def _single_pattern(rule: Rule) -> str | None:
     return rule.patterns[0] if len(rule.patterns) == 1 and not rule.type_patterns else None
 
 
-def _storing_as_before(before: Decision, after: Decision, number: int) -> Rule:
+def _storing_as_before(before: Resolution, after: Resolution, number: int) -> Rule:
     """The new rule with the param of the rules it takes over from: an edit leaves weights as they are stored."""
-    rule = after.policy.rules[number]
+    rule = after.rules[number]
     taken = [
         layer
         for layer, decider in enumerate(after.decided_by)
         if decider == number and next(after.inventory.own_parameters(layer), None) is not None
     ]
-    params = {None if (old := before.decided_by[layer]) is None else before.policy.rules[old].param for layer in taken}
+    params = {None if (old := before.decided_by[layer]) is None else before.rules[old].param for layer in taken}
     if len(params) > 1:
         stored = " and ".join(sorted(param or "unsaid" for param in params))
         raise PolicyError(

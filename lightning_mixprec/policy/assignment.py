@@ -1,23 +1,24 @@
-"""What a policy came to on one model: every layer's formats, and the rule that decided them."""
+"""The assignment that a policy gives on one model: every layer's formats, and the rule that decided them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from lightning_mixprec.policy.rules import Rule
-from lightning_mixprec.policy.table import render
+from lightning_mixprec.policy.table import Table, shortened
+from lightning_mixprec.policy.table_folding import Row
 
-if TYPE_CHECKING:
-    from lightning_mixprec.policy.policy import PrecisionPolicy
+_MAX_LABEL_WIDTH = 80
 
 
 @dataclass(frozen=True)
 class LayerPrecision:
     """The formats of one layer's own operations.
 
-    ``param`` is the format its weights are stored in, ``compute`` the one its own operations are autocast to,
-    ``output`` the one its output is handed on in: a format, ``"input"``, or None for as computed. ``rule`` decided;
-    None is the policy's default.
+    Attributes:
+        param: The format that its weights are stored in.
+        compute: The format that its own operations are autocast to.
+        output: The format that its output is handed on in, or ``"input"``; None for as computed.
+        rule: The rule that decided; None for the policy's default.
     """
 
     param: str
@@ -42,12 +43,16 @@ class LayerPrecision:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What is worth knowing about a layer without having it.
+    """Facts about a layer that are known without having it.
 
-    ``parameters`` counts its own parameters, each of the model's parameters once, at the first layer that has it;
-    None if they are not initialised yet. ``is_tied`` says that it has parameters that were counted elsewhere,
-    ``first_name`` is the layer's first name, ``has_forward`` whether it has operations of its own, ``is_matched``
-    whether the rule that decided matches the layer itself and not one around it.
+    Attributes:
+        type_name: The name of its class.
+        first_name: The first of its names.
+        parameters: The number of its own parameters, each of the model's counted once, at the first layer that has it;
+            None if they are not initialised yet.
+        is_tied: Whether it has parameters that were counted elsewhere.
+        has_forward: Whether it has operations of its own.
+        is_matched: Whether the rule that decided matches the layer itself and not one around it.
     """
 
     type_name: str
@@ -60,40 +65,62 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class RuleTally:
-    """How a rule fared: layers matched, layers decided, and matches lost to other rules (position to how many).
+    """The tally of a rule.
 
-    A match is lost to an earlier rule for the same layer; the key None stands for an attention module that decides for
-    its parts.
+    Attributes:
+        rule: The rule.
+        matched: The number of layers matched.
+        decided: The number of layers decided.
+        lost: The numbers of matches lost to earlier rules for the same layer, by their position, and, under None, to
+            attention modules, which decide for their parts.
     """
 
+    rule: Rule
     matched: int
     decided: int
     lost: Mapping[int | None, int]
 
+    def __str__(self) -> str:
+        """The rule and its tally, in a line."""
+        numbers = f"matched {self.matched}, decided {self.decided}" if self.matched else "matched nothing"
+        winners = [
+            f"{count} to {'attention modules' if winner is None else f'rule {winner + 1}'}"
+            for winner, count in self.lost.items()
+        ]
+        numbers += f", lost {', '.join(winners)}" if winners else ""
+        return f"{shortened(self.rule.label, _MAX_LABEL_WIDTH)} -> {self.rule.value}: {numbers}"
+
 
 class Assignment(Mapping[str, LayerPrecision]):
-    """Every layer's name, aliases included, and what it gets. Keeps no hold on the model; printing it shows a table.
+    """The formats of every layer by its name, aliases included. Keeps no hold on the model; printing it shows a table.
 
     Attributes:
-        policy: The policy it came from.
-        facts: What the layers are, by the same names.
-        tallies: How each rule of the policy fared, in its order.
+        facts: Facts about the layers, by the same names.
+        tallies: The tally of each rule of the policy, in its order.
+
+    >>> from torch import nn
+    >>> from lightning_mixprec.policy.policy import as_policy
+    >>> policy = as_policy({"default": "bf16", "1": "c=fp32,o=input"})
+    >>> print(policy.resolve(nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9))))
+    layer  type        parameters  param/compute/output  rule
+    ""     Sequential           -  fp32/bf16/-           default
+    0      Linear              90  fp32/bf16/-           default
+    1      LayerNorm           18  fp32/fp32/input       1
+    rule 1: 1 -> c=fp32,o=input: matched 1, decided 1
     """
 
     def __init__(
         self,
-        policy: "PrecisionPolicy",
         layers: Mapping[str, LayerPrecision],
         facts: Mapping[str, LayerFacts],
         tallies: tuple[RuleTally, ...],
     ) -> None:
-        self.policy = policy
         self.facts = facts
         self.tallies = tallies
         self._layers = layers
 
     def __getitem__(self, name: str) -> LayerPrecision:
-        """What the layer of that name gets."""
+        """The formats of the layer of that name."""
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -105,7 +132,7 @@ class Assignment(Mapping[str, LayerPrecision]):
         return len(self._layers)
 
     def hands_on(self, name: str) -> str | None:
-        """In what a layer hands its output on. A rule says this of the layers it matches, not of those inside them."""
+        """The format in which a layer hands its output on; rules say it of layers they match, not of those inside."""
         return self._layers[name].output if self.facts[name].is_matched else None
 
     @property
@@ -126,9 +153,28 @@ class Assignment(Mapping[str, LayerPrecision]):
             if self.facts[name].first_name == name and name in other and layer.formats != other[name].formats
         }
 
+    @property
+    def table(self) -> Table:
+        """The table; what is inside a shared layer stands in it once."""
+        rows = []
+        for name, layer in self.items():
+            facts, above = self.facts[name], name.rpartition(".")[0]
+            if self.facts[above].first_name == above:
+                is_alias = facts.first_name != name
+                row = Row(
+                    name=name,
+                    type_name=f"= {facts.first_name}" if is_alias else facts.type_name,
+                    parameters=0 if is_alias else facts.parameters,
+                    is_tied=facts.is_tied and not is_alias,
+                    formats=str(replace(layer, output=self.hands_on(name))),
+                    rule="default" if layer.rule is None else layer.rule.label,
+                )
+                rows.append(row)
+        return Table(rows, [f"rule {number}: {tally}" for number, tally in enumerate(self.tallies, start=1)])
+
     def __str__(self) -> str:
-        """The table."""
-        return render(self)
+        """The table as plain text."""
+        return self.table.render()
 
     def __repr__(self) -> str:
         """Short, because pytest and debuggers print it."""

@@ -1,61 +1,86 @@
-"""The strict part of resolving: a rule that silently does nothing is an error that says what to do about it."""
+"""Idle rules: one that silently does nothing is an error that says what to do about it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.layers import Inventory
-from lightning_mixprec.policy.near_misses import near_layers, near_words
-from lightning_mixprec.policy.resolving import Decision, matches_of
+from lightning_mixprec.policy.matching import near_layers, near_words
+from lightning_mixprec.policy.resolving import Resolution, matches_of, resolve
 from lightning_mixprec.policy.rules import Rule
 
 _MAX_NAMED = 3
 
 
-def check(decision: Decision) -> None:
+def check_rules(resolution: Resolution, allow_unmatched: bool) -> None:
     """Check that every rule does something.
 
     Raises:
         PolicyError: a rule matches nothing, is meant for layers whose forward never runs, or decides nothing and wants
             something else than was decided.
     """
-    active = active_rules(decision)
-    for number, rule in enumerate(decision.policy.rules):
-        if not decision.matched[number]:
-            if not decision.policy.allow_unmatched:
-                raise PolicyError(f"{name_rule(decision, number)} {_why_unmatched(decision, rule)}")
-            continue
-        _check_parts(decision, number)
-        if number not in active:
-            _check_idle(decision, number)
+    active = active_rules(resolution)
+    for number, rule in enumerate(resolution.rules):
+        if resolution.matched[number]:
+            problem = _problem(resolution, number, active)
+        else:
+            problem = None if allow_unmatched else _unmatched_problem(resolution, rule)
+        if problem is not None:
+            origin = f"{rule.origin}: " if rule.origin else ""
+            raise PolicyError(f"{origin}rule {number + 1} ({rule.label}) {problem}")
 
 
-def active_rules(decision: Decision) -> set[int]:
-    """The rules that decide something for a layer that it makes a difference to."""
-    inventory = decision.inventory
+def covered_layers(patterns: Sequence[str], model: nn.Module, argument: str) -> set[str]:
+    """The layers that patterns match, and those below them, for arguments that are not rules.
+
+    Args:
+        patterns: Patterns as in a rule's ``layers``.
+        model: The model.
+        argument: The argument's name for errors, such as ``"AdaptivePrecision(pin=...)"``.
+
+    >>> sorted(covered_layers(["1"], nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU())), "an argument"))
+    ['1', '1.0']
+
+    Raises:
+        PolicyError: A pattern is malformed or matches nothing.
+    """
+    covered: set[str] = set()
+    for pattern in patterns:
+        try:
+            rule = Rule(pattern, compute="fp32")
+        except PolicyError as error:
+            raise PolicyError(f"{argument}: {error}") from None
+        resolution = resolve("fp16", [rule], model)
+        is_found, active = bool(resolution.matched[0]), active_rules(resolution)
+        problem = _problem(resolution, 0, active) if is_found else _not_found(resolution, rule)
+        if problem is not None:
+            raise PolicyError(f"{argument}: ({rule.label}) {problem}")
+        places = zip(resolution.inventory.tree.names, resolution.inventory.layer_at, strict=True)
+        covered |= {name for name, layer in places if resolution.decided_by[layer] is not None}
+    return covered
+
+
+def active_rules(resolution: Resolution) -> set[int]:
+    """The rules that decide for a layer to which it makes a difference."""
+    inventory = resolution.inventory
     return {
         number
-        for layer, number in enumerate(decision.decided_by)
-        if number is not None and _concerned(decision.policy.rules[number], inventory, layer)
+        for layer, number in enumerate(resolution.decided_by)
+        if number is not None and _concerned(resolution.rules[number], inventory, layer)
     }
 
 
-def name_rule(decision: Decision, number: int) -> str:
-    """A rule's file and line, position and selection, to begin an error with."""
-    rule = decision.policy.rules[number]
-    origin = f"{rule.origin}: " if rule.origin else ""
-    return f"{origin}rule {number + 1} ({rule.label})"
-
-
-def no_such_layer(decision: Decision, pattern: str) -> str:
-    """The end of an error about a pattern that matches nothing: what was probably meant."""
-    tree = decision.inventory.tree
+def no_such_layer(resolution: Resolution, pattern: str) -> str:
+    """The end of an error about a pattern that matches nothing: the layers that were probably meant."""
+    tree = resolution.inventory.tree
     if near := near_layers(pattern, tree):
         return f"did you mean {_listed(near)}?"
     return f"the layers at the top are {_listed(tree.children[0], 8)}"
 
 
-def _why_unmatched(decision: Decision, rule: Rule) -> str:
-    inventory, classes = decision.inventory, decision.classes
+def _unmatched_problem(resolution: Resolution, rule: Rule) -> str:
+    inventory, classes = resolution.inventory, resolution.classes
     root = type(inventory.modules[0]).__name__
     for text in rule.type_patterns:
         if not any(classes.matching(other) for other in rule.type_patterns):
@@ -67,73 +92,81 @@ def _why_unmatched(decision: Decision, rule: Rule) -> str:
     if found:
         names = _listed(inventory.names[layer][0] or '""' for layer in found)
         return f"matches no layer of {root}: {names} has another type; one layer must match both layers and types"
-    hint = _type_hint(decision, rule) or no_such_layer(decision, rule.patterns[0])
-    return f"matches no layer of {root}; {hint} (allow_unmatched accepts it)"
+    return f"{_not_found(resolution, rule)} (allow_unmatched accepts it)"
 
 
-def _type_hint(decision: Decision, rule: Rule) -> str:
-    """What to write where ``layers`` has the name of a type."""
+def _not_found(resolution: Resolution, rule: Rule) -> str:
+    hint = _type_hint(resolution, rule) or no_such_layer(resolution, rule.patterns[0])
+    return f"matches no layer of {type(resolution.inventory.modules[0]).__name__}; {hint}"
+
+
+def _type_hint(resolution: Resolution, rule: Rule) -> str:
+    """The advice where ``layers`` has the name of a type, else nothing."""
     for pattern in rule.patterns:
         last = pattern.rpartition(".")[2]
-        if last.strip("*?") and "[" not in last and decision.classes.matching(last):
+        if last.strip("*?") and "[" not in last and resolution.classes.matching(last):
             return f"{last} is a type of layers, not a name; in a rule of the full form write types: {last!r}"
     return ""
 
 
-def _check_parts(decision: Decision, number: int) -> None:
-    """Refuse a pattern that is meant for the parts of an attention module, which take what the whole gets."""
-    inventory, rule = decision.inventory, decision.policy.rules[number]
-    if inventory.unit.keys().isdisjoint(decision.matched[number]):
-        return
+def _problem(resolution: Resolution, number: int, active: set[int]) -> str | None:
+    """The error about a rule that matches layers and does nothing for them."""
+    problem = _part_problem(resolution, number)
+    return _idle_problem(resolution, number) if problem is None and number not in active else problem
+
+
+def _part_problem(resolution: Resolution, number: int) -> str | None:
+    """The error about a pattern for the parts of an attention module, which take the formats of the whole."""
+    inventory, rule = resolution.inventory, resolution.rules[number]
+    if inventory.unit.keys().isdisjoint(resolution.matched[number]):
+        return None
     for pattern in rule.patterns or (None,):
-        found = matches_of(rule, inventory, decision.classes, pattern)
+        found = matches_of(rule, inventory, resolution.classes, pattern)
         if not found <= inventory.unit.keys():
             continue
         for layer in sorted(found):
-            if _disagrees(decision, rule, layer):
+            if _disagrees(resolution, rule, layer):
                 unit = inventory.names[inventory.unit[layer]][0]
-                raise PolicyError(
-                    f"{name_rule(decision, number)} is for {inventory.names[layer][0]}, whose forward never runs: "
-                    f"MultiheadAttention uses its weights directly; write the rule for {unit}"
+                return (
+                    f"is for {inventory.names[layer][0]}, whose forward never runs: MultiheadAttention uses its "
+                    f"weights directly; write the rule for {unit}"
                 )
+    return None
 
 
-def _check_idle(decision: Decision, number: int) -> None:
-    inventory, rule = decision.inventory, decision.policy.rules[number]
-    covered = _covered(decision, number)
+def _idle_problem(resolution: Resolution, number: int) -> str | None:
+    """The error about a rule that decides nothing, unless everything that it says is so anyway."""
+    inventory, rule = resolution.inventory, resolution.rules[number]
+    covered = _covered(resolution, number)
     if not any(_concerned(rule, inventory, layer) for layer in covered):
-        names = _listed(inventory.names[layer][0] or '""' for layer in sorted(decision.matched[number]))
+        names = _listed(inventory.names[layer][0] or '""' for layer in sorted(resolution.matched[number]))
         wanted = "recurse=True" if not rule.recurse else "a rule for layers below or beside it"
-        raise PolicyError(
-            f"{name_rule(decision, number)} does nothing: {names} has no forward and no weights of its own that the "
-            f"rule speaks of; write {wanted}"
-        )
+        return f"does nothing: {names} has no forward and no weights of its own that the rule speaks of; write {wanted}"
     for layer in sorted(covered):
-        if _disagrees(decision, rule, layer):
-            name, entry = inventory.names[layer][0] or '""', decision.layers[layer]
-            winners, way_out = _winners(decision, number)
-            raise PolicyError(
-                f"{name_rule(decision, number)} decides nothing: {name} is {entry} by {winners}; {way_out}"
-            )
+        if _disagrees(resolution, rule, layer):
+            name, entry = inventory.names[layer][0] or '""', resolution.layers[layer]
+            winners, way_out = _winners(resolution, number)
+            return f"decides nothing: {name} is {entry} by {winners}; {way_out}"
+    return None
 
 
-def _winners(decision: Decision, number: int) -> tuple[str, str]:
-    """The rules that decide in a rule's place, and what to do about it."""
-    ahead = {decision.decided_by[layer] for layer in decision.matched[number]} - {number}
-    nearer = {decision.decided_by[layer] for layer in _covered(decision, number)} - {number}
+def _winners(resolution: Resolution, number: int) -> tuple[str, str]:
+    """The rules that decide in a rule's place, and the way out."""
+    ahead = {resolution.decided_by[layer] for layer in resolution.matched[number]} - {number}
+    nearer = {resolution.decided_by[layer] for layer in _covered(resolution, number)} - {number}
     names = (
-        "the default" if winner is None else f"rule {winner + 1} ({decision.policy.rules[winner].label})"
+        "the default" if winner is None else f"rule {winner + 1} ({resolution.rules[winner].label})"
         for winner in sorted(ahead or nearer, key=lambda winner: -1 if winner is None else winner)
     )
     way_out = "move it before that, or remove it" if ahead else "rules for layers below it win, so remove it"
     return _listed(names), way_out
 
 
-def _covered(decision: Decision, number: int) -> set[int]:
-    covered = set(decision.matched[number])
-    waiting = list(covered) if decision.policy.rules[number].recurse else []
+def _covered(resolution: Resolution, number: int) -> set[int]:
+    covered = set(resolution.matched[number])
+    waiting = list(covered) if resolution.rules[number].recurse else []
     while waiting:
-        for child in decision.inventory.children[waiting.pop()]:
+        for child in resolution.inventory.children[waiting.pop()]:
             if child not in covered:
                 covered.add(child)
                 waiting.append(child)
@@ -147,8 +180,8 @@ def _concerned(rule: Rule, inventory: Inventory, layer: int) -> bool:
     return stores or (speaks_of_forward and inventory.has_forward[layer])
 
 
-def _disagrees(decision: Decision, rule: Rule, layer: int) -> bool:
-    inventory, entry = decision.inventory, decision.layers[layer]
+def _disagrees(resolution: Resolution, rule: Rule, layer: int) -> bool:
+    inventory, entry = resolution.inventory, resolution.layers[layer]
     if rule.param not in (None, entry.param) and next(inventory.own_parameters(layer), None) is not None:
         return True
     wanted = {"compute": rule.compute, "output": rule.output}

@@ -1,4 +1,4 @@
-"""A model's distinct layers, their names, how they hang together, and how their weights are stored."""
+"""The inventory of a model: its distinct layers with their names, children, parameters and stored formats."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +15,15 @@ from lightning_mixprec.policy.module_names import walk
 class Inventory:
     """The layers of a model, numbered in the order of their first names.
 
-    ``tree`` has all names, ``layer_at`` the layer's number for each place in the tree; the other lists go by layer.
-    ``unit`` is the attention module that a layer is a mere part of: ``nn.MultiheadAttention`` reads the weights of its
-    parts and never calls their forward.
+    Attributes:
+        tree: All names.
+        layer_at: The layer's number for each place in the tree.
+        modules: The module, by layer, as in the lists that follow.
+        names: Its names.
+        children: The numbers of its children.
+        has_forward: Whether it has operations of its own.
+        unit: The attention module that a layer is a mere part of: ``nn.MultiheadAttention`` reads the weights of its
+            parts and never calls their forward.
     """
 
     tree: NameTree
@@ -35,8 +41,8 @@ class Inventory:
                 yield parameter
 
 
-def take(model: nn.Module) -> Inventory:
-    """Take stock of a model."""
+def take_inventory(model: nn.Module) -> Inventory:
+    """The inventory of a model; wrappers are looked through."""
     nodes = list(walk(model))
     number: dict[int, int] = {}
     layer_at = [number.setdefault(id(node.module), len(number)) for node in nodes]
@@ -79,7 +85,7 @@ def _units(modules: list[nn.Module], children: list[tuple[int, ...]], number: di
 
 
 def stored_formats(inventory: Inventory, ruled: dict[int, str]) -> list[str]:
-    """How each layer's weights are stored: its own, else those below it, else those of its parent, else fp32.
+    """The format of each layer's weights: of its own, else of those below it, else of its parent's, else fp32.
 
     Args:
         inventory: the model's layers.
@@ -123,7 +129,7 @@ def _children_first(inventory: Inventory) -> list[int]:
 
 
 def count_parameters(inventory: Inventory) -> list[tuple[int | None, bool]]:
-    """For each layer how many parameters are first met in it (None if uninitialised), and whether it has others."""
+    """For each layer the number of parameters first met in it (None if uninitialised), and whether it has others."""
     seen: set[int] = set()
     counts: list[tuple[int | None, bool]] = []
     for module in inventory.modules:

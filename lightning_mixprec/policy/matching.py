@@ -1,14 +1,33 @@
-"""The tree of a model's layer names, indexed so that a pattern costs what it finds and not what it passes."""
+"""Matching: the names and the classes of a model's layers that a pattern finds, and those that it nearly finds."""
 
-from collections.abc import Sequence
+import difflib
+import fnmatch
+import sys
+from collections.abc import Iterable, Sequence
 
-from lightning_mixprec.policy.patterns import AnyDepth, Glob, Literal, Pattern, Segment, Slice
+from torch import nn
+
+from lightning_mixprec.policy.patterns import (
+    REGEX_PREFIX,
+    AnyDepth,
+    Glob,
+    Literal,
+    Pattern,
+    Segment,
+    Slice,
+    parse,
+)
+
+_MAX_SHOWN = 3
+_MAX_COMPARED = 20_000
 
 
 class NameTree:
-    """Layer names in the order of ``module_names.walk``, parents first, the root ``""`` leading.
+    """The tree of a model's layer names, indexed so that a pattern costs what it finds and not what it passes.
 
-    >>> from lightning_mixprec.policy.patterns import parse
+    Args:
+        names: In the order of ``module_names.walk``: parents first, the root ``""`` leading.
+
     >>> tree = NameTree(["", "norm", "blocks", "blocks.0", "blocks.0.norm", "blocks.1", "blocks.1.norm"])
     >>> [tree.names[place] for place in sorted(tree.find(parse("blocks.[-1:].**.norm")))]
     ['blocks.1.norm']
@@ -85,3 +104,108 @@ class NameTree:
             for place in self._numbered.keys() & found
             for text in self._numbered[place][positions]
         }
+
+
+def class_names(cls: type) -> set[str]:
+    """All names of a class: its own, its full one, and those under which packages above it export it.
+
+    >>> sorted(class_names(nn.LayerNorm))
+    ['LayerNorm', 'torch.nn.LayerNorm', 'torch.nn.modules.LayerNorm', 'torch.nn.modules.normalization.LayerNorm']
+    """
+    names = {cls.__name__, f"{cls.__module__}.{cls.__qualname__}"}
+    package = cls.__module__
+    while package:
+        if vars(sys.modules.get(package, object)).get(cls.__name__) is cls:
+            names.add(f"{package}.{cls.__name__}")
+        package = package.rpartition(".")[0]
+    return names
+
+
+class ClassIndex:
+    """The distinct classes of a model's layers, each with the names of itself and of its bases."""
+
+    def __init__(self, classes: Iterable[type]) -> None:
+        bases: dict[type, set[str]] = {}
+        self._names: dict[type, set[str]] = {}
+        for cls in set(classes):
+            for base in cls.__mro__[:-1]:
+                bases.setdefault(base, class_names(base))
+            self._names[cls] = set().union(*(bases[base] for base in cls.__mro__[:-1]))
+        # Every layer is a Module, so a glob such as "Mo*" would match them all.
+        self._of_all = class_names(nn.Module)
+
+    def matching(self, text: str) -> set[type]:
+        """The classes that a type pattern matches."""
+        if not any(character in text for character in "*?["):
+            return {cls for cls, names in self._names.items() if text in names}
+        is_dotted = "." in text
+        return {
+            cls
+            for cls, names in self._names.items()
+            if any(
+                ("." in name) == is_dotted and fnmatch.fnmatchcase(name, text)
+                for name in (names - self._of_all if text != "*" else names)
+            )
+        }
+
+    @property
+    def known(self) -> list[str]:
+        """The short names of all classes."""
+        return sorted({name for names in self._names.values() for name in names if "." not in name})
+
+
+def near_layers(text: str, tree: NameTree) -> list[str]:
+    """Up to three patterns or names that are near a pattern and match something, best first."""
+    pattern = parse(text)
+    if pattern.regex is None:
+        for candidates in (_with_prefix(pattern, tree), _with_segment_corrected(pattern, tree)):
+            if candidates:
+                return candidates[:_MAX_SHOWN]
+    word = text.removeprefix(REGEX_PREFIX)
+    names = tree.names[1 : _MAX_COMPARED + 1]
+    near = difflib.get_close_matches(word, names, n=_MAX_SHOWN)
+    return (
+        near
+        or [
+            tree.names[place]
+            for last in difflib.get_close_matches(word.rpartition(".")[2], tree.last_segments, n=1)
+            for place in sorted(tree.find(Pattern("", (AnyDepth(), Literal(last)))))
+        ][:_MAX_SHOWN]
+    )
+
+
+def near_words(text: str, known: list[str]) -> list[str]:
+    """Up to three words near one; for a dotted word its last part counts too.
+
+    >>> near_words("torch.nn.LayerNrom", ["Linear", "LayerNorm"])
+    ['LayerNorm']
+    """
+    last = text.rpartition(".")[2].strip("*")
+    by_case = [word for word in known if word.lower() == last.lower()]
+    return by_case or difflib.get_close_matches(last, known, n=_MAX_SHOWN)
+
+
+def _with_prefix(pattern: Pattern, tree: NameTree) -> list[str]:
+    found = tree.find(Pattern("", (AnyDepth(), *pattern.segments))) if pattern.segments else set()
+    return [tree.names[place] for place in sorted(found)]
+
+
+def _with_segment_corrected(pattern: Pattern, tree: NameTree) -> list[str]:
+    found = {0}
+    for position, segment in enumerate(pattern.segments):
+        further = tree.step(found, segment)
+        if not further:
+            texts = pattern.text.split(".")
+            options = sorted({child for place in found for child in tree.children[place]})
+            near = difflib.get_close_matches(texts[position], options, n=_MAX_SHOWN)
+            corrected = [".".join([*texts[:position], word, *texts[position + 1 :]]) for word in near]
+            if not options and position == len(texts) - 1:
+                # A layer without children: the last part is the name of a parameter, perhaps.
+                corrected = [".".join(texts[:-1])]
+            return [text for text in corrected if tree.find(_parse_literally(text))]
+        found = further
+    return []
+
+
+def _parse_literally(text: str) -> Pattern:
+    return parse(text) if not any(character.isspace() for character in text) else Pattern(text)

@@ -1,7 +1,9 @@
-"""Patterns that select layers by name: dotted names, globs, ``**``, slices of numbered blocks, regular expressions.
+"""Patterns that select layers: by name, and by type.
 
-A pattern is checked when it is written, without a model, because most mistakes are visible in it: ``fnmatch`` reads
-``blocks.[20-23]`` as the characters 2, 0 to 2, and 3, and would silently select blocks 0, 1, 2 and 3.
+Names are selected by dotted names, globs, ``**``, slices of numbered blocks and regular expressions, types by
+``LayerNorm``, ``torch.nn.LayerNorm`` or ``"*Norm*"``. A pattern is checked when it is written,
+without a model, because most mistakes are visible in it: ``fnmatch`` reads ``blocks.[20-23]`` as the characters 2, 0 to
+2, and 3, and would silently select blocks 0, 1, 2 and 3.
 """
 
 import fnmatch
@@ -103,7 +105,20 @@ def literal(name: str) -> str:
     return name if is_plain else REGEX_PREFIX + re.escape(name)
 
 
-def check_brackets(text: str, whole: str) -> list[str]:
+def check_type_pattern(text: str) -> None:
+    """Check a type pattern as far as that goes without a model.
+
+    Raises:
+        PolicyError: it is malformed.
+    """
+    if any(character.isspace() for character in text):
+        raise PolicyError(f"type {text!r} has a blank in it; write a class name such as LayerNorm")
+    if "" in text.split("."):
+        raise PolicyError(f"type {text!r} has an empty segment; write a class name such as torch.nn.LayerNorm")
+    _bracketed(text, text)
+
+
+def _bracketed(text: str, whole: str) -> list[str]:
     """The bodies of the character classes in a glob, as ``fnmatch`` delimits them.
 
     Raises:
@@ -147,7 +162,7 @@ def _segment(segment: str, whole: str) -> Segment:
         if step == 0:
             raise PolicyError(f"pattern {whole!r}: the step of slice {segment} is 0; write 1 or more, or leave it out")
         return Slice(start, stop, step)
-    for body in check_brackets(segment, whole):
+    for body in _bracketed(segment, whole):
         _check_class(body, segment, whole)
     if any(character in segment for character in "*?["):
         return Glob(re.compile(fnmatch.translate(segment)))

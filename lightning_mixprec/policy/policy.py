@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,17 @@ from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy import yaml_files as files
-from lightning_mixprec.policy.amending import amend, describe_difference
-from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
-from lightning_mixprec.policy.idle_rules import check
-from lightning_mixprec.policy.resolving import assign, decide
+from lightning_mixprec.policy.amending import amended_rules
+from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.idle_rules import check_rules
+from lightning_mixprec.policy.resolving import assignment_of, resolve
 from lightning_mixprec.policy.rules import COMPUTE_FORMATS, FieldError, Rule, check_format
 from lightning_mixprec.policy.written_forms import check_flag, read_mapping, read_rules
-
-__all__ = ["Assignment", "LayerPrecision", "PrecisionPolicy", "Rule", "as_policy", "describe_difference"]
 
 
 @dataclass(frozen=True)
 class PrecisionPolicy:
-    """Which layer gets which format: a default, and rules for the layers that get something else.
+    """A default format, and rules for the layers that get something else.
 
     The rule that matches the nearest enclosing layer, the layer itself first, decides alone; among rules that match
     that same layer the first in the list. So "encoder in bf16, its norms in fp32" works in either order.
@@ -108,9 +106,9 @@ class PrecisionPolicy:
         Raises:
             PolicyError: A rule does nothing, or a shared layer or tied weight would get two formats.
         """
-        decision = decide(self, model)
-        check(decision)
-        return assign(decision)
+        resolution = resolve(self.default, self.rules, model)
+        check_rules(resolution, self.allow_unmatched)
+        return assignment_of(resolution)
 
     def amend(self, edits: Mapping[str, Any], model: nn.Module) -> "PrecisionPolicy":
         """This policy with some layers changed, as is allowed while a model is running: compute and output only.
@@ -131,7 +129,8 @@ class PrecisionPolicy:
         >>> PrecisionPolicy("bf16").amend({"1": "fp32"}, model).to_dict()
         {'default': 'bf16', 'rules': [{'layers': '1', 'compute': 'fp32'}]}
         """
-        return amend(self, edits, model)
+        rules = amended_rules(self.default, self.rules, edits, model, self.allow_unmatched)
+        return replace(self, rules=rules)
 
 
 def as_policy(value: object) -> PrecisionPolicy:
@@ -165,12 +164,43 @@ def as_policy(value: object) -> PrecisionPolicy:
         raise PolicyError(f"{problem}, or the path of a file; no file is called so") from None
 
 
+def describe_difference(one: PrecisionPolicy, other: PrecisionPolicy) -> str:
+    """The difference between a policy and another, in one line.
+
+    >>> describe_difference(as_policy("fp16"), as_policy({"default": "bf16", "model.head": "fp32"}))
+    'default fp16 -> bf16; model.head (c=fp32) added'
+    """
+    parts = [f"default {one.default} -> {other.default}"] if one.default != other.default else []
+    if one.allow_unmatched != other.allow_unmatched:
+        parts.append(f"allow_unmatched {one.allow_unmatched} -> {other.allow_unmatched}".lower())
+    parts += _rule_differences(one.rules, other.rules)
+    return "; ".join(parts) or "no difference"
+
+
 def _is_path(text: str) -> bool:
     looks_like_one = text.endswith((".yaml", ".yml", ".json")) or "/" in text or os.sep in text
     try:
         return looks_like_one or Path(text).expanduser().is_file()
     except (OSError, ValueError):
         return False
+
+
+def _rule_differences(one: Sequence[Rule], other: Sequence[Rule]) -> list[str]:
+    removed = [rule for rule in one if rule not in other]
+    added = [rule for rule in other if rule not in one]
+    parts = []
+    for rule in removed:
+        successor = next((new for new in added if new.label == rule.label), None)
+        if successor is None:
+            parts.append(f"{rule.label} ({rule.value}) removed")
+        else:
+            added.remove(successor)
+            parts.append(f"{rule.label} {rule.value} -> {successor.value}")
+    parts += [f"{rule.label} ({rule.value}) added" for rule in added]
+    common = [rule for rule in one if rule in other], [rule for rule in other if rule in one]
+    if common[0] != common[1]:
+        parts.append("rules in another order")
+    return parts
 
 
 def _with_rule_number(error: FieldError) -> str:

@@ -1,4 +1,4 @@
-"""Resolving a policy against a model: which rule decides for which layer, and what the layer gets.
+"""Resolving a policy against a model: the rule that decides for each layer, and the formats that the layer gets.
 
 Layers are told apart as objects, not by name: a rule matches a layer if it matches any of its names. The rule that
 matches the layer itself decides, the first in the list if there are several; else the one that matches the nearest
@@ -6,29 +6,35 @@ enclosing layer, over all the layers that hold it.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.assignment import Assignment, LayerFacts, LayerPrecision, RuleTally
-from lightning_mixprec.policy.layers import Inventory, count_parameters, stored_formats, take
+from lightning_mixprec.policy.layers import Inventory, count_parameters, stored_formats, take_inventory
+from lightning_mixprec.policy.matching import ClassIndex
 from lightning_mixprec.policy.patterns import parse
 from lightning_mixprec.policy.rules import Rule
-from lightning_mixprec.policy.type_patterns import ClassIndex
-
-if TYPE_CHECKING:
-    from lightning_mixprec.policy.policy import PrecisionPolicy
 
 _Sources = dict[int, int]
 """Rules that reach a layer from above, each with the enclosing layer it matches."""
 
 
-class Decision(NamedTuple):
-    """Who decided what: layers and rules by their numbers, None for the policy's default."""
+class Resolution(NamedTuple):
+    """The rule that decides for each layer; layers and rules by their numbers.
 
-    policy: "PrecisionPolicy"
+    Attributes:
+        rules: The rules.
+        inventory: The model's layers.
+        classes: Their classes.
+        matched: The layers that each rule matches.
+        decided_by: The rule that decides for each layer; None for the policy's default.
+        layers: The formats of each layer.
+    """
+
+    rules: Sequence[Rule]
     inventory: Inventory
     classes: ClassIndex
     matched: list[set[int]]
@@ -36,35 +42,37 @@ class Decision(NamedTuple):
     layers: list[LayerPrecision]
 
 
-def decide(policy: "PrecisionPolicy", model: nn.Module) -> Decision:
-    """Decide for every layer.
+def resolve(default: str, rules: Sequence[Rule], model: nn.Module) -> Resolution:
+    """Decide for every layer, by rules or else by the policy's default.
 
     Raises:
         PolicyError: a shared layer or a tied parameter would get two formats.
     """
-    inventory = take(model)
+    inventory = take_inventory(model)
     classes = ClassIndex(type(module) for module in inventory.modules)
-    matched = _match(policy.rules, inventory, classes)
-    first = _first_matches(policy.rules, matched)
-    reach = _reach(policy.rules, matched, inventory)
+    matched = [matches_of(rule, inventory, classes) for rule in rules]
+    first = _first_matches(rules, matched)
+    reach = _reach(rules, matched, inventory)
     decided_by: list[int | None] = []
     for layer, sources in enumerate(reach):
         own = first.get(layer)
         decided_by.append(own if own is not None else min(sources, default=None))
     for part, unit in inventory.unit.items():
         decided_by[part] = decided_by[unit]
-    stored = stored_formats(inventory, _ruled_parameters(policy.rules, inventory, decided_by))
+    stored = stored_formats(inventory, _ruled_parameters(rules, inventory, decided_by))
     for layer, sources in enumerate(reach):
         if layer not in first and len(sources) > 1 and layer not in inventory.unit:
-            _check_agreement(policy, inventory, layer, sources, stored[layer])
-    kinds = {kind: _precision(policy, *kind) for kind in set(zip(decided_by, stored, strict=True))}
-    layers = [kinds[kind] for kind in zip(decided_by, stored, strict=True)]
-    return Decision(policy, inventory, classes, matched, decided_by, layers)
+            found = {number: _precision(rules[number], default, stored[layer]) for number in sorted(sources)}
+            _check_agreement(rules, found, inventory, layer, sources)
+    kinds = set(zip(decided_by, stored, strict=True))
+    made = {kind: _precision(None if kind[0] is None else rules[kind[0]], default, kind[1]) for kind in kinds}
+    layers = [made[kind] for kind in zip(decided_by, stored, strict=True)]
+    return Resolution(rules, inventory, classes, matched, decided_by, layers)
 
 
-def assign(decision: Decision) -> Assignment:
-    """The assignment that a decision makes, free of the model."""
-    inventory = decision.inventory
+def assignment_of(resolution: Resolution) -> Assignment:
+    """The assignment that a resolution makes, free of the model."""
+    inventory = resolution.inventory
     names = inventory.tree.names
     counts = count_parameters(inventory)
     facts = [
@@ -73,15 +81,14 @@ def assign(decision: Decision) -> Assignment:
             inventory.names[layer][0],
             *counts[layer],
             inventory.has_forward[layer],
-            rule is not None and layer in decision.matched[rule],
+            rule is not None and layer in resolution.matched[rule],
         )
-        for layer, (module, rule) in enumerate(zip(inventory.modules, decision.decided_by, strict=True))
+        for layer, (module, rule) in enumerate(zip(inventory.modules, resolution.decided_by, strict=True))
     ]
     return Assignment(
-        decision.policy,
-        {name: decision.layers[layer] for name, layer in zip(names, inventory.layer_at, strict=True)},
+        {name: resolution.layers[layer] for name, layer in zip(names, inventory.layer_at, strict=True)},
         {name: facts[layer] for name, layer in zip(names, inventory.layer_at, strict=True)},
-        tuple(_tallies(decision)),
+        tuple(_tallies(resolution)),
     )
 
 
@@ -94,10 +101,6 @@ def matches_of(rule: Rule, inventory: Inventory, classes: ClassIndex, pattern: s
     wanted = set().union(*(classes.matching(text) for text in rule.type_patterns))
     layers = by_name if rule.patterns else range(len(inventory.modules))
     return {layer for layer in layers if type(inventory.modules[layer]) in wanted}
-
-
-def _match(rules: Sequence[Rule], inventory: Inventory, classes: ClassIndex) -> list[set[int]]:
-    return [matches_of(rule, inventory, classes) for rule in rules]
 
 
 def _first_matches(rules: Sequence[Rule], matched: list[set[int]], recursive_only: bool = False) -> dict[int, int]:
@@ -144,18 +147,17 @@ def _ruled_parameters(rules: Sequence[Rule], inventory: Inventory, decided_by: l
 
 
 def _check_agreement(
-    policy: "PrecisionPolicy", inventory: Inventory, layer: int, sources: _Sources, stored: str
+    rules: Sequence[Rule], found: Mapping[int, LayerPrecision], inventory: Inventory, layer: int, sources: _Sources
 ) -> None:
-    one, *others = sorted(sources)
-    expected = _precision(policy, one, stored)
+    """Check that all rules which reach a shared layer give it the same formats."""
+    one, *others = found
     for other in others:
-        found = _precision(policy, other, stored)
-        if found.formats != expected.formats:
+        if found[other].formats != found[one].formats:
             names = [_name_under(inventory, layer, sources[number]) for number in (one, other)]
-            labels = [policy.rules[number].label for number in (one, other)]
+            labels = [rules[number].label for number in (one, other)]
             raise PolicyError(
-                f"{_origin(policy.rules[other])}layer {names[0]!r} is also {names[1]!r}, and rule {labels[0]!r} makes "
-                f"it {expected} while rule {labels[1]!r} makes it {found}; write a rule for {names[0]} itself"
+                f"{_origin(rules[other])}layer {names[0]!r} is also {names[1]!r}, and rule {labels[0]!r} makes it "
+                f"{found[one]} while rule {labels[1]!r} makes it {found[other]}; write a rule for {names[0]} itself"
             )
 
 
@@ -164,29 +166,19 @@ def _name_under(inventory: Inventory, layer: int, ancestor: int) -> str:
     return next((name for name in inventory.names[layer] if name.startswith(above)), inventory.names[layer][0])
 
 
-def _precision(policy: "PrecisionPolicy", number: int | None, stored: str) -> LayerPrecision:
-    if number is None:
-        return LayerPrecision(stored, policy.default, None, None)
-    rule = policy.rules[number]
-    return LayerPrecision(rule.param or stored, rule.compute or policy.default, rule.output, rule)
+def _precision(rule: Rule | None, default: str, stored: str) -> LayerPrecision:
+    if rule is None:
+        return LayerPrecision(stored, default, None, None)
+    return LayerPrecision(rule.param or stored, rule.compute or default, rule.output, rule)
 
 
-def _tallies(decision: Decision) -> list[RuleTally]:
-    decided = Counter(decision.decided_by)
-    return [
-        RuleTally(
-            len(matched),
-            decided[number],
-            dict(
-                Counter(
-                    None if layer in decision.inventory.unit else decision.decided_by[layer]
-                    for layer in sorted(matched)
-                    if decision.decided_by[layer] != number
-                )
-            ),
-        )
-        for number, matched in enumerate(decision.matched)
-    ]
+def _tallies(resolution: Resolution) -> Iterator[RuleTally]:
+    decided_by, unit = resolution.decided_by, resolution.inventory.unit
+    decided = Counter(decided_by)
+    for number, (rule, matched) in enumerate(zip(resolution.rules, resolution.matched, strict=True)):
+        lost = [layer for layer in sorted(matched) if decided_by[layer] != number]
+        winners = Counter(None if layer in unit else decided_by[layer] for layer in lost)
+        yield RuleTally(rule, len(matched), decided[number], dict(winners))
 
 
 def _origin(rule: Rule) -> str:

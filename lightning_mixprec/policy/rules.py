@@ -1,4 +1,4 @@
-"""A rule: which layers it selects, and what they get."""
+"""A rule: the layers that it selects, and the formats that they get."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -7,8 +7,7 @@ from typing import Any
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import FORMATS, meant_by
-from lightning_mixprec.policy.patterns import parse
-from lightning_mixprec.policy.type_patterns import check_type_pattern
+from lightning_mixprec.policy.patterns import check_type_pattern, parse
 
 COMPUTE_FORMATS = ("fp64", "fp32", "bf16", "fp16")
 PARAM_FORMATS = ("fp64", "fp32")

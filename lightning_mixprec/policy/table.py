@@ -1,14 +1,12 @@
-"""The table of an assignment: who gets what, and why. Big models are folded until the table fits a screen or two."""
+"""The table of an assignment: each layer's formats, and the rule that decided. It fits a screen or two."""
 
 import shutil
 import sys
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, TextIO
+from dataclasses import dataclass
+from typing import TextIO
 
 from lightning_mixprec.policy.table_folding import Row, fold
-
-if TYPE_CHECKING:
-    from lightning_mixprec.policy.assignment import Assignment, RuleTally
 
 _COLUMNS = ("layer", "type", "parameters", "param/compute/output", "rule")
 _MAX_RULES = 10
@@ -17,48 +15,49 @@ _LEAST_TERMINAL = 80
 _LEAST_WIDTH = 12
 
 
-def render(assignment: "Assignment", *, rich: bool = False, width: int | None = None) -> str:
-    """The table as text.
+@dataclass(frozen=True)
+class Table:
+    """A table of layers, and lines about the rules below it.
 
-    Args:
-        assignment: What to show.
-        rich: Whether to draw it with rich, if that is installed, for a terminal.
-        width: The terminal's width in characters, for rich; on less than 80 the table is plain.
-
-    >>> from torch import nn
-    >>> from lightning_mixprec.policy.policy import as_policy
-    >>> print(render(as_policy({"default": "bf16", "1": "c=fp32,o=input"}).resolve(
-    ...     nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9)))))
-    layer  type        parameters  param/compute/output  rule
-    ""     Sequential           -  fp32/bf16/-           default
-    0      Linear              90  fp32/bf16/-           default
-    1      LayerNorm           18  fp32/fp32/input       1
-    rule 1: 1 -> c=fp32,o=input: matched 1, decided 1
+    Attributes:
+        rows: A row for each layer, parents first, from the model itself (``""``) on.
+        rule_lines: A line for each rule.
     """
-    cells = [_cells(row) for row in fold(assignment)]
-    notes = _rule_lines(assignment)
-    is_wide = width is None or width >= _LEAST_TERMINAL
-    if rich and is_wide and (drawn := _draw(cells, notes, width)) is not None:
-        return drawn
-    return "\n".join([*align([_COLUMNS, *cells], right=["parameters"]), *notes])
 
+    rows: Sequence[Row]
+    rule_lines: Sequence[str]
 
-def show(assignment: "Assignment", title: str | None = None, file: TextIO | None = None) -> None:
-    """Print the table, with rich if that is installed and the file is a terminal."""
-    file = sys.stdout if file is None else file
-    is_terminal = file.isatty()
-    width = shutil.get_terminal_size().columns if is_terminal else None
-    text = render(assignment, rich=is_terminal, width=width)
-    text = text if title is None else f"{title}\n{text}"
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+    def render(self, *, rich: bool = False, width: int | None = None) -> str:
+        """The table as text.
+
+        Args:
+            rich: Whether to draw it with rich, if that is installed, for a terminal.
+            width: The terminal's width in characters, for rich; on less than 80 the table is plain.
+        """
+        cells, lines = [_cells(row) for row in fold(self.rows)], list(self.rule_lines)
+        if len(lines) > _MAX_RULES + 1:
+            lines[_MAX_RULES:] = [f"... and {len(lines) - _MAX_RULES} more rules"]
+        is_wide = width is None or width >= _LEAST_TERMINAL
+        if rich and is_wide and (drawn := _draw(cells, lines, width)) is not None:
+            return drawn
+        return "\n".join([*align([_COLUMNS, *cells], right=["parameters"]), *lines])
+
+    def show(self, title: str | None = None, file: TextIO | None = None) -> None:
+        """Print the table, with rich if that is installed and the file is a terminal."""
+        file = sys.stdout if file is None else file
+        is_terminal = file.isatty()
+        width = shutil.get_terminal_size().columns if is_terminal else None
+        text = self.render(rich=is_terminal, width=width)
+        text = text if title is None else f"{title}\n{text}"
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     parameters = "lazy" if row.parameters is None else f"{row.parameters:,}" if row.parameters else "-"
     if row.parameters == 0 and row.is_tied:
         parameters = "tied"
-    return (printable(row.name), row.type_name, parameters, row.formats, _shortened(row.rule, _MAX_RULE_WIDTH))
+    return (printable(row.name), row.type_name, parameters, row.formats, shortened(row.rule, _MAX_RULE_WIDTH))
 
 
 def align(rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> list[str]:
@@ -83,33 +82,8 @@ def align(rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> list[st
     return lines
 
 
-def _rule_lines(assignment: "Assignment") -> list[str]:
-    rules = assignment.policy.rules
-    lines = [
-        f"rule {number}: {_shortened(rule.label, 80)} -> {rule.value}: {_fate(tally)}"
-        for number, (rule, tally) in enumerate(zip(rules, assignment.tallies, strict=True), start=1)
-    ]
-    if len(lines) > _MAX_RULES + 1:
-        left_out = len(lines) - _MAX_RULES
-        lines[_MAX_RULES:] = [f"... and {left_out} more rules"]
-    return lines
-
-
-def _fate(tally: "RuleTally") -> str:
-    if not tally.matched:
-        return "matched nothing"
-    fate = f"matched {tally.matched}, decided {tally.decided}"
-    if not tally.lost:
-        return fate
-    winners = [
-        f"{count} to {'attention modules' if winner is None else f'rule {winner + 1}'}"
-        for winner, count in tally.lost.items()
-    ]
-    return f"{fate}, lost {', '.join(winners)}"
-
-
 def printable(text: str) -> str:
-    r"""A text as it can stand in a line: what would break the line, or steer a terminal, is escaped.
+    r"""A text as it can stand in a line: characters that would break the line, or steer a terminal, are escaped.
 
     >>> print(printable("head"), printable("new\nline"))
     head new\nline
@@ -117,13 +91,14 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def _shortened(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
+    """A text as it can stand in a line, cut to a width."""
     text = printable(text)
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def _most_widths(rows: Sequence[Sequence[str]], width: int | None) -> tuple[int | None, ...]:
-    """How wide each column may be: on a narrow terminal types and rules are cut, then layer names broken."""
+    """The largest width of each column: on a narrow terminal types and rules are cut, then layer names broken."""
     if width is None or not rows:
         return (None,) * len(_COLUMNS)
     layer, type_name, parameters, formats, rule = (max(map(len, column)) for column in zip(*rows, strict=True))

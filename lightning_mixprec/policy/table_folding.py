@@ -5,12 +5,8 @@ Repeated blocks are folded first, then layers that get what the layer around the
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lightning_mixprec.policy.assignment import Assignment
 
 MAX_UNFOLDED = 20
 MAX_ROWS = 45
@@ -22,7 +18,13 @@ _NUMBERED = re.compile(r"(.*?)(\d*)", re.DOTALL)
 class Row:
     """A line of the table: a layer, or several that are alike.
 
-    ``parameters`` is None if they are not initialised yet.
+    Attributes:
+        name: The layer's name, or a pattern for several.
+        type_name: The name of its class, or where the same layer stands already.
+        parameters: The number of its own parameters; None if they are not initialised yet.
+        is_tied: Whether it has parameters that are counted elsewhere.
+        formats: Its formats.
+        rule: The label of the rule that decided.
     """
 
     name: str
@@ -35,9 +37,14 @@ class Row:
 
 @dataclass
 class _Branch:
-    """A row and the rows below it: ``label`` is its last name segment, ``layers`` how many layers it stands for.
+    """A row and the rows below it.
 
-    ``copies`` is how many layers alike were merged.
+    Attributes:
+        label: The last segment of its name.
+        row: The row.
+        children: The rows below it.
+        layers: The number of layers that it stands for.
+        copies: The number of layers alike that were merged.
     """
 
     label: str
@@ -51,12 +58,15 @@ class _Branch:
         return (self.row.formats, self.row.rule)
 
 
-def fold(assignment: "Assignment") -> list[Row]:
-    """The rows of the table, in the order of the model; for a big model at most ``MAX_ROWS``.
+def fold(rows: Iterable[Row]) -> list[Row]:
+    """Folds the rows of a big model, to ``MAX_ROWS`` at most; those of a small one stay.
 
-    The parameters of all rows add up to those of the model, unless some are not initialised yet.
+    The parameters of all rows add up to the same as before, unless some are not initialised yet.
+
+    Args:
+        rows: A row for each layer, parents first, from the model itself (``""``) on.
     """
-    root = _grow(assignment)
+    root = _grow(rows)
     for folding, limit in (
         (_merge_repeated, MAX_UNFOLDED),
         (_absorb_alike, MAX_ROWS),
@@ -67,23 +77,13 @@ def fold(assignment: "Assignment") -> list[Row]:
     return list(_rows(_prune(root, MAX_ROWS), ""))
 
 
-def _grow(assignment: "Assignment") -> _Branch:
+def _grow(rows: Iterable[Row]) -> _Branch:
     branches: dict[str, _Branch] = {}
-    for name, layer in assignment.items():
-        facts = assignment.facts[name]
-        is_alias = facts.first_name != name
-        row = Row(
-            name=name,
-            type_name=f"= {facts.first_name}" if is_alias else facts.type_name,
-            parameters=0 if is_alias else facts.parameters,
-            is_tied=facts.is_tied and not is_alias,
-            formats=str(replace(layer, output=assignment.hands_on(name))),
-            rule="default" if layer.rule is None else layer.rule.label,
-        )
-        prefix, _, label = name.rpartition(".")
-        branches[name] = _Branch(label, row)
-        if name and assignment.facts[prefix].first_name == prefix:
-            branches[prefix].children.append(branches[name])
+    for row in rows:
+        prefix, _, label = row.name.rpartition(".")
+        branches[row.name] = _Branch(label, row)
+        if row.name:
+            branches[prefix].children.append(branches[row.name])
     return branches[""]
 
 
@@ -143,7 +143,7 @@ def _merge_siblings(visited: list[tuple[_Branch, int]], belongs: Callable[[int, 
 
 
 def _stem_and_number(branch: _Branch) -> tuple[str, int | None]:
-    """A label apart. One that is not a number altogether counts only for a block: ``conv1`` and ``conv2`` are two."""
+    """Takes a label apart; a number at its end counts only for a block: layers ``conv1`` and ``conv2`` are two."""
     stem, digits = _NUMBERED.fullmatch(branch.label).groups()  # type: ignore[union-attr]
     return stem, int(digits) if digits and (not stem or branch.layers > 1 or branch.children) else None
 

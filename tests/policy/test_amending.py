@@ -5,7 +5,8 @@ from policy_models import Box
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.policy import PrecisionPolicy, Rule
+from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.policy.rules import Rule
 
 
 def example():

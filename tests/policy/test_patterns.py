@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.matching import NameTree
+from lightning_mixprec.policy.matching import ClassIndex, NameTree, class_names
 from lightning_mixprec.policy.module_names import walk
-from lightning_mixprec.policy.patterns import literal, parse
-from lightning_mixprec.policy.policy import PrecisionPolicy, Rule
-from lightning_mixprec.policy.type_patterns import ClassIndex, check_type_pattern, class_names
+from lightning_mixprec.policy.patterns import check_type_pattern, literal, parse
+from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.policy.rules import Rule
 
 NAMES = [
     "",

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 import lightning_mixprec.policy.rules as rule_module
 from lightning_mixprec.errors import MixPrecError, PolicyError
-from lightning_mixprec.policy.amending import describe_difference
-from lightning_mixprec.policy.policy import PrecisionPolicy, Rule, as_policy
-from lightning_mixprec.policy.rules import FieldError, parse_value
+from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy, describe_difference
+from lightning_mixprec.policy.rules import FieldError, Rule, parse_value
 
 segments = st.one_of(
     st.sampled_from(

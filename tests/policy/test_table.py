@@ -8,8 +8,8 @@ import torch
 from policy_models import Box
 from torch import nn
 
-from lightning_mixprec.policy.policy import PrecisionPolicy, Rule, as_policy
-from lightning_mixprec.policy.table import render, show
+from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
+from lightning_mixprec.policy.rules import Rule
 
 
 def block(width=2):
@@ -188,12 +188,12 @@ class Terminal(io.StringIO):
 def test_show_prints_a_plain_table_into_a_file():
     assignment = as_policy("bf16").resolve(block())
     file = io.StringIO()
-    show(assignment, title="policy 'auto': bf16", file=file)
+    assignment.table.show(title="policy 'auto': bf16", file=file)
     assert file.getvalue() == f"policy 'auto': bf16\n{assignment}\n"
 
 
 def test_show_prints_to_the_present_stdout(capsys):
-    show(as_policy("bf16").resolve(block()))
+    as_policy("bf16").resolve(block()).table.show()
     assert capsys.readouterr().out.startswith("layer  type")
 
 
@@ -202,7 +202,7 @@ def test_show_draws_with_rich_on_a_terminal():
     assert rich
     file = Terminal()
     policy = PrecisionPolicy("bf16", [Rule("[0:1]", compute="fp32"), Rule("**", types="ReLU", compute="fp32")])
-    show(policy.resolve(nn.Sequential(nn.Linear(2, 2), nn.ReLU())), file=file)
+    policy.resolve(nn.Sequential(nn.Linear(2, 2), nn.ReLU())).table.show(file=file)
     assert "─" in file.getvalue()
     assert "[0:1]" in file.getvalue(), "a slice is no markup"
     assert "rule 1: [0:1] -> c=fp32: matched 1, decided 1" in file.getvalue()
@@ -213,7 +213,7 @@ def test_a_drawn_table_keeps_a_layer_to_a_line_with_its_formats_whole(width):
     pytest.importorskip("rich")
     model = Box(layer1=nn.Sequential(*(Box(conv1=nn.Conv2d(8, 8, 3), batch_norm1=nn.BatchNorm2d(8)) for _ in range(2))))
     assignment = PrecisionPolicy("bf16", [Rule(types="*Norm*", compute="fp32", output="input")]).resolve(model)
-    text = re.sub(r"\x1b\[[0-9;]*m", "", render(assignment, rich=True, width=width))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", assignment.table.render(rich=True, width=width))
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     for name, layer in assignment.items():
@@ -223,7 +223,7 @@ def test_a_drawn_table_keeps_a_layer_to_a_line_with_its_formats_whole(width):
 
 def test_on_a_very_narrow_terminal_the_table_is_plain():
     assignment = as_policy("bf16").resolve(block())
-    assert render(assignment, rich=True, width=60) == str(assignment)
+    assert assignment.table.render(rich=True, width=60) == str(assignment)
 
 
 def test_show_is_plain_on_a_terminal_without_rich(monkeypatch):
@@ -239,15 +239,15 @@ def test_show_is_plain_on_a_terminal_without_rich(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_rich)
     assignment = as_policy("bf16").resolve(block())
     file = Terminal()
-    show(assignment, file=file)
+    assignment.table.show(file=file)
     assert file.getvalue() == f"{assignment}\n"
-    assert render(assignment, rich=True) == str(assignment)
+    assert assignment.table.render(rich=True) == str(assignment)
 
 
 def test_names_that_the_terminal_cannot_print_do_not_stop_the_run():
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    show(as_policy("bf16").resolve(Box(tête=nn.Linear(2, 2))), file=file)
+    as_policy("bf16").resolve(Box(tête=nn.Linear(2, 2))).table.show(file=file)
     file.flush()
     assert rb"t\xeate" in raw.getvalue()
 

@@ -5,7 +5,8 @@ import pytest
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.policy import PrecisionPolicy, Rule
+from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.policy.rules import Rule
 
 
 def error_of(text):

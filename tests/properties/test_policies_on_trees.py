@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.policy import PrecisionPolicy, Rule
+from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.policy.rules import Rule
 
 WIDTH = 4
 FORMATS = st.sampled_from(["fp64", "fp32", "bf16", "fp16"])

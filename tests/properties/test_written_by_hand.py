@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin.precision import PerLayerPrecision
-from lightning_mixprec.policy.policy import PrecisionPolicy, Rule, as_policy
+from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
+from lightning_mixprec.policy.rules import Rule
 
 VALID = (
     "# a policy\ndefault: bf16\nrules:\n- layers: &norms ['**.norm', \"model.[0:4]\"]\n  compute: fp32\n"
