@@ -26,7 +26,7 @@ from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.planning.controller_state import Options
-from lightning_mixprec.plugin.checks import check_choice
+from lightning_mixprec.plugin.arguments import check_choice
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.idle_rules import covered_layers

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.run_formats import RunFormats, formats_of
+from lightning_mixprec.plugin.lightnings import Callback
 from lightning_mixprec.policy.table import align
 from lightning_mixprec.records.journal import Journal
 from lightning_mixprec.records.schema import Shapes, has_shape
@@ -23,8 +24,8 @@ ROWS = 10
 _NAMED = 4
 
 
-class Monitor(pl.Callback):
-    """Base of the callbacks that watch.
+class RunCallback(Callback):
+    """Base of all callbacks: logs values, writes rows to the run's file, keeps a state, and ends with a summary.
 
     A subclass names its logged keys in ``_KEYS``, and in ``_STATE`` the attributes that a checkpoint keeps, with their
     shapes; these hold plain types alone.
@@ -40,22 +41,15 @@ class Monitor(pl.Callback):
         self._forget_run()
 
     def _forget_run(self) -> None:
-        self._formats: RunFormats | None = None
         self._folder: Path | None = None
-        self._logs_for: list[Monitor] = []
+        self._logs_for: list[RunCallback] = []
         self._journal = Journal(None)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks that the run can be monitored, before it starts.
-
-        Raises:
-            SupportError: The run's precision plugin is not known.
-        """
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._forget_run()
-        self._formats = formats_of(trainer, type(self).__name__)
         folder = trainer.log_dir
         self._folder = None if folder is None or is_quiet(trainer) else Path(folder)
         first = monitors(trainer)[0]  # has been set up: all write to one file, in the order of what they see
@@ -193,10 +187,32 @@ class Monitor(pl.Callback):
             yield new[0], f" (also {len(new) - 1} more: {named})" if new[1:] else ""
 
 
-def monitors(trainer: pl.Trainer) -> list[Monitor]:
+class Monitor(RunCallback):
+    """Base of the callbacks that replay steps of the run in the formats that it computes in, and in fp32."""
+
+    @override
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._formats: RunFormats | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks that steps of the run can be replayed, before it starts.
+
+        Raises:
+            SupportError: The run's strategy does not allow it, or its precision plugin is not known.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        formats = formats_of(trainer, type(self).__name__)
+        super().setup(trainer, pl_module, stage)
+        self._formats = formats
+
+
+def monitors(trainer: pl.Trainer) -> list[RunCallback]:
     """The callbacks of this package in a run, in their order."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in callbacks if isinstance(each, Monitor)]
+    return [each for each in callbacks if isinstance(each, RunCallback)]
 
 
 def is_quiet(trainer: pl.Trainer) -> bool:

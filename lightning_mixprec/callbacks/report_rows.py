@@ -8,7 +8,6 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import Precision
 from torch.nn.parameter import is_lazy
 
 from lightning_mixprec.callbacks.underflow import describe
@@ -17,6 +16,7 @@ from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.evidence.study import Findings
 from lightning_mixprec.numerics.exponents import LOWEST, Histogram
 from lightning_mixprec.numerics.formats import format_of
+from lightning_mixprec.plugin.lightnings import Precision
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 
 _CHOSEN = 8

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
-from lightning_mixprec.callbacks.monitor import Monitor, is_quiet
+from lightning_mixprec.callbacks.monitor import RunCallback, is_quiet
 from lightning_mixprec.callbacks.run_progress import (
     follows_epochs,
     learning_rate,
@@ -24,13 +24,12 @@ from lightning_mixprec.callbacks.run_progress import (
 from lightning_mixprec.callbacks.states import Came, Looks
 from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.planning.phases import LowRate, Moment, Now, Phase, Plateau, naming, read_phases
-from lightning_mixprec.plugin import checks
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.policy import PrecisionPolicy, describe_difference
 
 
-class PrecisionScheduler(Monitor):
+class PrecisionScheduler(RunCallback):
     """Changes the policy of ``PerLayerPrecision`` at given moments of training.
 
     Each phase comes once, before the first step that it is for: never within a step, nor between the batches whose
@@ -108,19 +107,14 @@ class PrecisionScheduler(Monitor):
         """
         self._go_on()
         plugin = _plugin(trainer)
-        formats = plugin._formats
-        assert formats.training is not None
-        assert formats.training_assignment is not None
-        policy = formats.training
+        start = policy = _policy(trainer)
         # An event may come later than what is listed after it, so an edit has to fit the policy of the start, too.
         has_events = not all(isinstance(phase.when, Moment) for phase in self.phases)
         for phase in self.phases:
             with naming(phase.number):
-                for base in (formats.training, policy) if has_events else (policy,):
+                for base in (start, policy) if has_events else (policy,):
                     policy = self._target(plugin, phase, base, pl_module)
-                    assignment = policy.resolve(pl_module)
-                    asked, optimizers = plugin._loss_scaling, plugin._optimizers
-                    checks.check_change(formats.training_assignment, assignment, asked, optimizers)
+                    plugin.check_policy(policy)
 
     def _target(
         self, plugin: PerLayerPrecision, phase: Phase, policy: PrecisionPolicy, model: pl.LightningModule
@@ -128,7 +122,9 @@ class PrecisionScheduler(Monitor):
         """What a phase makes of a policy."""
         if phase.edit is not None:
             return policy.amend(phase.edit, model)
-        return phase.policy if isinstance(phase.policy, PrecisionPolicy) else _configured(plugin)
+        wanted = phase.policy if isinstance(phase.policy, PrecisionPolicy) else plugin.configured_policy
+        assert wanted is not None
+        return wanted
 
     @override
     def _contradictions(self, state: Mapping[str, Any]) -> Iterator[str]:
@@ -337,13 +333,6 @@ def _plugin(trainer: pl.Trainer) -> PerLayerPrecision:
 
 def _policy(trainer: pl.Trainer) -> PrecisionPolicy:
     policy = _plugin(trainer).policy
-    assert policy is not None
-    return policy
-
-
-def _configured(plugin: PerLayerPrecision) -> PrecisionPolicy:
-    """The policy that the plugin was given, or what "auto" chose."""
-    policy = plugin._formats.configured
     assert policy is not None
     return policy
 

@@ -12,6 +12,7 @@ from lightning_mixprec.evidence.diagnosis import Judge
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.evidence.saved_batches import load_batch
+from lightning_mixprec.plugin.lightnings import is_lightning_module
 from lightning_mixprec.policy.module_names import unwrap
 from lightning_mixprec.policy.policy import PrecisionPolicy
 
@@ -81,7 +82,7 @@ def diagnose(
 
 def _checked(module: object) -> pl.LightningModule:
     module = unwrap(module) if isinstance(module, nn.Module) else module
-    if isinstance(module, pl.LightningModule):
+    if is_lightning_module(module):
         return module
     raise MixPrecError(
         f"diagnose() got a {type(module).__name__}; it takes a LightningModule of lightning.pytorch, whose "

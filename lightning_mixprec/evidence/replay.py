@@ -15,7 +15,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import _configure_optimizers
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -28,6 +27,7 @@ from lightning_mixprec.evidence.instruments.memory import free_host_bytes
 from lightning_mixprec.evidence.instruments.probe import widened
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox, sandbox
 from lightning_mixprec.evidence.run_formats import Formats
+from lightning_mixprec.plugin.lightnings import DummyLogger
 
 
 @dataclass

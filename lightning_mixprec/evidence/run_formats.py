@@ -6,17 +6,20 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.errors import SupportError
-from lightning_mixprec.plugin.checks import check_replay
 from lightning_mixprec.plugin.formats_in_force import widened
+from lightning_mixprec.plugin.lightnings import Precision, both
 from lightning_mixprec.plugin.precision import PerLayerPrecision
+from lightning_mixprec.plugin.strategies import check_replay
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
+_PLAIN = both("plugins.precision", "Precision")
+_HALF = both("plugins.precision", "HalfPrecision")
+_WITH_FORMATS = _HALF + both("plugins.precision", "MixedPrecision") + both("plugins.precision", "DoublePrecision")
 _STOCK = {"16": "fp16", "bf16": "bf16", "32": "fp32", "64": "fp64"}
 
 
@@ -103,7 +106,7 @@ class StockFormats:
     def __init__(self, plugin: Precision, device: torch.device) -> None:
         self._plugin, self._device = plugin, device
         self._format = _STOCK[str(plugin.precision).partition("-")[0]]
-        self.widens = isinstance(plugin, HalfPrecision)
+        self.widens = isinstance(plugin, _HALF)
 
     def of(self, layer: str) -> str:
         """The format that all layers compute in."""
@@ -210,7 +213,7 @@ def formats_of(trainer: pl.Trainer, who: str) -> RunFormats:
     plugin = trainer.precision_plugin
     if isinstance(plugin, PerLayerPrecision):
         return PluginFormats(plugin)
-    if type(plugin) is Precision or isinstance(plugin, (MixedPrecision, HalfPrecision, DoublePrecision)):
+    if type(plugin) in _PLAIN or isinstance(plugin, _WITH_FORMATS):
         return StockFormats(plugin, trainer.strategy.root_device)
     raise SupportError(
         f"{who} does not know the precision plugin {type(plugin).__name__}; it works with PerLayerPrecision and "

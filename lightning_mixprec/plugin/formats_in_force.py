@@ -14,13 +14,9 @@ from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.plugin.checks import (
-    check_running,
-    check_storage_unchanged,
-    choose_format,
-    data_parallel_mesh,
-    warn_of_whole_copies,
-)
+from lightning_mixprec.plugin.arguments import check_running, check_storage_unchanged, choose_format
+from lightning_mixprec.plugin.strategies import data_parallel_mesh
+from lightning_mixprec.plugin.warnings import warn_of_whole_copies
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
 
@@ -65,6 +61,12 @@ class FormatsInForce:
         return self._assignment_of("eval" if self._in_evaluation else "train")
 
     @property
+    def resolved_for_training(self) -> Assignment:
+        """The assignment of training, once a model runs."""
+        assert self.training_assignment is not None
+        return self.training_assignment
+
+    @property
     def lightning_name(self) -> str:
         """Lightning's name for the default format."""
         return "32-true" if self.training is None else _LIGHTNING_NAMES[self.training.default]
@@ -93,9 +95,11 @@ class FormatsInForce:
         return self.training
 
     def resolve(self, model: pl.LightningModule) -> tuple[Assignment, Assignment | None]:
-        """Resolves both policies against the model that is about to run."""
+        """Resolves both policies against the model that is about to run; raises if they store weights differently."""
         self.training_assignment = self.known_on(model.trainer.strategy.root_device).resolve(model)
         self.evaluation_assignment = None if self.evaluation is None else self.evaluation.resolve(model)
+        if self.evaluation_assignment is not None:
+            check_storage_unchanged(self.training_assignment, self.evaluation_assignment)
         return self.training_assignment, self.evaluation_assignment
 
     def shard(self, model: pl.LightningModule, modules: Sequence[nn.Module], options: Mapping[str, Any]) -> None:
@@ -108,8 +112,7 @@ class FormatsInForce:
 
     def attach(self, model: pl.LightningModule, device_type: str) -> None:
         """Makes the model obey the policy of training."""
-        assert self.training_assignment is not None
-        self._attachment = attach(model, self.training_assignment, device_type)
+        self._attachment = attach(model, self.resolved_for_training, device_type)
         self._in_force = self.training_assignment
 
     def detach(self) -> None:
@@ -160,9 +163,8 @@ class FormatsInForce:
     def trial(self, model: pl.LightningModule, policy: PrecisionPolicy) -> Generator[None, None, None]:
         """As :meth:`replay`, but under another policy for the running model."""
         self._bring_in_force(self.training_assignment)
-        assert self.training_assignment is not None
         assignment = policy.resolve(model)
-        check_storage_unchanged(self.training_assignment, assignment)
+        check_storage_unchanged(self.resolved_for_training, assignment)
         stored = [(buffer, buffer.data) for buffer in model.buffers()]
         try:
             with self._lent_to(assignment):
@@ -248,12 +250,17 @@ class FormatsInForce:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no run."""
-        copy = object.__new__(type(self))
-        vars(copy).update(vars(self))
-        copy._forget_run()
-        return vars(copy)
+        return attributes_of_copy(self)
 
 
 def widened(layer: LayerPrecision) -> LayerPrecision:
     """What a layer computes in where everything is fp32; fp64 stays."""
     return replace(layer, compute="fp64" if layer.compute == "fp64" else "fp32", output=None)
+
+
+def attributes_of_copy(owner: Any) -> dict[str, Any]:
+    """What a copy of the plugin or of a part of it holds: all, with the run forgotten (``_forget_run``)."""
+    copy = object.__new__(type(owner))
+    vars(copy).update(vars(owner))
+    copy._forget_run()
+    return vars(copy)

@@ -1,18 +1,17 @@
 """``PerLayerFSDPPrecision``: the plugin under Lightning's ``FSDPStrategy``, which takes no plugin of another kind."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import FSDPPrecision
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec.errors import PolicyError, SupportError
-from lightning_mixprec.plugin import checks
+from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.plugin.lightnings import FSDPPrecision, check_lightning_module
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.module_names import walk
@@ -34,14 +33,7 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
         MixPrecError: An argument is malformed; one line that says what is allowed.
     """
 
-    @staticmethod
-    @override
-    def _check_strategy(strategy: Strategy, who: str = "PerLayerFSDPPrecision") -> None:
-        if not isinstance(strategy, FSDPStrategy):
-            raise SupportError(
-                f"{who} is for FSDPStrategy alone, and this Trainer has a {type(strategy).__name__}; "
-                "use PerLayerPrecision."
-            )
+    _IN_ROWS = "PerLayerFSDPPrecision"
 
     @property
     @override
@@ -51,7 +43,7 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        if not checks.check_lightning_module(module).automatic_optimization:
+        if not check_lightning_module(module).automatic_optimization:
             raise SupportError(
                 "FSDPStrategy runs training_step inside the wrapped forward, where torch's FSDP cannot run backward: "
                 "manual optimization does not work with it; use ModelParallelStrategy (FSDP2)."
@@ -72,12 +64,12 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
         return super().connect(model, optimizers, lr_schedulers)
 
     @override
-    def _adopt(self, policy: PrecisionPolicy, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
+    def _fitted(self, policy: PrecisionPolicy) -> tuple[Assignment, LossScaling | None]:
         model = self._running_model()
-        assignment = policy.resolve(model)
+        assignment, options = super()._fitted(policy)
         _check_storage(assignment)
         _check_gathered(model.trainer.strategy.model or model, assignment)
-        super()._adopt(policy, reason, evidence)
+        return assignment, options
 
     @override
     def tensor_init_context(self) -> contextlib.AbstractContextManager[None]:

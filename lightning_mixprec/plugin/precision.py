@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -20,11 +19,14 @@ from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.optim.skipped_buffers import BufferGuard
-from lightning_mixprec.plugin import checks
-from lightning_mixprec.plugin.formats_in_force import FormatsInForce
-from lightning_mixprec.plugin.state import PluginState, history_entries, saved_state
-from lightning_mixprec.plugin.steps import SchedulerGate, StepLedger
+from lightning_mixprec.plugin import arguments
+from lightning_mixprec.plugin.formats_in_force import FormatsInForce, attributes_of_copy
+from lightning_mixprec.plugin.lightnings import Precision, check_lightning_module, raw
+from lightning_mixprec.plugin.state import PluginState, history_entries, saved_state, stock_scaler_state
+from lightning_mixprec.plugin.steps import StepLedger
+from lightning_mixprec.plugin.strategies import check_strategy, row_of
 from lightning_mixprec.plugin.throughput import tell_throughput_monitors
+from lightning_mixprec.plugin.warnings import warn_of_costs, warn_of_emulation
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
@@ -54,6 +56,8 @@ class PerLayerPrecision(Precision):
     'bf16'
     """
 
+    _IN_ROWS = "PerLayerPrecision"  # how the rows of strategies name this plugin
+
     def __init__(
         self,
         policy: str | PrecisionPolicy | dict[str, Any] = "auto",
@@ -62,14 +66,14 @@ class PerLayerPrecision(Precision):
         eval_policy: str | PrecisionPolicy | dict[str, Any] | None = None,
         on_policy_change: Literal["raise", "accept", "checkpoint"] = "raise",
     ) -> None:
-        checks.check_choice("on_policy_change", on_policy_change, ("raise", "accept", "checkpoint"))
-        checks.check_choice("skip_nonfinite", skip_nonfinite, (True, False))
-        self._configured = checks.configured_form(policy)
+        arguments.check_choice("on_policy_change", on_policy_change, ("raise", "accept", "checkpoint"))
+        arguments.check_choice("skip_nonfinite", skip_nonfinite, (True, False))
+        self._configured = arguments.configured_form(policy)
         self._formats = FormatsInForce(
             None if self._configured == "auto" else as_policy(policy),
             None if eval_policy is None else as_policy(eval_policy),
         )
-        self._loss_scaling = checks.as_loss_scaling(loss_scaling)
+        self._loss_scaling = arguments.as_loss_scaling(loss_scaling)
         self._on_policy_change = on_policy_change
         self.history: list[dict[str, Any]] = []
         self.scaler = LossScaler(guards=skip_nonfinite)
@@ -84,10 +88,7 @@ class PerLayerPrecision(Precision):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes along what was configured and learned, and nothing of the run."""
-        copy = object.__new__(type(self))
-        vars(copy).update(vars(self))
-        copy._forget_run()
-        return vars(copy)
+        return attributes_of_copy(self)
 
     # What others read
 
@@ -100,6 +101,11 @@ class PerLayerPrecision(Precision):
     def policy(self) -> PrecisionPolicy | None:
         """The policy in force, changes made during the run included; None for ``"auto"`` before the device is known."""
         return self._formats.policy
+
+    @property
+    def configured_policy(self) -> PrecisionPolicy | None:
+        """The policy that training was configured with; None for ``"auto"`` before the device is known."""
+        return self._formats.configured
 
     @property
     def assignment(self) -> Assignment | None:
@@ -117,7 +123,7 @@ class PerLayerPrecision(Precision):
         In manual optimization, ask this before calling ``scheduler.step()``; under DDP on every rank, because
         ``global_step`` is put right when the outcome is asked for.
         """
-        return self._ledger.was_skipped(checks.raw(optimizer))
+        return self._ledger.was_skipped(raw(optimizer))
 
     # Changing a running model
 
@@ -138,6 +144,10 @@ class PerLayerPrecision(Precision):
             PolicyError: No model is running, a step is, or the policy does not fit the model.
         """
         self._adopt(as_policy(policy), reason, evidence)
+
+    def check_policy(self, policy: str | dict[str, Any] | PrecisionPolicy) -> None:
+        """Raises where :meth:`set_policy` would raise for a policy, and changes nothing."""
+        self._fitted(as_policy(policy))
 
     def edit_policy(
         self, edits: Mapping[str, Any], reason: str = "edit_policy", evidence: Mapping[str, Any] | None = None
@@ -164,20 +174,25 @@ class PerLayerPrecision(Precision):
         self.scaler.move_to(scale, self._optimizers)
 
     def _adopt(self, policy: PrecisionPolicy, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
-        model = self._running_model()
-        assignment = policy.resolve(model)
-        before = self._formats.training_assignment
-        assert before is not None
-        options = checks.check_change(before, assignment, self._loss_scaling, self._optimizers)
-        checks.warn_of_emulation(assignment, model.trainer.strategy.root_device)
+        assignment, options = self._fitted(policy)
+        model, before = self._running_model(), self._formats.resolved_for_training
+        warn_of_emulation(assignment, model.trainer.strategy.root_device)
         self._ledger.settle()
         entries = history_entries(before, assignment, model.trainer.global_step, reason, evidence)
         self._formats.replace(policy, assignment)
         self.scaler.configure(options, self._optimizers)
         self.history += entries
 
+    def _fitted(self, policy: PrecisionPolicy) -> tuple[Assignment, LossScaling | None]:
+        """A policy resolved against the running model, and how the loss is scaled then; raises if it does not fit."""
+        assignment, before = policy.resolve(self._running_model()), self._formats.resolved_for_training
+        return assignment, arguments.check_change(before, assignment, self._loss_scaling, self._optimizers)
+
     def _running_model(self, what: str = "The policy") -> pl.LightningModule:
-        return self._formats.between_steps(self._model() if self._model is not None else None, what)
+        return self._formats.between_steps(self._current_model(), what)
+
+    def _current_model(self) -> pl.LightningModule | None:
+        return self._model() if self._model is not None else None
 
     def guard_buffers_anew(self) -> None:
         """Has skipped steps put buffers back to what they are now; for callbacks that wrote earlier values back."""
@@ -197,20 +212,18 @@ class PerLayerPrecision(Precision):
         Raises:
             MixPrecError: The strategy is no ModelParallelStrategy, or the policy does not fit the model.
         """
-        self._formats.shard(checks.check_lightning_module(pl_module), modules, options)
-
-    _check_strategy = staticmethod(checks.check_strategy)
+        self._formats.shard(check_lightning_module(pl_module), modules, options)
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         self.teardown()
-        model = checks.check_lightning_module(module)
+        model = check_lightning_module(module)
         strategy = model.trainer.strategy
-        self._check_strategy(strategy)
-        self.scaler.shared_on = strategy.root_device if checks.is_sharding(strategy) else None
+        check_strategy(strategy, self._IN_ROWS)
+        self.scaler.shared_on = strategy.root_device if row_of(strategy).is_sharding else None
         training, evaluation = self._formats.resolve(model)
-        checks.check_assignments(model, training, evaluation)
-        self.scaler.configure(checks.scaling_for(self._loss_scaling, training))
+        warn_of_costs(model, training, evaluation)
+        self.scaler.configure(arguments.scaling_for(self._loss_scaling, training))
         self._formats.attach(model, strategy.root_device.type)
         self._model = weakref.ref(model)
         if model.trainer.state.fn == TrainerFn.FITTING and strategy.is_global_zero and not model.trainer.barebones:
@@ -222,22 +235,16 @@ class PerLayerPrecision(Precision):
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        pl_module = self._model() if self._model is not None else None
-        if optimizers and pl_module is not None:
-            checks.check_optimizers(optimizers, self.scaler.options)
-            self._optimizers = [checks.raw(optimizer) for optimizer in optimizers]
+        if optimizers and (pl_module := self._current_model()) is not None:
+            arguments.check_optimizers(optimizers, self.scaler.options)
+            self._optimizers = [raw(optimizer) for optimizer in optimizers]
             self._ledger.connect(pl_module, self._optimizers, lr_schedulers)
             if self.scaler.is_active or self.scaler.guards:
                 self._buffers = BufferGuard(pl_module, self._optimizers)
-            if pl_module.automatic_optimization and any(config.interval == "step" for config in lr_schedulers):
-                SchedulerGate(pl_module, self._ledger)
         return model, optimizers, lr_schedulers
 
     @override
     def teardown(self) -> None:
-        model = self._model() if self._model is not None else None
-        if model is not None and isinstance(gate := vars(model).get("lr_scheduler_step"), SchedulerGate):
-            gate.remove()
         try:
             self._formats.detach()
         finally:
@@ -266,7 +273,7 @@ class PerLayerPrecision(Precision):
     @override
     def convert_input(self, data: Any) -> Any:
         """Casts a batch for a LightningModule whose own operations compute in fp64; others take it as it comes."""
-        model = self._model() if self._model is not None else None
+        model = self._current_model()
         return self._formats.cast_batch(data, "train" if model is None or model.trainer.training else "eval")
 
     @override
@@ -276,8 +283,7 @@ class PerLayerPrecision(Precision):
             if self._buffers is not None:
                 self._buffers.open()
             yield
-        model = self._model() if self._model is not None else None
-        if model is not None and not model.automatic_optimization:
+        if (model := self._current_model()) is not None and not model.automatic_optimization:
             self.scaler.update(self._optimizers)
 
     @override
@@ -348,7 +354,7 @@ class PerLayerPrecision(Precision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         if clip_val > 0:
-            self.scaler.unscale_(checks.raw(optimizer))
+            self.scaler.unscale_(raw(optimizer))
         super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
     # Checkpoints
@@ -373,11 +379,11 @@ class PerLayerPrecision(Precision):
         if (state := saved_state(checkpoint)) is not None:  # by a class of another name
             self.load_state_dict(state)
         else:
-            self.scaler.load_state_dict(checks.stock_scaler_state(checkpoint))
+            self.scaler.load_state_dict(stock_scaler_state(checkpoint))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        model = self._model() if self._model is not None else None
+        model = self._current_model()
         if model is None or not self._formats.is_attached:
             raise MixPrecError("The state of PerLayerPrecision can only be loaded while its Trainer is set up.")
         state = PluginState.from_dict(state_dict, whole=self.state_dict())
@@ -385,9 +391,8 @@ class PerLayerPrecision(Precision):
             if (moved := state.policy_to_resume(self._configured, "accept")) is not None:
                 self._adopt(moved, "checkpoint")
             return
-        assert self._formats.configured is not None
-        asked = self._formats.configured, self._configured, self._on_policy_change
-        resumed = state.resumed(*asked, model, self._resumed_step)
+        assert (policy := self._formats.configured) is not None
+        resumed = state.resumed(policy, self._configured, self._on_policy_change, model, self._resumed_step)
         self._adopt(resumed.policy, "checkpoint")
         self._configured, self.history = resumed.configured, resumed.history
         self.scaler.load_state_dict(state.scaler)

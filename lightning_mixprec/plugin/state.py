@@ -13,6 +13,7 @@ from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy, describe_difference
 
 _VERSION = 1
+_STOCK_STATES = ("MixedPrecision", "FSDPPrecision", "native_amp_scaling_state")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,12 @@ def saved_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """The plugin's state in a checkpoint, whatever its class was called when it wrote it; None if there is none."""
     keys = {"configured", "history", "scaler"}
     return next((state for state in checkpoint.values() if isinstance(state, dict) and keys <= state.keys()), None)
+
+
+def stock_scaler_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The loss scaler's state in a checkpoint of Lightning's own plugins; empty if there is none."""
+    states = (checkpoint.get(name) for name in _STOCK_STATES)
+    return next((state for state in states if isinstance(state, Mapping) and "scale" in state), {})
 
 
 def history_entries(

@@ -23,7 +23,7 @@ from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.optim.gradients import grads_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.options import LossScaling
-from lightning_mixprec.plugin.communication_hooks import forget_errors
+from lightning_mixprec.plugin.strategies import forget_communication_errors
 from lightning_mixprec.policy.module_names import walk
 
 
@@ -89,13 +89,18 @@ class StepLedger:
     def connect(
         self, model: pl.LightningModule, optimizers: Sequence[Optimizer], schedulers: Sequence[LRSchedulerConfig]
     ) -> None:
-        """Names the training that is about to start."""
+        """Names the training that is about to start, and holds back schedules that move with its steps."""
         self._model, self._optimizers, self._schedulers = model, list(optimizers), list(schedulers)
         self._tallies = [_Tally() for _ in self._schedulers]
         self._in_a_row = {}
+        if model.automatic_optimization and any(config.interval == "step" for config in schedulers):
+            SchedulerGate(model, self)
 
     def disconnect(self) -> None:
         """Takes in what is still on its way and lets go of the training."""
+        gate = vars(self._model).get("lr_scheduler_step") if self._model is not None else None
+        if isinstance(gate, SchedulerGate):
+            gate.remove()
         self._may_give_up = False
         self.settle()
         self._disconnect()
@@ -184,7 +189,7 @@ class StepLedger:
         if skipped:
             self._skipped_steps += 1
             if self._model is not None:
-                forget_errors(self._model.trainer.strategy)
+                forget_communication_errors(self._model.trainer.strategy)
             self._hold_global_step(1)
             if self._may_give_up:
                 self._give_up_if_hopeless(self._in_a_row[index], at_minimum)

@@ -2,10 +2,13 @@
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ThroughputMonitor, throughput_monitor
+from lightning.pytorch.callbacks import throughput_monitor
 from lightning.pytorch.trainer.states import RunningStage
 
 from lightning_mixprec.numerics.formats import FORMATS, Format
+from lightning_mixprec.plugin.lightnings import both
+
+_MONITORS = both("callbacks", "ThroughputMonitor")
 
 
 def tell_throughput_monitors(trainer: pl.Trainer, training: str, evaluation: str) -> None:
@@ -18,7 +21,7 @@ def tell_throughput_monitors(trainer: pl.Trainer, training: str, evaluation: str
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for monitor in callbacks:
-        if not isinstance(monitor, ThroughputMonitor):
+        if not isinstance(monitor, _MONITORS):
             continue
         for stage, measured in monitor._throughputs.items():
             format = training if stage == RunningStage.TRAINING else evaluation

@@ -17,7 +17,7 @@ REFUSED = {
     "fsdp1 under ddp": "PerLayerFSDPPrecision is for FSDPStrategy alone, and this Trainer has a DDPStrategy",
     "fsdp1 fp64": "layer 'model.head' stores its weights in fp32 and computes in fp64",
     "fsdp1 by hand": "manual optimization",
-    "fsdp1 watched": "OverflowMonitor does not support OnTheCPU",
+    "fsdp1 watched": "OverflowMonitor replays steps on each rank by itself, which OnTheCPU does not allow",
 }
 
 

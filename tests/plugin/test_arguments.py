@@ -88,15 +88,16 @@ def test_a_rule_that_matches_nothing_names_the_file_the_line_and_near_misses(tmp
 
 
 def pretend_no_native_bf16(monkeypatch):
-    from lightning_mixprec.plugin import checks as plugin_checks
+    from lightning_mixprec.plugin import arguments, warnings
 
-    real = plugin_checks.native_support
+    real = arguments.native_support
 
     def native_support(name, device):
         support = real(name, device)
         return type(support)(False, "its compute capability is 7.5, bf16 needs 8.0") if name == "bf16" else support
 
-    monkeypatch.setattr(plugin_checks, "native_support", native_support)
+    for module in (arguments, warnings):
+        monkeypatch.setattr(module, "native_support", native_support)
 
 
 def test_auto_is_bf16_on_the_cpu_and_says_why(capsys):
@@ -233,13 +234,13 @@ def test_what_is_not_supported_is_refused_in_one_line(kind, device, says):
 @pytest.mark.parametrize("kind", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_supported_is_not_refused(kind, device):
-    from lightning_mixprec.plugin.checks import check_strategy
+    from lightning_mixprec.plugin.strategies import check_strategy
 
     check_strategy(strategy(kind, device))
 
 
 def test_post_local_sgd_is_refused():
-    from lightning_mixprec.plugin.checks import check_strategy
+    from lightning_mixprec.plugin.strategies import check_strategy
 
     state, where = PostLocalSGDState(None, None, 1), {"cluster_environment": LightningEnvironment()}
     averaging = DDPStrategy(parallel_devices=[torch.device("cpu")], ddp_comm_state=state, **where)

@@ -1,0 +1,119 @@
+"""What a user may pass, to a new run or to a running one: what it means, or one line that says what is allowed."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
+
+from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
+from lightning_mixprec.numerics.devices import native_support
+from lightning_mixprec.optim.gradients import needs_closure
+from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.policy import as_policy
+
+_BEFORE_BACKWARD = ("on_before_zero_grad", "optimizer_zero_grad")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise MixPrecError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def as_loss_scaling(value: Any) -> LossScaling | Literal["auto"] | None:
+    """What the argument ``loss_scaling`` means: options, ``"auto"``, or None for never."""
+    if value is True:
+        raise ScalingError("loss_scaling is True; write 'auto' (on when some layer computes in fp16) or a number.")
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    return None if value is False else LossScaling.from_value(value)
+
+
+def scaling_for(asked: LossScaling | Literal["auto"] | None, assignment: Assignment) -> LossScaling | None:
+    """How the loss is scaled under an assignment; None for not at all."""
+    if asked != "auto":
+        return asked
+    return LossScaling() if "fp16" in assignment.compute_formats else None
+
+
+def configured_form(policy: object) -> str | dict[str, Any]:
+    """What is kept in a checkpoint of the policy that the user configured."""
+    return "auto" if isinstance(policy, str) and policy == "auto" else as_policy(policy).to_dict()
+
+
+def choose_format(device: torch.device) -> tuple[str, str]:
+    """What ``policy="auto"`` means on a device, and why."""
+    bf16 = native_support("bf16", device)
+    if bf16.native:
+        return "bf16", f"bf16, which {device_name(device)} computes natively ({bf16.reason})"
+    return "fp16", f"fp16 with loss scaling, because {device_name(device)} does not compute bf16 ({bf16.reason})"
+
+
+def check_running(model: pl.LightningModule | None, in_step: bool, what: str) -> pl.LightningModule:
+    """The model, if one is running and no step of it is.
+
+    Args:
+        model: The running model.
+        in_step: Whether a forward or backward is under way.
+        what: What was to happen, to begin an error with.
+    """
+    if model is None:
+        raise PolicyError(
+            f"{what} of a running model was to change, but none is running; pass it to PerLayerPrecision, or change it "
+            "from a callback during fit."
+        )
+    if in_step or model._current_fx_name in _BEFORE_BACKWARD:
+        raise PolicyError(
+            f"{what} was to change in the middle of a step, where backward would recompute in other formats; change it "
+            "between steps, for example in on_train_batch_start or on_train_batch_end."
+        )
+    return model
+
+
+def check_storage_unchanged(before: Assignment, after: Assignment) -> None:
+    """Raises if a rule of the new policy stores weights otherwise than they are stored now."""
+    for name, layer in after.items():
+        if layer.is_stored_by_rule and layer.param != before[name].param:
+            raise PolicyError(
+                f"A policy for a running model stores {name or 'the LightningModule'} in {layer.param}, but it is "
+                f"stored in {before[name].param}; param can only be chosen before training (leave it out here)."
+            )
+
+
+def check_change(
+    before: Assignment, after: Assignment, asked: LossScaling | Literal["auto"] | None, optimizers: Iterable[Optimizer]
+) -> LossScaling | None:
+    """How the loss is scaled once another assignment holds for a running model.
+
+    Args:
+        before: The assignment in force.
+        after: The other one.
+        asked: What is asked for by ``loss_scaling``.
+        optimizers: Those of the run.
+
+    Raises:
+        PolicyError: It stores weights otherwise.
+        SupportError: It needs loss scaling, which an optimizer does not allow.
+    """
+    check_storage_unchanged(before, after)
+    options = scaling_for(asked, after)
+    check_optimizers(optimizers, options)
+    return options
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], options: LossScaling | None) -> None:
+    """Raises for optimizers that evaluate the loss themselves, where the loss would be scaled."""
+    for optimizer in optimizers:
+        if needs_closure(optimizer) and options is not None:
+            raise SupportError(
+                f"{type(optimizer).__name__} evaluates the loss several times per step, which loss scaling does not "
+                "allow; use bf16 or fp32 instead of fp16, or another optimizer."
+            )
+
+
+def device_name(device: torch.device) -> str:
+    """A device as a user knows it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type.upper()}"

@@ -1,0 +1,70 @@
+"""What costs speed or accuracy although it is allowed: one warning each, that says what to do instead."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_mixprec.engine.sharding import is_sharded
+from lightning_mixprec.numerics.devices import native_support
+from lightning_mixprec.numerics.formats import format_of
+from lightning_mixprec.plugin.arguments import choose_format, device_name
+from lightning_mixprec.policy.assignment import Assignment
+from lightning_mixprec.policy.module_names import walk
+
+
+def warn_of_costs(model: pl.LightningModule, training: Assignment, evaluation: Assignment | None) -> None:
+    """Warns of what the assignments of a run that is about to start cost."""
+    for assignment in filter(None, (training, evaluation)):
+        warn_of_emulation(assignment, model.trainer.strategy.root_device)
+    warn_of_narrow_weights(model, training)
+
+
+def warn_of_emulation(assignment: Assignment, device: torch.device) -> None:
+    """One warning per compute format that the device does not compute natively."""
+    for name in sorted(assignment.compute_formats):
+        support = native_support(name, device)
+        if not support.native:
+            rank_zero_warn(
+                f"The policy computes in {name}, which {device_name(device)} does not compute natively "
+                f"({support.reason}): torch emulates it, right but slow. Use {choose_format(device)[0]}, or "
+                "policy='auto'."
+            )
+
+
+def warn_of_narrow_weights(model: nn.Module, assignment: Assignment) -> None:
+    """One warning if weights stored in 16 bits are trained by layers that compute in 16 bits."""
+    names = [
+        name
+        for name, module, _ in walk(model)
+        if assignment.facts[name].first_name == name
+        and assignment[name].compute in ("fp16", "bf16")
+        and any(
+            format_of(param.dtype) in ("fp16", "bf16") for param in module._parameters.values() if param is not None
+        )
+    ]
+    if names:
+        rank_zero_warn(
+            f"{len(names)} layers ({names[0]} first) store their weights in 16 bits and compute in 16 bits: updates "
+            "smaller than the weights' last bit are lost. Store them in fp32 (model.float()), the policy makes them "
+            "compute in 16 bits."
+        )
+
+
+def warn_of_whole_copies(model: nn.Module, mesh: Any, ranks: int) -> None:
+    """One warning if weights are to be sharded over a mesh of one rank, and nothing else spreads them over the ranks.
+
+    Args:
+        model: The model, before it is sharded.
+        mesh: What it is to be sharded over.
+        ranks: How many take part in the run.
+    """
+    if mesh.size() == 1 and ranks > 1 and not any(map(is_sharded, model.parameters())):
+        rank_zero_warn(
+            f"fully_shard shards nothing: its mesh has size 1, in a run of {ranks} ranks, and no weights are split by "
+            "tensor parallelism, so that each rank trains a whole model by itself. Set "
+            f"ModelParallelStrategy(data_parallel_size={ranks}, tensor_parallel_size=1), or call parallelize_module "
+            "before fully_shard."
+        )
