@@ -9,16 +9,15 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_mixprec import ranks
-from lightning_mixprec.callbacks.underflow import describe
 from lightning_mixprec.engine.border_plan import Site, survey
+from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.failures import Found, diagnosed
-from lightning_mixprec.evidence.instruments.sandbox import RandomState
+from lightning_mixprec.evidence.layer_statistics import SHORT, describe
 from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.snapshot import Snapshots
-from lightning_mixprec.evidence.study import Findings, Study, Wanted
-from lightning_mixprec.evidence.trial import Trial
+from lightning_mixprec.evidence.trials import Trials
 from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.planning.controller import Controller
 from lightning_mixprec.planning.controller_state import Options
@@ -36,7 +35,6 @@ NOT_FINITE = "not finite in fp32"
 _MAX_ELEMENTS = 16384
 _MAX_BYTES = 256 * 2**20
 _ROOM_BITS = 2
-_TOLD = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_bits")
 
 Report = Callable[..., None]
 
@@ -164,20 +162,20 @@ class Steering:
             if self.pending is None:
                 self.controller.see_no_sample()
             return
-        trial = self._trial(kept)
-        if not trial.is_possible:
+        trials = self._trials(kept, statistics=self.controller.is_near_decision)
+        if not trials.is_possible:
             self.controller.see_no_sample()
-            self._report(place, problem=trial.problem or NOT_FINITE)
+            self._report(place, problem=trials.problem or NOT_FINITE)
             return
         scale = self._plugin.scaler.get_scale()
         promoted = self.controller.promoted
-        present = trial.run_as_is(scale) if self._acts else trial.run(promoted, scale)
+        present = trials.run_as_is(scale) if self._acts else trials.run(promoted, scale)
         self._report(place, sample=present.summary(), loss_scale=scale)
-        self.controller.see_loss(trial.loss_size)
-        decision = self.controller.decide_on_sample(present, scale, trial.run, partial(self._has_room, kept))
+        self.controller.see_loss(trials.loss_size)
+        decision = self.controller.decide_on_sample(present, scale, trials.run, partial(_has_room, trials, scale))
         if self.controller.limits.accepts(present):
             self._remember(is_sound=True)
-        self._take(decision, kept, trial)
+        self._take(decision, kept, trials, scale)
 
     def see_outcome(self, evidence: Evidence, outcome: Outcome) -> None:
         """A step ended well or badly; a bad one was told to :meth:`see_failure`."""
@@ -203,18 +201,18 @@ class Steering:
             return
         if not (falls or self.controller.accuse()):
             return
-        trial = self._trial(found.kept)
-        if not trial.is_possible:
+        trials = self._trials(found.kept, statistics=True)
+        if not trials.is_possible:
             self.controller.give_up_looking()
             return
         if falls:
-            decision = self.controller.decide_on_falling_scale(outcome.scale, trial.run)
+            decision = self.controller.decide_on_falling_scale(outcome.scale, trials.run)
         else:
             told = {key: getattr(found.diagnosis, key) for key in ("layer", "direction", "op", "value")}
-            decision = self.controller.decide_on_failure(suspects(found), outcome.scale, trial.run, told)
-        self._take(decision, found.kept, trial)
+            decision = self.controller.decide_on_failure(suspects(found), outcome.scale, trials.run, told)
+        self._take(decision, found.kept, trials, outcome.scale)
         if decision is None:
-            self._report(self._place(found.kept), verdict=verdict, remedy=None, passes=trial.passes)
+            self._report(self._place(found.kept), verdict=verdict, remedy=None, passes=trials.passes)
 
     def _is_damaged(self) -> bool:
         """Whether weights or buffers are not finite; they are to go back to the last good copy, if there is one."""
@@ -230,55 +228,41 @@ class Steering:
             self._report(self._now(), problem=f"{quoted(names)} not finite, and there is no good copy to go back to")
         return True
 
-    def _trial(self, kept: KeptBatch) -> Trial:
-        usual, counts = self.controller.counts.usual_loss, not self._flops
-        trial = Trial(self._module, self._plugin, kept, self._policy_with, usual, counts=counts)
-        if counts and trial.is_possible:
-            _, flops = ranks.first_found(trial.flops)
+    def _trials(self, kept: KeptBatch, *, statistics: bool) -> Trials:
+        """The batch, run in fp32 with all that a decision about it may ask for."""
+        counts = not self._flops
+        wanted = Wanted(statistics=statistics, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES, flops=counts)
+        usual = self.controller.counts.usual_loss
+        trials = Trials(self._module, self._plugin, kept, self._policy_with, wanted, usual)
+        if counts and trials.is_possible:
+            _, flops = ranks.first_found(trials.flops)
             self._flops = flops or {}
             self.controller.measured(self._flops)
-        return trial
+        return trials
 
-    def _take(self, decision: Decision | None, kept: KeptBatch, trial: Trial) -> None:
+    def _take(self, decision: Decision | None, kept: KeptBatch, trials: Trials, scale: float) -> None:
         place = self._place(kept)
-        if (problem := ranks.first_told(trial.problem)) is not None:
-            self._report(place, problem=problem, passes=trial.passes)
+        if (problem := ranks.first_told(trials.problem)) is not None:
+            self._report(place, problem=problem, passes=trials.passes)
         if decision is None:
             return
-        seen = self._statistics([name for name, _, _ in decision.moves], kept)
+        seen = self._statistics([name for name, _, _ in decision.moves], trials, scale)
         self.pending = decision.with_evidence(statistics=seen) if seen else decision
-        self._report(place, decision=self.pending, passes=trial.passes)
+        self._report(place, decision=self.pending, passes=trials.passes)
 
-    def _statistics(self, layers: Sequence[str], kept: KeptBatch) -> dict[str, Any]:
-        """What the moved layers lose in the formats that they are moved from."""
+    def _statistics(self, layers: Sequence[str], trials: Trials, scale: float) -> dict[str, Any]:
+        """The losses of the moved layers in the formats that they are moved from."""
         if not layers:
             return {}
-        formats, found = PluginFormats(self._plugin), self._studied(layers, kept)
+        formats, found = PluginFormats(self._plugin), trials.statistics(scale, [name for name in layers if name])
         told: dict[str, Any] = {}
         for name in layers:
             if name in found.weights or name in found.gradients:
                 values = describe(name, found, formats.of(name))
-                told[name] = {key: values[key] for key in _TOLD}
+                told[name] = {key: values[key] for key in SHORT}
             if name in found.sqnr_db:
                 told.setdefault(name, {})["sqnr_db"] = found.sqnr_db[name]
         return told
-
-    def _has_room(self, kept: KeptBatch, formats: Mapping[str, str]) -> bool:
-        """Whether outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
-        found = self._studied([], kept)
-        known = {name: format for name, format in formats.items() if name in found.outputs}
-        return found.is_any and all(headroom(found.outputs[name], known[name]) >= _ROOM_BITS for name in known)
-
-    def _studied(self, compared: Sequence[str], kept: KeptBatch) -> Findings:
-        names = tuple(name for name in compared if name)
-        wanted = Wanted(statistics=True, layers=names, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES)
-        state = RandomState(self._module.device)
-        if kept.random is not None:
-            kept.random.restore()
-        try:
-            return Study(self._module, PluginFormats(self._plugin), kept.batch, self._place(kept), wanted).findings()
-        finally:
-            state.restore()
 
     def _place(self, kept: KeptBatch) -> dict[str, int]:
         return {**self._now(), "batch_idx": kept.batch_idx}
@@ -353,6 +337,12 @@ class Steering:
         if self._outputs[name] is not None:
             edit.pop("output", None)  # the user's word on it holds
         return {**edit, "recurse": False} if self._heights[name] or not name else edit
+
+
+def _has_room(trials: Trials, scale: float, formats: Mapping[str, str]) -> bool:
+    """Whether outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
+    outputs = trials.statistics(scale).outputs
+    return all(headroom(outputs[name], format) >= _ROOM_BITS for name, format in formats.items() if name in outputs)
 
 
 def heights(sites: Sequence[Site]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """``FidelityMonitor``: how far the run's steps are from what they would be in fp32."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,8 @@ from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.callbacks.states import Fidelity
 from lightning_mixprec.engine.border_plan import survey
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.evidence.study import Findings, Wanted
+from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records.schema import Count
 
@@ -98,33 +100,34 @@ class FidelityMonitor(SamplingMonitor):
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
-        assert found.loss_gap is not None
-        if found.cosines and all(map(math.isnan, found.cosines.values())) and self._ask_again():
-            found.cosines.clear()  # the gradients overflowed, as in the first steps of nearly every fp16 run
+        assert found.agreement is not None
+        gap, cosines = found.agreement.loss_gap, found.agreement.cosines
+        if cosines and all(map(math.isnan, cosines.values())) and self._ask_again():
+            cosines = {}  # the gradients overflowed, as in the first steps of nearly every fp16 run
         layers = self.latest["layers"]
-        compared = [layer for layer in found.layers if layer in found.cosines or layer in found.sqnr_db]
+        compared = [layer for layer in found.layers if layer in cosines or layer in found.sqnr_db]
         for layer in compared:
             layers.setdefault(layer, {"sqnr_db": None, "grad_cosine": None})
-        for layer, cosine in found.cosines.items():
+        for layer, cosine in cosines.items():
             layers[layer]["grad_cosine"] = cosine
         for layer, sqnr in found.sqnr_db.items():
             layers[layer]["sqnr_db"] = sqnr
-        self.latest["loss_gap"] = found.loss_gap
-        self._log(trainer, {"loss_gap": found.loss_gap})
-        if found.cosines:
-            known = [cosine for cosine in found.cosines.values() if not math.isnan(cosine)]
+        self.latest["loss_gap"] = gap
+        self._log(trainer, {"loss_gap": gap})
+        if cosines:
+            known = [cosine for cosine in cosines.values() if not math.isnan(cosine)]
             self._log(trainer, {"min_grad_cosine": min(known, default=math.nan)})
-        self._write(found.place, loss_gap=found.loss_gap, loss_scale=found.scale, too_large=found.too_large)
+        self._write(found.place, loss_gap=gap, loss_scale=found.scale, too_large=found.too_large)
         for layer in compared:
-            values = {"grad_cosine": found.cosines.get(layer), "sqnr_db": found.sqnr_db.get(layer)}
+            values = {"grad_cosine": cosines.get(layer), "sqnr_db": found.sqnr_db.get(layer)}
             self._write(found.place, layer=layer, **values)
-        self._warn(found)
+        self._warn(found.place["step"], cosines)
 
-    def _warn(self, found: Findings) -> None:
-        limit, step = self._limit(), found.place["step"]
-        off = {layer: cosine for layer, cosine in found.cosines.items() if cosine < limit}
+    def _warn(self, step: int, cosines: Mapping[str, float]) -> None:
+        limit = self._limit()
+        off = {layer: cosine for layer, cosine in cosines.items() if cosine < limit}
         again = sorted(off.keys() & self._off, key=lambda layer: off[layer])
-        self._off = list(off) if found.cosines else self._off
+        self._off = list(off) if cosines else self._off
         for layer, others in self._not_warned_of("cosine", again):
             rank_zero_warn(
                 f"step {step}: the gradient of layer {layer!r}{others} no longer points where fp32's does "

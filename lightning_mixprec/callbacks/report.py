@@ -15,8 +15,9 @@ from lightning_mixprec.callbacks.monitor import is_quiet, monitors
 from lightning_mixprec.callbacks.report_rows import described, environment, sampled, short
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.loss_curve import Curve, loss_in
-from lightning_mixprec.evidence.study import Findings, Wanted
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.report.writing import write_report

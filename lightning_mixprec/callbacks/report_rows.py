@@ -10,17 +10,16 @@ import lightning.pytorch as pl
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_mixprec.callbacks.underflow import describe
+from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
+from lightning_mixprec.evidence.layer_statistics import SHORT, describe
 from lightning_mixprec.evidence.run_formats import RunFormats
-from lightning_mixprec.evidence.study import Findings
 from lightning_mixprec.numerics.exponents import LOWEST, Histogram
 from lightning_mixprec.numerics.formats import format_of
 from lightning_mixprec.plugin.lightnings import Precision
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 
 _CHOSEN = 8
-_TOLD = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_bits")
 
 
 def described(plugin: Precision, formats: RunFormats, module: pl.LightningModule) -> dict[str, list[Any]]:
@@ -72,7 +71,7 @@ def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Coll
     """A sample.
 
     Args:
-        found: What a study with statistics found.
+        found: What was found with statistics.
         format_by_layer: The format that a layer computes in.
         chosen: The layers whose histograms are kept; None for those that fit their formats worst.
 
@@ -83,7 +82,7 @@ def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Coll
     measured = [layer for layer in found.layers if layer in found.weights or layer in found.gradients]
     values = {layer: describe(layer, found, format_by_layer(layer)) for layer in measured}
     rows = {
-        layer: [told["format"], *(short(told[key]) for key in _TOLD), short(told["what_if"]["fp16"]["best_scale"])]
+        layer: [told["format"], *(short(told[key]) for key in SHORT), short(told["what_if"]["fp16"]["best_scale"])]
         for layer, told in values.items()
     }
     kept = [layer for layer in measured if layer in chosen] if chosen is not None else _worst(values)

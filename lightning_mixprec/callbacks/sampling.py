@@ -1,4 +1,4 @@
-"""Monitors that study a step now and then; those that are due at the same step share one study."""
+"""Monitors that look at a step now and then; those that are due at the same step share its replays."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,9 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import Monitor, check_count, takes_iterator
-from lightning_mixprec.evidence.study import Findings, Study, Wanted
+from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.sampled_step import SampledStep
 from lightning_mixprec.records.schema import Count, Shapes
 
 _NEEDS_BATCHES = (
@@ -37,7 +39,7 @@ class SamplingMonitor(Monitor):
     @override
     def _forget_run(self) -> None:
         super()._forget_run()
-        self._study: Study | None = None
+        self._sampled: SampledStep | None = None
 
     def _comes_due(self) -> bool:
         """Whether the coming batch is to be sampled; counts it."""
@@ -56,11 +58,11 @@ class SamplingMonitor(Monitor):
         return self._is_asked_again
 
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
-        """What this monitor wants of the coming step."""
+        """The questions of this monitor to the coming step."""
         raise NotImplementedError
 
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
-        """Takes over what a study found."""
+        """Takes over what was found."""
         raise NotImplementedError
 
     @override
@@ -81,17 +83,17 @@ class SamplingMonitor(Monitor):
                 wanted |= monitor._wanted(pl_module)
             assert self._formats is not None
             place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
-            study = Study(pl_module, self._formats, batch, place, wanted)
+            sampled = SampledStep(pl_module, self._formats, batch, place, wanted)
             for monitor in due:
-                monitor._study = study
+                monitor._sampled = sampled
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._study is not None:
-            study, self._study = self._study, None
-            found = study.findings()
+        if self._sampled is not None:
+            sampled, self._sampled = self._sampled, None
+            found = sampled.findings()
             if found.problem is not None:
                 self._write(found.place, problem=found.problem, is_sampled=found.is_complete)
                 if not found.is_complete:

@@ -1,9 +1,13 @@
-"""A sampled step, studied: replayed in fp32 and, where asked for, in the run's own formats. Shared by all monitors."""
+"""One comparer: the step of one batch in fp32, run once, and other formats and loss scales compared with it.
+
+What is asked of a batch is asked of one fp32 replay: statistics and flops are taken while it runs, gradients and losses
+are kept for every comparison that follows. Numbers stay on the device until all ranks have added theirs.
+"""
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,18 +26,23 @@ from lightning_mixprec.evidence.instruments.probe import (
     shadow,
     weight_gradients,
 )
-from lightning_mixprec.evidence.replay import Replayed, StepReplay, halved, is_out_of_memory
-from lightning_mixprec.evidence.run_formats import RunFormats
-from lightning_mixprec.numerics.exponents import BINS, Histogram
-from lightning_mixprec.numerics.similarity import cosine_of, decibels
+from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.replay import Replayed, StepReplay
+from lightning_mixprec.evidence.run_formats import Formats
+from lightning_mixprec.numerics.exponents import BINS
+from lightning_mixprec.numerics.finite import all_finite
+from lightning_mixprec.numerics.similarity import cosine_of
+from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
 
-_NO_LOSS = -1.0
+NO_LOSS = -1.0
+"""The loss gap of a step without a loss, among numbers of which the largest counts."""
+
 _LEAST_SCALE = 2.0**-149
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What monitors want of a sampled step.
+    """The questions to be asked of a batch.
 
     Attributes:
         statistics: Histograms of outputs, gradients and weight gradients in fp32.
@@ -53,7 +62,7 @@ class Wanted:
     flops: bool = False
 
     def __or__(self, other: "Wanted") -> "Wanted":
-        """What either wants."""
+        """All that either asks."""
         unbounded = None in [each.max_elements for each in (self, other) if each.statistics]
         return Wanted(
             self.statistics or other.statistics,
@@ -65,174 +74,242 @@ class Wanted:
         )
 
 
-@dataclass
-class Findings:
-    """What a study found, on the host, over all ranks.
+@dataclass(frozen=True)
+class Recorded:
+    """The step in other formats.
 
     Attributes:
-        place: Which step this is about: ``step`` (optimizer steps taken before), ``epoch``, ``batch_idx``.
-        layers: The names of all layers, in the model's order.
-        scale: The loss scale during the step; one that stock Lightning has halved to 0 counts as fp32's least number.
-        outputs: In fp32, statistics of what each layer computed.
-        gradients: In fp32, unscaled, statistics of the gradients that arrived at each layer's output.
-        weights: In fp32, unscaled, statistics of the gradients of each layer's own weights.
-        loss_gap: Largest ``|L_low - L_fp32| / |L_fp32|`` of the step's losses; NaN without a loss that goes backward
-            through Lightning; None if that was not asked for.
-        cosines: By layer with weights, the cosine between their gradients in the run's formats and in fp32; NaN if one
-            of them is not finite.
-        sqnr_db: By layer, of those that were compared.
-        flops: By layer what its own matrix products take in forward, of the batch of this rank.
-        too_large: Layers whose input and output would not have fitted.
-        problem: What went wrong, if something did, on this rank; if its batch was left out, on the first such rank.
-        is_complete: Whether the batches of all ranks, or half of them, were studied.
-        is_any: Whether that of some rank was.
+        replayed: Its losses and gradients; None if it was not run.
+        calls: The recorded calls of layers that are compared.
+        too_large: Those of them that would not have fitted.
     """
 
-    place: dict[str, int]
-    layers: list[str]
-    scale: float = 1.0
-    outputs: dict[str, Histogram] = field(default_factory=dict)
-    gradients: dict[str, Histogram] = field(default_factory=dict)
-    weights: dict[str, Histogram] = field(default_factory=dict)
-    loss_gap: float | None = None
-    cosines: dict[str, float] = field(default_factory=dict)
-    sqnr_db: dict[str, float] = field(default_factory=dict)
-    flops: dict[str, int] = field(default_factory=dict)
+    replayed: Replayed | None = None
+    calls: dict[str, LayerCall] = field(default_factory=dict)
     too_large: list[str] = field(default_factory=list)
-    problem: str | None = None
-    is_complete: bool = False
-    is_any: bool = False
 
 
-class Study:
-    """A sampled step, replayed as soon as this is made; its findings arrive in the background.
+@dataclass
+class Measured:
+    """Numbers of a comparison: of one rank, on its device, or of all ranks, on the host. All in fp64.
 
-    Costs a copy of the weights, a forward and backward in fp32, and for agreement another one in the run's formats with
-    a second set of gradients. If that does not fit into memory it is tried once more on half of the batch.
+    Attributes:
+        tables: Counts of outputs, gradients and weight gradients: [3, layers, columns]; [0] if not wanted. Added up.
+        dots: Of each layer's weight gradients: [layers, 3] of (low x fp32, low x low, fp32 x fp32). Added up.
+        energies: Of the outputs of compared layers and of their errors: [compared, 2]. Added up.
+        ranks: On how many ranks this was measured. Added up.
+        amax: Largest values to ``tables``: [3, layers]; [0] if not wanted. The largest counts.
+        gap: The loss gap, ``NO_LOSS`` without a loss. The largest counts.
+        is_bad: 1 if a loss or a gradient in low precision is not finite, or it could not be run. The largest counts.
+    """
+
+    tables: Tensor
+    dots: Tensor
+    energies: Tensor
+    ranks: Tensor
+    amax: Tensor
+    gap: Tensor
+    is_bad: Tensor
+
+    @property
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What is added up over ranks, and what the largest counts of."""
+        return [self.tables, self.dots, self.energies, self.ranks], [self.amax, self.gap, self.is_bad]
+
+    @classmethod
+    def nothing(cls, layers: int, compared: int = 0, *, statistics: bool = False) -> "Measured":
+        """What a rank has that measured nothing."""
+        return cls(
+            tables=torch.zeros(3, layers, BINS + 6) if statistics else torch.zeros(0),
+            dots=torch.zeros(layers, 3),
+            energies=torch.zeros(compared, 2),
+            ranks=torch.zeros(()),
+            amax=torch.zeros(3, layers) if statistics else torch.zeros(0),
+            gap=torch.tensor(NO_LOSS),
+            is_bad=torch.zeros(()),
+        )
+
+    def agreement(self, layers: Sequence[str], scale: float) -> Agreement:
+        """Reads what arrived on the host.
+
+        Args:
+            layers: The names of the layers.
+            scale: The loss scale of the step.
+        """
+        gap, cosines = self.gap.item(), cosine_of(self.dots).tolist()
+        norms = self.dots[:, 1:].sqrt() / torch.tensor([scale, 1.0], dtype=self.dots.dtype)
+        largest = norms[:, 0].max().item() if len(norms) else 0.0
+        by_layer = {
+            name: LayerAgreement(cosine, low / reference, low / largest if largest else 0.0)
+            for name, cosine, (low, reference) in zip(layers, cosines, norms.tolist(), strict=True)
+            if reference
+        }
+        return Agreement(not self.is_bad.item(), math.nan if gap == NO_LOSS else gap, by_layer)
+
+
+class Gathered:
+    """Numbers of all ranks, on their way to the host. All ranks make this together.
 
     Args:
-        module: The LightningModule in training, just before the step.
-        formats: The formats of the run.
-        batch: The batch, on the device.
-        place: Which step it is: step, epoch and batch_idx.
-        wanted: What to find out.
+        measured: This rank's.
+        device: Where ranks put them together.
+        scale: The loss scale; it may be on the device.
     """
 
-    def __init__(
-        self, module: pl.LightningModule, formats: RunFormats, batch: Any, place: dict[str, int], wanted: Wanted
-    ) -> None:
-        self.batch_idx, self.wanted = place["batch_idx"], wanted
-        self._layers = layers_of(module)
-        self._owned = own_parameters(module, self._layers)
-        self._findings = Findings(place, list(self._layers))
-        self._device = module.device
-        self._replay = StepReplay(module, formats, self._device)
-        self._sums, self._maxima = self._studied(batch)
-        ranks.add_up([self._sums])
-        ranks.take_largest([self._maxima])
-        scale = formats.scale
+    def __init__(self, measured: Measured, device: torch.device, scale: float | Tensor) -> None:
+        self._shapes = [[each.shape for each in group] for group in measured.parts]
+        added, largest = (
+            torch.cat([each.detach().to(device, torch.float64, non_blocking=True).reshape(-1) for each in group])
+            for group in measured.parts
+        )
+        ranks.add_up([added])
+        ranks.take_largest([largest])
         scale = scale.detach().double() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
-        self._transfer: Transfer | None = Transfer([self._sums, self._maxima, scale])
+        self._transfer = Transfer([added, largest, scale])
 
-    def findings(self) -> Findings:
-        """What was found. Waits until it has arrived."""
-        if self._transfer is not None:
-            sums, maxima, scale = self._transfer.get()
-            self._transfer = None
-            self._findings.scale = max(scale.item(), _LEAST_SCALE)
-            self._read(sums, maxima)
-        return self._findings
+    def read(self) -> tuple[Measured, float]:
+        """The numbers of all ranks, and the loss scale. Waits until they have arrived.
 
-    def _tell_all(self, found: Findings) -> None:
-        """Tells all ranks why the batch of one was left out: the first rank alone speaks and writes."""
-        rank, problem = ranks.first_found(None if found.is_complete else found.problem)
-        found.is_complete = False
-        found.problem = f"{problem}, on rank {rank}" if ranks.are_many() else problem
+        A scale that stock Lightning has halved to 0 counts as fp32's least number.
+        """
+        *flat, scale = self._transfer.get()
+        groups = [
+            [part.view(shape) for part, shape in zip(each.split([s.numel() for s in shapes]), shapes, strict=True)]
+            for each, shapes in zip(flat, self._shapes, strict=True)
+        ]
+        (tables, dots, energies, count), (amax, gap, is_bad) = groups
+        measured = Measured(tables, dots, energies, count, amax, gap, is_bad)
+        return measured, max(scale.item(), _LEAST_SCALE)
 
-    def _read(self, sums: Tensor, maxima: Tensor) -> None:
-        wanted, found, layers = self.wanted, self._findings, self._findings.layers
-        tables, parts, energies, ranks_studied = sums.split(self._sizes())
-        found.is_any = bool(ranks_studied > 0)
-        if ranks_studied < ranks.count():
-            self._tell_all(found)
-        if wanted.statistics:
-            shape = (3, len(layers))
-            rows = Histogram.from_tensors(tables.view(*shape, -1), maxima[:-1].view(*shape))
-            for kind, name in enumerate(("outputs", "gradients", "weights")):
-                of_kind = rows.select(kind)
-                seen = of_kind.elements.nonzero().flatten().tolist()
-                setattr(found, name, {layers[row]: of_kind.select(row) for row in seen})
-        if wanted.agreement:
-            gap = maxima[-1].item()
-            found.loss_gap = math.nan if gap == _NO_LOSS else gap
-            cosines = cosine_of(parts.view(-1, 3)).tolist()
-            has_gradient = (parts.view(-1, 3)[:, 2] != 0).tolist()
-            found.cosines = {
-                layer: cosine for layer, cosine, has in zip(layers, cosines, has_gradient, strict=True) if has
-            }
-        signal, noise = energies.view(-1, 2).unbind(-1)
-        was_compared = ((signal != 0) | (noise != 0)).tolist()
-        ratios = decibels(signal, noise).tolist()
-        for layer, ratio, was in zip(wanted.layers, ratios, was_compared, strict=True):
-            if was:
-                found.sqnr_db[layer] = ratio
 
-    def _sizes(self) -> list[int]:
-        layers = len(self._layers)
-        tables = 3 * layers * (BINS + 6) if self.wanted.statistics else 0
-        return [tables, 3 * layers, 2 * len(self.wanted.layers), 1]
+class Comparison:
+    """One batch, whose step is run in fp32 once and in other formats as often as asked for; nothing of the run changes.
 
-    def _studied(self, batch: Any) -> tuple[Tensor, Tensor]:
-        for is_halved in (False, True):
-            try:
-                sums, maxima = self._measured(halved(batch) if is_halved else batch)
-                self._findings.is_complete = True
-                return sums, maxima
-            except Exception as error:  # a monitor ends no run
-                self._findings.problem = f"{type(error).__name__}: {error}".splitlines()[0]
-                if self._replay.is_shared or not is_out_of_memory(error):
-                    break
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-        maxima = torch.zeros(3 * len(self._layers) if self.wanted.statistics else 0)
-        return self._joined([torch.zeros(sum(self._sizes()))]), self._joined([maxima, torch.tensor(_NO_LOSS)])
+    Costs a copy of the weights while a step runs, the gradients of the fp32 step, and those of one other step.
 
-    def _measured(self, batch: Any) -> tuple[Tensor, Tensor]:
-        low, calls = self._in_run_formats(batch)
-        observer = Observer(self._layers, self.wanted.max_elements) if self.wanted.statistics else None
+    Args:
+        module: The LightningModule in training, between steps.
+        formats: The formats of the run.
+        kept: The batch, on the device.
+        wanted: What is to be asked of it.
+
+    Attributes:
+        layers: The modules by name, in the model's order.
+        device: The device they are on.
+        reference: The step in fp32, once it was run.
+        flops: By layer what its own matrix products take in forward; empty until they were counted.
+    """
+
+    def __init__(self, module: pl.LightningModule, formats: Formats, kept: KeptBatch, wanted: Wanted) -> None:
+        self.layers, self.device = layers_of(module), module.device
+        self.reference: Replayed | None = None
+        self.flops: dict[str, int] = {}
+        self._module, self._kept, self._wanted = module, kept, wanted
+        self._owned = own_parameters(module, self.layers)
+        self._replay = StepReplay(module, formats, module.device)
+        self._observer = Observer(self.layers, wanted.max_elements) if wanted.statistics else None
+        self._statistics: tuple[Tensor, Tensor] | None = None
+
+    def run_in(self, formats: Formats | None, scale: float | Tensor, compared: Sequence[str] = ()) -> Recorded:
+        """Runs the step in other formats than fp32.
+
+        Args:
+            formats: The step computes in their ``low``; None for the run's.
+            scale: The loss scale.
+            compared: The layers whose first call is recorded, as far as ``max_bytes`` reach.
+        """
+        replay = self._replay if formats is None else StepReplay(self._module, formats, self.device)
+        recorder = CallRecorder({name: self.layers[name] for name in compared}, self.device, self._wanted.max_bytes)
+        with replay.opened() as stand_ins, recorder:
+            kept = self._kept
+            replayed = replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)
+        return Recorded(replayed, recorder.calls, recorder.too_large)
+
+    def run_reference(self, calls: dict[str, LayerCall] | None = None, compared: Sequence[str] = ()) -> Tensor:
+        """Runs the step in fp32, once, and before it the recorded calls of layers; their :meth:`energies`."""
+        assert self.reference is None, "one reference per batch"
+        kept, count = self._kept, FlopCount(self.layers) if self._wanted.flops else None
         with self._replay.opened(reference=True) as stand_ins:
-            energies = [shadow(calls.pop(name)) if name in calls else torch.zeros(2) for name in self.wanted.layers]
-            count = FlopCount(self._layers) if self.wanted.flops else None
-            with observer or contextlib.nullcontext(), count or contextlib.nullcontext():
-                reference = self._replay.run(stand_ins, batch, self.batch_idx)
-        self._findings.flops = count.flops if count is not None else {}
-        sums = [agreement(self._owned, low.gradients, reference.gradients), *energies, torch.ones(1)]
-        maxima = [_largest_gap(low.losses, reference.losses)]
-        if observer is not None:
-            weights = weight_gradients(self._owned, reference.gradients, self.wanted.max_elements)
-            tables = [each.tensors() for each in (observer.outputs(), observer.gradients(), weights)]
-            sums = [*(table for table, _ in tables), *sums]
-            maxima = [*(largest for _, largest in tables), *maxima]
-        return self._joined(sums), self._joined(maxima)
+            energies = self._energies(calls or {}, compared)
+            with self._observer or contextlib.nullcontext(), count or contextlib.nullcontext():
+                replayed = self._replay.run(stand_ins, kept.batch, kept.batch_idx, random=kept.random)
+        self.reference, self.flops = replayed, count.flops if count is not None else {}
+        return energies
 
-    def _in_run_formats(self, batch: Any) -> tuple[Replayed, dict[str, LayerCall]]:
-        if not (self.wanted.agreement or self.wanted.layers):
-            return Replayed(), {}
-        chosen = {name: self._layers[name] for name in self.wanted.layers}
-        recorder = CallRecorder(chosen, self._device, self.wanted.max_bytes)
-        with self._replay.opened() as stand_ins, recorder:
-            low = self._replay.run(stand_ins, batch, self.batch_idx, scale=self._replay.formats.scale)
-        self._findings.too_large = recorder.too_large
-        return low, recorder.calls
+    def energies(self, calls: dict[str, LayerCall], compared: Sequence[str]) -> Tensor:
+        """Runs recorded calls again in fp32, these layers alone.
 
-    def _joined(self, tensors: list[Tensor]) -> Tensor:
-        flat = [tensor.detach().to(self._device, torch.float64, non_blocking=True).reshape(-1) for tensor in tensors]
-        return torch.cat(flat)
+        Returns:
+            Energies of the outputs and of their errors: fp64 [compared, 2]; zeros for a layer that was not recorded.
+        """
+        with self._replay.opened(reference=True):
+            return self._energies(calls, compared)
+
+    def measured(
+        self,
+        low: Replayed | None = None,
+        energies: Tensor | None = None,
+        *,
+        least_loss: float = 0.0,
+        statistics: bool = False,
+    ) -> Measured:
+        """This rank's numbers.
+
+        Args:
+            low: What the step came to in other formats; None if that is not compared.
+            energies: Of layers that are compared.
+            least_loss: What a loss counts for at least, where its gap is a part of it.
+            statistics: Whether those of the reference are among them.
+        """
+        assert self.reference is not None
+        told = Measured.nothing(len(self.layers))
+        told.ranks += 1
+        if energies is not None:
+            told.energies = energies
+        if low is not None:
+            told.dots = agreement(self._owned, low.gradients, self.reference.gradients)
+            told.gap = loss_gap(low.losses, self.reference.losses, least_loss)
+            told.is_bad = ~is_finite(low)
+        if statistics:
+            told.tables, told.amax = self._counted()
+        return told
+
+    def _counted(self) -> tuple[Tensor, Tensor]:
+        if self._statistics is None:
+            assert self._observer is not None and self.reference is not None
+            weights = weight_gradients(self._owned, self.reference.gradients, self._wanted.max_elements)
+            kinds = [each.tensors() for each in (self._observer.outputs(), self._observer.gradients(), weights)]
+            tables, amax = (torch.stack([part.to(self.device) for part in parts]) for parts in zip(*kinds, strict=True))
+            self._statistics = tables, amax
+        return self._statistics
+
+    def _energies(self, calls: dict[str, LayerCall], compared: Sequence[str]) -> Tensor:
+        none = torch.zeros(2, dtype=torch.float64, device=self.device)
+        rows = [shadow(calls.pop(name)).to(none) if name in calls else none for name in compared]  # frees each call
+        return torch.stack(rows) if rows else none.view(1, 2)[:0]
 
 
-def _largest_gap(low: list[Tensor], reference: list[Tensor]) -> Tensor:
-    gaps = [(a.double() - b.double()).abs() / b.double().abs() for a, b in zip(low, reference, strict=False)]
-    # Neither differs if both are 0; a loss that is not finite differs by infinity.
-    both_zero = [(a == 0) & (b == 0) for a, b in zip(low, reference, strict=False)]
-    known = [gap.masked_fill(is_zero, 0.0) for gap, is_zero in zip(gaps, both_zero, strict=True)]
-    return torch.stack(known).nan_to_num(nan=math.inf).amax() if known else torch.tensor(_NO_LOSS)
+def is_finite(replayed: Replayed) -> Tensor:
+    """Whether losses and gradients are finite; on the device."""
+    return all_finite([*replayed.losses, *replayed.gradients.values()])
+
+
+def loss_gap(low: Sequence[Tensor], reference: Sequence[Tensor], least: float = 0.0) -> Tensor:
+    """Largest ``|L_low - L_fp32| / |L_fp32|`` of a step's losses; on the device.
+
+    0 for two losses that are both 0, infinite where one is not finite. ``NO_LOSS`` where the step has no loss in fp32;
+    infinite where it has another number of losses than in fp32, so that none belongs to another.
+
+    Args:
+        low: The losses in other formats, in the order in which they went backward.
+        reference: Those in fp32.
+        least: What ``|L_fp32|`` counts for at least.
+    """
+    if not reference:
+        return torch.tensor(NO_LOSS, dtype=torch.float64)
+    if len(low) != len(reference):
+        return torch.tensor(math.inf, dtype=torch.float64)
+    ours, theirs = (torch.stack([loss.double().sum() for loss in losses]) for losses in (low, reference))
+    gaps = (ours - theirs).abs() / theirs.abs().clamp(min=least)
+    gaps = torch.where((ours == theirs) & ours.isfinite(), 0.0, gaps)
+    return gaps.nan_to_num(nan=math.inf, posinf=math.inf).amax()

@@ -16,7 +16,15 @@ from lightning_mixprec.evidence.instruments.probe import layers_of, own_paramete
 from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.instruments.trace import Frame, Origin, Trace
-from lightning_mixprec.evidence.replay import Replayed, StepReplay, copied, halved, is_out_of_memory
+from lightning_mixprec.evidence.replay import (
+    Replayed,
+    StepReplay,
+    copied,
+    halved,
+    is_out_of_memory,
+    is_shared,
+    one_line,
+)
 from lightning_mixprec.numerics.flat_batches import flatten
 from lightning_mixprec.numerics.formats import FORMATS, get_format
 from lightning_mixprec.numerics.rates import underflow_rate
@@ -197,8 +205,8 @@ class Judge:
         try:
             return run()
         except Exception as error:
-            if self._is_halved or self._replay.is_shared or not is_out_of_memory(error):
-                self.problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            if self._is_halved or is_shared(self._replay.module) or not is_out_of_memory(error):
+                self.problem = one_line(error)
                 return None
         self._batch, self._is_halved = halved(self._batch), True
         if self._replay.device.type == "cuda":

@@ -55,11 +55,6 @@ class StepReplay:
     def __init__(self, module: pl.LightningModule, formats: Formats, device: torch.device) -> None:
         self.module, self.formats, self.device = module, formats, device
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether ranks have to open it together, because each holds a part of the weights."""
-        return any(map(is_sharded, self.module.parameters()))
-
     @contextlib.contextmanager
     def opened(self, *, reference: bool = False) -> Generator[Sandbox, None, None]:
         """Formats and sandbox for one or several runs and what else is to be computed under the same conditions."""
@@ -320,6 +315,11 @@ def _agree_on_room(module: pl.LightningModule, device: torch.device) -> None:
         )
 
 
+def is_shared(module: pl.LightningModule) -> bool:
+    """Whether ranks have to replay together, because each holds a part of the weights."""
+    return any(map(is_sharded, module.parameters()))
+
+
 def copied(batch: Any) -> Any:
     """A copy of a batch, so that a step that writes to it writes to the copy."""
     try:
@@ -346,3 +346,12 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU."""
     said = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
+
+
+def one_line(error: Exception) -> str:
+    """An error as a monitor tells of it.
+
+    >>> one_line(KeyError("teacher"))
+    "KeyError: 'teacher'"
+    """
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -98,6 +98,23 @@ class PluginFormats:
         return self._plugin.scaler.found_inf(optimizer)
 
 
+class TrialFormats(PluginFormats):
+    """The formats of a run under a policy that is tried, and fp32 for the reference.
+
+    Args:
+        plugin: The plugin of the run.
+        policy: The policy.
+    """
+
+    def __init__(self, plugin: PerLayerPrecision, policy: PrecisionPolicy) -> None:
+        super().__init__(plugin)
+        self._policy = policy
+
+    def low(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes as the policy says."""
+        return self._plugin.trial_context(self._policy)
+
+
 class StockFormats:
     """The formats of a run under one of Lightning's own plugins: one for all layers."""
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.replay import one_line
 
 
 class Saved(NamedTuple):
@@ -55,9 +56,9 @@ def load_batch(path: str | Path, device: torch.device) -> Saved:
         kept = KeptBatch(content["batch"], content["batch_idx"], random)
         return Saved(kept, content["event"]["loss_scale"], content["policy"])
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        says = f"{str(path)!r} cannot be read as a saved batch ({one_line(error)})"
         raise MixPrecError(
-            f"{str(path)!r} cannot be read as a saved batch ({reason}); if it holds a batch class of your own, pass "
+            f"{says}; if it holds a batch class of your own, pass "
             "torch.load(path, weights_only=False)['batch'] instead."
         ) from error
 

@@ -1,10 +1,11 @@
 """Which of many tensors hold a NaN or an infinity.
 
->>> are_nonfinite([torch.ones(2), torch.tensor([1.0, torch.inf]), torch.arange(3)])
-[False, True, False]
+>>> tensors = [torch.ones(2), torch.tensor([1.0, torch.inf]), torch.arange(3)]
+>>> are_nonfinite(tensors), all_finite(tensors[:1]).item()
+([False, True, False], True)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,20 +15,32 @@ from lightning_mixprec.numerics.flat_batches import local_part
 
 def are_nonfinite(tensors: Sequence[Tensor]) -> list[bool]:
     """Which tensors hold a NaN or an infinity; one read from each device."""
+    parts: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
+    for places, flags in _nonfinite_flags(tensors):
+        parts.setdefault(flags.device, []).append((places, flags))
+    result = [False] * len(tensors)
+    for group in parts.values():
+        told = torch.cat([flags for _, flags in group]).tolist()
+        for place, flag in zip((place for places, _ in group for place in places), told, strict=True):
+            result[place] = flag
+    return result
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no tensor holds a NaN or an infinity: a bool on the device of the first one. Waits for nothing there."""
+    bad = [flags.any() for _, flags in _nonfinite_flags(tensors)]
+    return ~torch.stack([flag.to(bad[0].device) for flag in bad]).any() if bad else torch.tensor(True)
+
+
+def _nonfinite_flags(tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Places of tensors of one kind and, on their device, which of them hold a NaN or an infinity."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for place, tensor in enumerate(tensors):
         if (tensor.is_floating_point() or tensor.is_complex()) and (values := dense(tensor)).numel():
             groups.setdefault((values.device, values.dtype), []).append((place, values))
-    norms: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
-    for (device, _), group in groups.items():
+    for group in groups.values():
         largest = torch.stack(list(torch._foreach_norm([values for _, values in group], float("inf"))))
-        norms.setdefault(device, []).append(([place for place, _ in group], ~torch.isfinite(largest)))
-    result = [False] * len(tensors)
-    for parts in norms.values():
-        flags = torch.cat([flags for _, flags in parts]).tolist()
-        for place, flag in zip((place for places, _ in parts for place in places), flags, strict=True):
-            result[place] = flag
-    return result
+        yield [place for place, _ in group], ~torch.isfinite(largest)
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -36,14 +36,20 @@ class Agreement:
 
     Attributes:
         is_finite: Whether losses and gradients are finite.
-        loss_gap: Largest ``|L_low - L_fp32| / |L_fp32|`` of the step's losses, where one that is next to nothing beside
-            what losses have been is taken as larger than it is; NaN if no loss is known.
+        loss_gap: Largest ``|L_low - L_fp32| / |L_fp32|`` of the step's losses; for the controller, one that is next to
+            nothing beside what losses have been is taken as larger than it is. NaN if fp32 has no loss that goes
+            backward through Lightning; infinite if there is another number of losses than in fp32.
         layers: The layers whose weights have a gradient in fp32.
     """
 
     is_finite: bool
     loss_gap: float
     layers: Mapping[str, LayerAgreement]
+
+    @property
+    def cosines(self) -> dict[str, float]:
+        """By layer, the cosine between its gradient and fp32's; NaN if one of them is not finite."""
+        return {name: layer.cosine for name, layer in self.layers.items()}
 
     def summary(self) -> dict[str, Any]:
         """Plain values: the loss gap and the smallest cosine; None where there is none."""

@@ -159,6 +159,11 @@ class Controller:
         """Whether samples are still dense, so that wrong steps are undone at the price of few right ones."""
         return self.counts.batches - self.counts.origin <= _FIRST_SAMPLES[-1] + _DOUBTS
 
+    @property
+    def is_near_decision(self) -> bool:
+        """Whether the step that is to be sampled may end in a move: of layers in doubt, or of promoted ones back."""
+        return self.counts.doubts + 1 >= _DOUBTS or bool(self._oldest_group())
+
     # Decides
 
     @property

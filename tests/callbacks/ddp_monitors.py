@@ -15,7 +15,7 @@ from torch import distributed, nn
 from torch.optim import SGD
 
 from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor
-from lightning_mixprec.evidence import study
+from lightning_mixprec.evidence.sampled_step import SampledStep
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 MIXED = {"default": "fp16", "net.1": "c=fp32,o=input", "net.4": "bf16"}
@@ -116,19 +116,19 @@ def watched(name, plugin, folder, kind=Task, callbacks=()):
 
 def failing_on_the_second(name, folder):
     """A replay that fails on the second process alone, after its step."""
-    measured = study.Study._measured
+    compared = SampledStep._compared
 
     def fails(self, batch):
-        result = measured(self, batch)
+        result = compared(self, batch)
         if RANK == 1:
             raise KeyError("only here")
         return result
 
-    study.Study._measured = fails
+    SampledStep._compared = fails
     try:
         return watched(name, ours("fp16"), folder)
     finally:
-        study.Study._measured = measured
+        SampledStep._compared = compared
 
 
 def main(folder):

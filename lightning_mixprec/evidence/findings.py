@@ -1,0 +1,67 @@
+"""What was found out about a batch, on the host, over all ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_mixprec.evidence.comparison import Measured
+from lightning_mixprec.numerics.exponents import Histogram
+from lightning_mixprec.numerics.similarity import decibels
+from lightning_mixprec.planning.agreement import Agreement
+
+
+@dataclass
+class Findings:
+    """Answers to what was wanted of a batch.
+
+    Attributes:
+        layers: The names of all layers, in the model's order.
+        place: Which step this is about: ``step`` (optimizer steps taken before), ``epoch``, ``batch_idx``.
+        scale: The loss scale during the step.
+        outputs: In fp32, statistics of what each layer computed.
+        gradients: In fp32, unscaled, statistics of the gradients that arrived at each layer's output.
+        weights: In fp32, unscaled, statistics of the gradients of each layer's own weights.
+        agreement: How the step agrees with fp32; None if that was not wanted.
+        sqnr_db: By layer, of those that were compared.
+        flops: By layer what its own matrix products take in forward, of the batch of this rank.
+        too_large: Layers whose input and output would not have fitted.
+        problem: What went wrong, if something did, on this rank; if its batch was left out, on the first such rank.
+        is_complete: Whether the batches of all ranks, or half of them, were looked at.
+        is_any: Whether that of some rank was.
+    """
+
+    layers: list[str]
+    place: dict[str, int] = field(default_factory=dict)
+    scale: float = 1.0
+    outputs: dict[str, Histogram] = field(default_factory=dict)
+    gradients: dict[str, Histogram] = field(default_factory=dict)
+    weights: dict[str, Histogram] = field(default_factory=dict)
+    agreement: Agreement | None = None
+    sqnr_db: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    too_large: list[str] = field(default_factory=list)
+    problem: str | None = None
+    is_complete: bool = False
+    is_any: bool = False
+
+    def read(self, measured: Measured, scale: float, compared: Sequence[str] = (), *, agreement: bool = False) -> None:
+        """Takes over the numbers of all ranks.
+
+        Args:
+            measured: The numbers.
+            scale: The loss scale.
+            compared: The layers that the energies are of.
+            agreement: Whether losses and gradients were compared.
+        """
+        self.scale, self.is_any = scale, bool(measured.ranks > 0)
+        if measured.tables.numel():
+            rows = Histogram.from_tensors(measured.tables, measured.amax)
+            for kind, statistics in enumerate((self.outputs, self.gradients, self.weights)):
+                of_kind = rows.select(kind)
+                seen = of_kind.elements.nonzero().flatten().tolist()
+                statistics.update({self.layers[row]: of_kind.select(row) for row in seen})
+        if agreement:
+            self.agreement = measured.agreement(self.layers, scale)
+        signal, noise = measured.energies.unbind(-1)
+        was_compared = ((signal != 0) | (noise != 0)).tolist()
+        ratios = zip(compared, decibels(signal, noise).tolist(), was_compared, strict=True)
+        self.sqnr_db = {layer: ratio for layer, ratio, was in ratios if was}

@@ -1,0 +1,80 @@
+"""A step that monitors sample: compared with fp32 at once, for all of them together."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_mixprec import ranks
+from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, Recorded, Wanted
+from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.instruments.probe import layers_of
+from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.replay import halved, is_out_of_memory, is_shared, one_line
+from lightning_mixprec.evidence.run_formats import RunFormats
+
+
+class SampledStep:
+    """A step, replayed as soon as this is made; its findings arrive in the background.
+
+    Costs a copy of the weights, a forward and backward in fp32, and for agreement another one in the run's formats with
+    a second set of gradients. If that does not fit into memory it is tried once more on half of the batch.
+
+    Args:
+        module: The LightningModule in training, just before the step.
+        formats: The formats of the run.
+        batch: The batch, on the device.
+        place: Which step it is: step, epoch and batch_idx.
+        wanted: What to find out.
+    """
+
+    def __init__(
+        self, module: pl.LightningModule, formats: RunFormats, batch: Any, place: dict[str, int], wanted: Wanted
+    ) -> None:
+        self._module, self._formats, self._wanted = module, formats, wanted
+        self._findings = Findings(list(layers_of(module)), place)
+        self._gathered = Gathered(self._measured(batch), module.device, formats.scale)
+        self._is_read = False
+
+    def findings(self) -> Findings:
+        """What was found. Waits until it has arrived."""
+        if not self._is_read:
+            found, wanted, self._is_read = self._findings, self._wanted, True
+            measured, scale = self._gathered.read()
+            if measured.ranks < ranks.count():
+                self._tell_all(found)
+            found.read(measured, scale, wanted.layers, agreement=wanted.agreement)
+        return self._findings
+
+    def _tell_all(self, found: Findings) -> None:
+        """Tells all ranks why the batch of one was left out: the first rank alone speaks and writes."""
+        rank, problem = ranks.first_found(None if found.is_complete else found.problem)
+        found.is_complete = False
+        found.problem = None if problem is None else ranks.told_by(rank, problem)
+
+    def _measured(self, batch: Any) -> Measured:
+        found, device = self._findings, self._module.device
+        for is_halved in (False, True):
+            try:
+                measured = self._compared(halved(batch) if is_halved else batch)
+                found.is_complete = True
+                return measured
+            except Exception as error:  # a monitor ends no run
+                found.problem = one_line(error)
+                if is_shared(self._module) or not is_out_of_memory(error):
+                    break
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return Measured.nothing(len(found.layers), len(self._wanted.layers), statistics=self._wanted.statistics)
+
+    def _compared(self, batch: Any) -> Measured:
+        """The step in the run's formats, where that is wanted, and then in fp32."""
+        wanted, found = self._wanted, self._findings
+        kept = KeptBatch(batch, found.place["batch_idx"], None)
+        comparison = Comparison(self._module, self._formats, kept, wanted)
+        low = Recorded()
+        if wanted.agreement or wanted.layers:
+            low = comparison.run_in(self._formats, self._formats.scale, wanted.layers)
+        energies = comparison.run_reference(low.calls, wanted.layers)
+        found.flops, found.too_large = comparison.flops, low.too_large
+        return comparison.measured(low.replayed, energies, statistics=wanted.statistics)
