@@ -1,1 +1,1 @@
-"""Decisions about precision: the controller, remedies, and phases of a schedule. Touches no tensor."""
+"""Decisions about precision: the adaptive controller, and the phases of a schedule. Touches no tensor."""

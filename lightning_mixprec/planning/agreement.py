@@ -1,4 +1,4 @@
-"""How a step in the run's formats compares with the same step in fp32, and how much difference is too much."""
+"""Agreement of a step in the run's formats with the same step in fp32, and its limits."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class LayerAgreement(NamedTuple):
 
     @property
     def is_noise(self) -> bool:
-        """Whether rounding is all there is to see: fp32 has next to no gradient here (a bias before a normalization).
+        """True if there is only rounding to see: fp32 has next to no gradient here (a bias before a normalization).
 
         Such a gradient is far larger than fp32's and far smaller than the other layers'.
         """
@@ -32,7 +32,7 @@ class LayerAgreement(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a step agrees with fp32.
+    """The agreement of a step with fp32.
 
     Attributes:
         is_finite: Whether losses and gradients are finite.
@@ -61,7 +61,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a step agrees with fp32 well enough to go on, and when so well that a change may be adopted.
+    """Limits within which a step agrees with fp32 well enough to go on, and narrower ones to adopt a change.
 
     Gradients decide: where they agree the run learns as in fp32, even if the loss that it prints is off by a few
     percent, as one that has come down to next to nothing is in bf16. What is adopted has to agree twice as well as what
@@ -95,15 +95,15 @@ class Limits:
         return [name for name in self.failing(agreement) if agreement.layers[name].ratio > 2]
 
     def gap_is_large(self, agreement: Agreement) -> bool:
-        """Whether the loss differs too much."""
+        """True if the loss differs too much."""
         return agreement.loss_gap > self.max_loss_gap
 
     def accepts(self, agreement: Agreement, tolerance: float = 0.5) -> bool:
-        """Whether a step agrees so well that its formats may be adopted.
+        """True if a step agrees so well that its formats may be adopted.
 
         Args:
-            agreement: How the step agrees.
-            tolerance: Which part of what would be left alone may be off.
+            agreement: The step's agreement.
+            tolerance: The part of the limits that may be used up.
         """
         if not agreement.is_finite or agreement.loss_gap > self.max_loss_gap / 2:
             return False

@@ -156,7 +156,7 @@ class Controller:
 
     @property
     def is_settling(self) -> bool:
-        """Whether samples are still dense, so that wrong steps are undone at the price of few right ones."""
+        """True while samples are dense, so that wrong steps are undone at the price of few right ones."""
         return self.counts.batches - self.counts.origin <= _FIRST_SAMPLES[-1] + _DOUBTS
 
     @property
@@ -168,7 +168,7 @@ class Controller:
 
     @property
     def scale_keeps_falling(self) -> bool:
-        """Whether steps failed more often than a search for the loss scale explains."""
+        """True if steps failed more often than a search for the loss scale explains."""
         return len(self.counts.failures) >= _SKIPS_IN_WINDOW
 
     def decide_on_falling_scale(self, scale: float, attempt: Try) -> Decision | None:
@@ -187,7 +187,7 @@ class Controller:
             culprits: The layers that are suspected, the likeliest first.
             scale: The present loss scale.
             attempt: Tries formats on the failed step's batch.
-            evidence: What goes into the history.
+            evidence: Plain values for the history.
         """
         remedies = self._remedies(attempt)
         present = remedies.attempt({}, scale)

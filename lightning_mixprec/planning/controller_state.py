@@ -44,7 +44,7 @@ class ControllerCounts:
         next_look: Step before which no failed step is looked into.
         since: Batch of each layer's last move.
         group: Number of the move in which each layer was promoted.
-        relapses: How often each layer that was taken back had to be promoted again.
+        relapses: Times that each layer that was taken back had to be promoted again.
         approvals: Samples in a row that agreed without a group of promotions, by the group's first layer.
         moves: Changes of formats.
         restores: Returns to the last good copy since the last sample that agreed.

@@ -1,7 +1,4 @@
-"""A schedule: which policy comes into force at which moment of a run.
-
-It decides alone: it is told where a run is and answers which phases are due.
-"""
+"""The phases of a schedule: policies that come into force at given moments of a run."""
 
 import contextlib
 import math
@@ -30,7 +27,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Now:
-    """Where a run is, before a step.
+    """The position of a run before a step.
 
     Attributes:
         step: Optimizer steps taken.
@@ -68,7 +65,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Plateau:
-    """When a metric has not improved by more than ``min_delta`` for ``patience`` looks at it.
+    """The moment when a metric has not improved by more than ``min_delta`` for ``patience`` looks at it.
 
     >>> Plateau("val_loss").improves(0.5, best=0.6), Plateau("val_loss").improves(math.nan, best=None)
     (True, False)
@@ -87,7 +84,7 @@ class Plateau:
         return {"event": "plateau", **asdict(self)}
 
     def improves(self, value: float, best: float | None) -> bool:
-        """Whether a value is better than the best so far."""
+        """True if a value is better than the best so far."""
         if best is None:
             return not math.isnan(value)
         return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
@@ -95,7 +92,7 @@ class Plateau:
 
 @dataclass(frozen=True)
 class LowRate:
-    """When the learning rate has fallen below a share of its largest value so far."""
+    """The moment when the learning rate has fallen below a share of its largest value so far."""
 
     share: float
 
@@ -112,7 +109,7 @@ When = Moment | Plateau | LowRate
 
 @dataclass(frozen=True)
 class Phase:
-    """What comes into force, and when.
+    """A policy, or an edit of the one in force, that comes into force at a moment.
 
     Attributes:
         number: Its place in the schedule, from 1.
@@ -134,11 +131,11 @@ class Phase:
         return {"at": self.when.to_plain(), "policy": policy}
 
     def is_due(self, now: Now, looks: int = 0) -> bool:
-        """Whether it comes into force.
+        """True if it is to come into force.
 
         Args:
-            now: Where the run is.
-            looks: For how many looks its metric has not improved.
+            now: The position of the run.
+            looks: The number of looks for which its metric has not improved.
         """
         if isinstance(self.when, Plateau):
             return looks >= self.when.patience
@@ -173,7 +170,7 @@ def read_phases(given: object) -> tuple[Phase, ...]:
 
 @contextlib.contextmanager
 def naming(number: int) -> Generator[None, None, None]:
-    """Within it an error says which phase it is about."""
+    """Names the phase in errors that are raised within."""
     try:
         yield
     except MixPrecError as error:

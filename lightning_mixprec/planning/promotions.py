@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_mixprec.policy.rules import parse_value, short_form
+from lightning_mixprec.policy.rules import parse_short_form, short_form
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,4 @@ class Promotion:
         >>> Promotion.from_text("c=fp32,o=input")
         Promotion(compute='fp32', output='input')
         """
-        return cls(**parse_value(text))
+        return cls(**parse_short_form(text))

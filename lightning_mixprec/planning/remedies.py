@@ -30,7 +30,7 @@ class Candidate:
         flops: Multiplications and additions of its own matrix products in a step.
         is_pinned: Whether it is to be left alone.
         is_plain: Whether it only hands data on between the layers inside it.
-        height: How many layers deep it is on its longest side: 0 for a layer without layers inside.
+        height: The number of layers below it on its longest side; 0 for a layer without layers inside.
     """
 
     name: str

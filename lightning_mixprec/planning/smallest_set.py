@@ -21,8 +21,8 @@ def smallest(candidates: Sequence[str], works: Callable[[list[str]], bool], max_
 
     Args:
         candidates: The candidates, the likeliest first.
-        works: Whether a set is enough.
-        max_tries: How often ``works`` may be asked. If that is too little, the smallest set seen to work is returned.
+        works: Says whether a set is enough.
+        max_tries: Calls of ``works`` at most. If these are too few, the smallest set seen to work is returned.
 
     Returns:
         The set, in the candidates' order; None if nothing was seen to work.
@@ -58,7 +58,7 @@ class _Search:
         return self._candidates if self._is_enough(self._candidates) else None
 
     def within(self, background: list[str], has_grown: bool, candidates: list[str]) -> list[str]:
-        """What is needed of the candidates, which together with the background are enough."""
+        """The candidates that are needed, of some that are enough together with the background."""
         if has_grown and self._is_enough(background):
             return []
         if len(candidates) == 1:

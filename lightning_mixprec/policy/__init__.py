@@ -1,1 +1,1 @@
-"""Who gets which format: rules and policies, resolved against a model's names. Decides; touches no tensor."""
+"""Rules and policies, and the formats that they give the layers of a model. Touches no tensor."""

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.idle_rules import active_rules, check_rules, no_such_layer
 from lightning_mixprec.policy.resolving import Resolution, matches_of, resolve
-from lightning_mixprec.policy.rules import FieldError, Rule, check_format, did_you_mean, parse_value
+from lightning_mixprec.policy.rules import FieldError, Rule, check_format, did_you_mean, parse_short_form
 
 _EDIT_KEYS = ("compute", "output", "recurse")
 
@@ -70,7 +70,7 @@ def _lender(rules: Sequence[Rule], pattern: str, recurse: bool | None) -> Rule |
 
 def _said(value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        said: dict[str, Any] = dict(parse_value(value))
+        said: dict[str, Any] = dict(parse_short_form(value))
     else:
         for key in value:
             if key not in ("param", *_EDIT_KEYS):

@@ -33,7 +33,7 @@ class LayerPrecision:
 
     @property
     def is_stored_by_rule(self) -> bool:
-        """Whether a rule says how the weights are stored; otherwise they stay as the model has them."""
+        """True if a rule says how the weights are stored; otherwise they stay as the model has them."""
         return self.rule is not None and self.rule.param is not None
 
     def __str__(self) -> str:
@@ -142,7 +142,7 @@ class Assignment(Mapping[str, LayerPrecision]):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all layers compute in one format and none hands on in another."""
+        """True if all layers compute in one format and none hands on in another."""
         return len(self.compute_formats) <= 1 and all(layer.output is None for layer in self.values())
 
     def changes_to(self, other: "Assignment") -> dict[str, tuple[LayerPrecision, LayerPrecision]]:

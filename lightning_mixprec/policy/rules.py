@@ -93,13 +93,13 @@ class Rule:
 
     @property
     def said(self) -> dict[str, str]:
-        """What it says: of param, compute and output those that are given."""
+        """The formats that it gives, by param, compute and output."""
         given = {"param": self.param, "compute": self.compute, "output": self.output}
         return {name: format for name, format in given.items() if format is not None}
 
     @property
     def label(self) -> str:
-        """What it selects, in a few words.
+        """Its selection of layers, in a few words.
 
         >>> Rule("model.head", types=["Linear", "Conv2d"], compute="fp32").label
         'model.head, types Linear|Conv2d'
@@ -111,7 +111,7 @@ class Rule:
 
     @property
     def value(self) -> str:
-        """What it says, in the short form of a mapping.
+        """The formats that it gives, in the short form of a mapping.
 
         >>> Rule("model.head", compute="fp32", output="input").value
         'c=fp32,o=input'
@@ -160,13 +160,13 @@ def check_format(name: str, value: object) -> None:
     raise FieldError(f"{name} is {value!r}, which is not computed in yet; {options}", name)
 
 
-def parse_value(text: object) -> dict[str, Any]:
-    """What the short form of a mapping says: a compute format, or ``p=``, ``c=`` and ``o=`` with commas between.
+def parse_short_form(text: object) -> dict[str, Any]:
+    """Reads the short form of a mapping: a compute format, or ``p=``, ``c=`` and ``o=`` with commas between.
 
     Raises:
         FieldError: it is neither.
 
-    >>> parse_value("fp32"), parse_value("c=fp32,o=input")
+    >>> parse_short_form("fp32"), parse_short_form("c=fp32,o=input")
     ({'compute': 'fp32'}, {'compute': 'fp32', 'output': 'input'})
     """
     if not isinstance(text, str):
@@ -190,7 +190,7 @@ def parse_value(text: object) -> dict[str, Any]:
 
 
 def short_form(said: Mapping[str, str]) -> str:
-    """The text that :func:`parse_value` reads, of the formats for param, compute and output.
+    """Writes the short form of a mapping.
 
     >>> short_form({"compute": "fp32", "output": "input"})
     'c=fp32,o=input'
@@ -199,7 +199,7 @@ def short_form(said: Mapping[str, str]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The sentence's end that names what was probably meant, empty if nothing is near.
+    """The end of a sentence that names the word that was probably meant; empty if none is near.
 
     >>> did_you_mean("computes", ["param", "compute"])
     ', did you mean compute?'

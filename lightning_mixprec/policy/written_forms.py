@@ -4,13 +4,13 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_mixprec.policy.rules import RULE_KEYS, FieldError, Rule, check_format, did_you_mean, parse_value
+from lightning_mixprec.policy.rules import RULE_KEYS, FieldError, Rule, check_format, did_you_mean, parse_short_form
 
 POLICY_KEYS = ("default", "rules", "allow_unmatched")
 
 
 class Parts(NamedTuple):
-    """What a policy is made of, and where in the mapping each rule stands."""
+    """The parts of a policy, and the path in the mapping to each rule."""
 
     default: str
     rules: tuple[Rule, ...]
@@ -99,7 +99,7 @@ def _read_short(mapping: Mapping[str, Any]) -> Parts:
         if not isinstance(value, str):
             _check_key(key, value)
         try:
-            rules.append(Rule(layers=key, **parse_value(value)))
+            rules.append(Rule(layers=key, **parse_short_form(value)))
         except FieldError as error:
             raise FieldError(f"{key!r}: {error}" if error.path[:1] != ("layers",) else str(error), key) from None
         paths.append((key,))

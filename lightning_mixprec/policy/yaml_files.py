@@ -18,9 +18,12 @@ _UNQUOTED_STAR = re.compile(r"(?:^|[\s,\[{])(\*(?:\[[^\]\s]*\]|[^\s:,#\]}]|:(?=\
 
 @dataclass(frozen=True)
 class Document:
-    """What a YAML file says, and on which line each part of it stands.
+    """The content of a YAML file, with line numbers.
 
-    ``lines`` maps a path of keys and list positions to a line; the empty path is the whole document.
+    Attributes:
+        path: The file.
+        content: Its content, of plain types.
+        lines: The line of each part, by its path of keys and list positions; the empty path is the whole document.
     """
 
     path: str

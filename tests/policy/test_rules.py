@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lightning_mixprec.policy.rules as rule_module
 from lightning_mixprec.errors import MixPrecError, PolicyError
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy, describe_difference
-from lightning_mixprec.policy.rules import FieldError, Rule, parse_value
+from lightning_mixprec.policy.rules import FieldError, Rule, parse_short_form
 
 segments = st.one_of(
     st.sampled_from(
@@ -223,14 +223,14 @@ def test_what_a_policy_refuses():
 def test_short_values_say_what_they_say(said):
     names = {"p": "param", "c": "compute", "o": "output"}
     text = ",".join(f"{key}={format}" for key, format in said.items())
-    assert parse_value(text) == {names[key]: format for key, format in said.items()}
+    assert parse_short_form(text) == {names[key]: format for key, format in said.items()}
 
 
 @given(st.text(max_size=12))
 def test_any_other_value_is_one_line(text):
     assume(text not in ("fp64", "fp32", "bf16", "fp16"))
     try:
-        parse_value(text)
+        parse_short_form(text)
     except PolicyError as error:
         assert len(str(error).splitlines()) == 1
 
