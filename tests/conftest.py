@@ -20,6 +20,19 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # without it Lightning's DDP sets as many as there are cores, for all later tests
 
 
+def pytest_configure(config):
+    """A slow test that is asked for by its own name is run."""
+    if config.option.markexpr == "not slow" and any("::" in argument for argument in config.args):
+        config.option.markexpr = ""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """All tests take up to four cores; a part that is asked for by its path is not worth starting processes for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4) if config.args_source is config.ArgsSource.TESTPATHS and cores > 1 else 0
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
