@@ -260,7 +260,7 @@ def widened(layer: LayerPrecision) -> LayerPrecision:
 
 def attributes_of_copy(owner: Any) -> dict[str, Any]:
     """What a copy of the plugin or of a part of it holds: all, with the run forgotten (``_forget_run``)."""
-    copy = object.__new__(type(owner))
+    copy: Any = object.__new__(type(owner))
     vars(copy).update(vars(owner))
     copy._forget_run()
-    return vars(copy)
+    return dict(vars(copy))
