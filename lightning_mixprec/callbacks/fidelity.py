@@ -15,6 +15,7 @@ from lightning_mixprec.engine.border_plan import survey
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records.schema import Count
 
@@ -158,7 +159,8 @@ class FidelityMonitor(SamplingMonitor):
     def _limit(self) -> float:
         if self.min_cosine is not None:
             return self.min_cosine
-        return _MIN_COSINE_IN_BF16 if self._formats is not None and "bf16" in self._formats.in_use else _MIN_COSINE
+        in_use = () if self._formats is None else self._formats.in_use
+        return _MIN_COSINE_IN_BF16 if any(get_format(format).is_coarse for format in in_use) else _MIN_COSINE
 
     @override
     def _summary(self) -> tuple[str, list[list[str]]]:

@@ -16,6 +16,7 @@ from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
 from lightning_mixprec.evidence.layer_statistics import describe
 from lightning_mixprec.evidence.stagnation import StepWatch
+from lightning_mixprec.numerics.formats import REFERENCE, get_format
 from lightning_mixprec.numerics.plots import draw_layers
 
 
@@ -144,11 +145,14 @@ class UnderflowMonitor(SamplingMonitor):
             f"step {step}: {rate:.0%} of the gradient of layer {layer!r}{others} vanish in {format} at a loss scale of "
             f"{scale:.8g}; "
         )
-        in_fp16 = values["what_if"]["fp16"]
-        if format == "fp16" and in_fp16["fits"] and in_fp16["best_scale"] > scale:
-            best = in_fp16["best_scale"]
-            return f"{says}a loss scale of {best:.8g} would keep it: raise init_scale, or compute it in bf16"
-        wider = "bf16" if format != "bf16" and values["what_if"]["bf16"]["underflow_rate"] < rate else "fp32"
+        use = get_format(format).use
+        same, other = values["what_if"].get(format), values["what_if"].get(use.for_range)
+        if use.needs_scaling and same is not None and same["fits"] and same["best_scale"] > scale:
+            best = same["best_scale"]
+            return f"{says}a loss scale of {best:.8g} would keep it: raise init_scale, or compute it in {use.for_range}"
+        wider = REFERENCE
+        if use.for_range is not None and other is not None and other["underflow_rate"] < rate:
+            wider = use.for_range
         return f"{says}compute it in {wider}, {policy_hint(layer, wider)}"
 
     @override

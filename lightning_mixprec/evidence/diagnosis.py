@@ -26,7 +26,7 @@ from lightning_mixprec.evidence.replay import (
     one_line,
 )
 from lightning_mixprec.numerics.flat_batches import flatten
-from lightning_mixprec.numerics.formats import FORMATS, get_format
+from lightning_mixprec.numerics.formats import FORMATS, compute_formats, get_format, promoted_for_range
 from lightning_mixprec.numerics.rates import underflow_rate
 
 T = TypeVar("T")
@@ -255,7 +255,8 @@ class Judge:
     def _guess(self, wide: _Traced, most: int) -> int:
         """The power of two at which the largest gradient of all ranks fits; too small if autocast keeps it in fp32."""
         largest = wide.trace.backward_amax() if wide.trace is not None else 0.0
-        fitting = math.floor(math.log2(get_format("fp16").backward.max / largest)) if largest else most
+        narrowest = min(each.backward.max for each in map(get_format, compute_formats()) if each.use.needs_scaling)
+        fitting = math.floor(math.log2(narrowest / largest)) if largest else most
         power = torch.tensor(max(min(most, fitting), _LEAST_POWER), device=self._replay.device)
         ranks.take_largest([power.neg_()])
         return -int(power)
@@ -266,10 +267,11 @@ class Judge:
         owned = own_parameters(module, layers_of(module))
         rows = weight_gradients(owned, wide.gradients, max_elements=2**16).to("cpu")
         for row, layer in enumerate(owned):
-            if self._replay.formats.of(layer) != "fp16":
+            format = self._replay.formats.of(layer)
+            if not get_format(format).use.needs_scaling:
                 continue
             lost, before = (
-                underflow_rate(rows.select(row), "fp16", each, direction="backward").middle
+                underflow_rate(rows.select(row), format, each, direction="backward").middle
                 for each in (scale, max(self._scale, _USUAL_SCALE))
             )
             if lost - before > _MOST_UNDERFLOW:
@@ -316,8 +318,8 @@ class Judge:
         # A logarithm of a 16-bit zero is taken in fp32, and still it is the 16 bits that failed.
         format = min(origin.format, self._replay.formats.of(layer), key=_bits)
         value = None if value is None else value * times
-        where = (layer, origin.direction, origin.op, format)
-        return Diagnosis("precision", self._scale, *where, value, _next_format(format, value), frames=origin.frames)
+        where, wider = (layer, origin.direction, origin.op, format), promoted_for_range(format, value)
+        return Diagnosis("precision", self._scale, *where, value, wider, frames=origin.frames)
 
     def _on_any_rank(self, claim: bool) -> bool:
         return ranks.is_any(claim, self._replay.device)
@@ -338,15 +340,6 @@ def _values(gradient: Tensor) -> Tensor:
 
 def _bits(format: str) -> int:
     return get_format(format).bits if format in FORMATS else 64
-
-
-def _next_format(format: str, value: float | None) -> str | None:
-    """The narrowest format with more range than the one that failed, and enough for the value."""
-    for name in ("bf16", "fp32", "fp64"):
-        wider = get_format(name).forward
-        if wider.max > get_format(format).forward.max and (value is None or value <= wider.max):
-            return name
-    return None
 
 
 def _nonfinite_in(batch: Any) -> Iterator[str]:

@@ -5,10 +5,8 @@ from typing import Any
 
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.numerics.exponents import Histogram
+from lightning_mixprec.numerics.formats import get_format, low_precision_formats
 from lightning_mixprec.numerics.rates import best_scale, fits, headroom, overflow_rate, subnormal_share, underflow_rate
-
-WHAT_IF = ("fp16", "bf16", "fp8")
-"""The formats that a layer is looked at in beside its own."""
 
 SHORT = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_bits")
 """The keys of :func:`describe` that a decision and the report show of a layer."""
@@ -27,8 +25,8 @@ def describe(layer: str, found: Findings, format: str) -> dict[str, Any]:
         "output_headroom_bits": None if output is None else headroom(output, format),
         "what_if": {
             name: _what_if(name, [each for each in (own, flow) if each is not None], output, found.scale)
-            for name in WHAT_IF
-            if name != format or name == "fp16"
+            for name in low_precision_formats()
+            if name != format or get_format(name).use.needs_scaling
         },
     }
 
@@ -46,7 +44,7 @@ def _losses(prefix: str, gradient: Histogram | None, format: str, scale: float) 
 
 
 def _what_if(format: str, gradients: Sequence[Histogram], output: Histogram | None, scale: float) -> dict[str, Any]:
-    scale = scale if format in ("fp16", "fp8") else 1.0
+    scale = scale if get_format(format).use.needs_scaling else 1.0
     outputs = 0.0 if output is None else overflow_rate(output, format).middle
     overflows = [overflow_rate(each, format, scale, direction="backward").middle for each in gradients]
     return {

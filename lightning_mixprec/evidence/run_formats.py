@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.errors import SupportError
+from lightning_mixprec.numerics.formats import REFERENCE, is_scaling_needed, is_wider, trained_in
 from lightning_mixprec.plugin.formats_in_force import widened
 from lightning_mixprec.plugin.lightnings import Precision, both
 from lightning_mixprec.plugin.precision import PerLayerPrecision
@@ -20,7 +21,6 @@ from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 _PLAIN = both("plugins.precision", "Precision")
 _HALF = both("plugins.precision", "HalfPrecision")
 _WITH_FORMATS = _HALF + both("plugins.precision", "MixedPrecision") + both("plugins.precision", "DoublePrecision")
-_STOCK = {"16": "fp16", "bf16": "bf16", "32": "fp32", "64": "fp64"}
 
 
 class Formats(Protocol):
@@ -122,7 +122,7 @@ class StockFormats:
 
     def __init__(self, plugin: Precision, device: torch.device) -> None:
         self._plugin, self._device = plugin, device
-        self._format = _STOCK[str(plugin.precision).partition("-")[0]]
+        self._format = trained_in(str(plugin.precision)) or REFERENCE
         self.widens = isinstance(plugin, _HALF)
 
     def of(self, layer: str) -> str:
@@ -140,7 +140,7 @@ class StockFormats:
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes in fp32; fp64 stays."""
-        if self._format == "fp64":
+        if is_wider(self._format, REFERENCE):
             return self._plugin.forward_context()
         return torch.autocast(self._device.type, enabled=False)
 
@@ -185,7 +185,7 @@ class PolicyFormats:
         self._model, self._device = model, device
         resolved: PrecisionPolicy = as_policy(policy)
         self._assignment = resolved.resolve(model)
-        self.scale: float | Tensor = scale if "fp16" in self._assignment.compute_formats else 1.0
+        self.scale: float | Tensor = scale if is_scaling_needed(self._assignment.compute_formats) else 1.0
 
     def of(self, layer: str) -> str:
         """The format that a layer computes in."""

@@ -13,6 +13,7 @@ formats are asked of the table when they are needed, so that a new row is known 
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -257,6 +258,15 @@ def half_dtypes() -> tuple[torch.dtype, ...]:
     (torch.bfloat16, torch.float16)
     """
     return tuple({format.dtype: None for format in _plain() if format.is_half})
+
+
+def is_scaling_needed(formats: Iterable[str]) -> bool:
+    """Whether gradients need a loss scale to be kept in one of these formats.
+
+    >>> is_scaling_needed(["bf16", "fp32"]), is_scaling_needed(["fp16", "fp32"])
+    (False, True)
+    """
+    return any(get_format(format).use.needs_scaling for format in formats)
 
 
 def is_wider(format: str, other: str) -> bool:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
 from lightning_mixprec.numerics.devices import native_support
+from lightning_mixprec.numerics.formats import is_scaling_needed
 from lightning_mixprec.optim.gradients import needs_closure
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.policy.assignment import Assignment
@@ -36,7 +37,7 @@ def scaling_for(asked: LossScaling | Literal["auto"] | None, assignment: Assignm
     """How the loss is scaled under an assignment; None for not at all."""
     if asked != "auto":
         return asked
-    return LossScaling() if "fp16" in assignment.compute_formats else None
+    return LossScaling() if is_scaling_needed(assignment.compute_formats) else None
 
 
 def configured_form(policy: object) -> str | dict[str, Any]:

@@ -14,13 +14,12 @@ from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
 from lightning_mixprec.plugin.arguments import check_running, check_storage_unchanged, choose_format
 from lightning_mixprec.plugin.strategies import data_parallel_mesh
 from lightning_mixprec.plugin.warnings import warn_of_whole_copies
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
-
-_LIGHTNING_NAMES = {"fp64": "64-true", "fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class FormatsInForce:
@@ -69,7 +68,7 @@ class FormatsInForce:
     @property
     def lightning_name(self) -> str:
         """Lightning's name for the default format."""
-        return "32-true" if self.training is None else _LIGHTNING_NAMES[self.training.default]
+        return get_format(REFERENCE if self.training is None else self.training.default).use.lightning_name
 
     @property
     def defaults(self) -> tuple[str, str]:
@@ -134,10 +133,11 @@ class FormatsInForce:
             self._attachment.restore_precise(weights)
 
     def cast_batch(self, data: Any, stage: Literal["train", "eval"]) -> Any:
-        """A batch, cast if the LightningModule's own operations compute in fp64; others take it as it comes."""
+        """A batch, cast if the LightningModule's own operations compute wider than fp32; others take it as it comes."""
         assignment = self._assignment_of(stage)
-        is_wide = assignment is not None and assignment[""].compute == "fp64"
-        return cast_floating(data, torch.float64) if is_wide else data
+        if assignment is None or not is_wider(assignment[""].compute, REFERENCE):
+            return data
+        return cast_floating(data, get_format(assignment[""].compute).forward.dtype)
 
     def forward(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes in the formats in force."""
@@ -255,7 +255,7 @@ class FormatsInForce:
 
 def widened(layer: LayerPrecision) -> LayerPrecision:
     """What a layer computes in where everything is fp32; fp64 stays."""
-    return replace(layer, compute="fp64" if layer.compute == "fp64" else "fp32", output=None)
+    return replace(layer, compute=layer.compute if is_wider(layer.compute, REFERENCE) else REFERENCE, output=None)
 
 
 def attributes_of_copy(owner: Any) -> dict[str, Any]:

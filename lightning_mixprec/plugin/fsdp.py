@@ -4,20 +4,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec.errors import PolicyError, SupportError
+from lightning_mixprec.numerics.formats import REFERENCE, format_of, get_format, half_dtypes, is_wider
 from lightning_mixprec.optim.options import LossScaling
 from lightning_mixprec.plugin.lightnings import FSDPPrecision, check_lightning_module
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.module_names import walk
 from lightning_mixprec.policy.policy import PrecisionPolicy
-
-_FORMATS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[misc]
@@ -96,7 +94,7 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
 
 def _check_storage(assignment: Assignment) -> None:
     for name, layer in assignment.items():
-        if layer.compute == "fp64" or layer.param not in ("fp32", layer.compute):
+        if is_wider(layer.compute, REFERENCE) or layer.param not in (REFERENCE, layer.compute):
             raise SupportError(
                 f"layer {name!r} stores its weights in {layer.param} and computes in {layer.compute}, for which FSDP "
                 "would have to hold casts of them; use fp32 weights and fp32, bf16 or fp16 operations, or "
@@ -109,15 +107,15 @@ def _check_gathered(root: nn.Module, assignment: Assignment) -> None:
     modules = {id(node.module): node.name for node in walk(root)}
     for unit, module in _with_units(root, None):
         config = getattr(unit, "mixed_precision", None)
-        gathered = _FORMATS.get(config.param_dtype) if config is not None else None
+        gathered = config.param_dtype if config is not None else None
         name = modules.get(id(module))
-        if gathered is None or name is None or not module._parameters:
+        if gathered not in half_dtypes() or name is None or not module._parameters:
             continue
-        if assignment[name].compute != gathered:
+        if get_format(assignment[name].compute).forward.dtype != gathered:
             raise PolicyError(
-                f"FSDPStrategy(mixed_precision=...) gathers the weights of layer {name!r} in {gathered}, but it is to "
-                f"compute in {assignment[name].compute}; add its class to _module_classes_to_ignore, wrap it by itself "
-                "with another MixedPrecision, or leave mixed_precision out."
+                f"FSDPStrategy(mixed_precision=...) gathers the weights of layer {name!r} in {format_of(gathered)}, "
+                f"but it is to compute in {assignment[name].compute}; add its class to _module_classes_to_ignore, wrap "
+                "it by itself with another MixedPrecision, or leave mixed_precision out."
             )
 
 

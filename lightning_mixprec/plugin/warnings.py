@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.numerics.devices import native_support
-from lightning_mixprec.numerics.formats import format_of
+from lightning_mixprec.numerics.formats import get_format, half_dtypes
 from lightning_mixprec.plugin.arguments import choose_format, device_name
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.module_names import walk
@@ -40,10 +40,8 @@ def warn_of_narrow_weights(model: nn.Module, assignment: Assignment) -> None:
         name
         for name, module, _ in walk(model)
         if assignment.facts[name].first_name == name
-        and assignment[name].compute in ("fp16", "bf16")
-        and any(
-            format_of(param.dtype) in ("fp16", "bf16") for param in module._parameters.values() if param is not None
-        )
+        and get_format(assignment[name].compute).is_half
+        and any(param.dtype in half_dtypes() for param in module._parameters.values() if param is not None)
     ]
     if names:
         rank_zero_warn(

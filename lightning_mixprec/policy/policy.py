@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.numerics.formats import compute_formats
 from lightning_mixprec.policy import yaml_files as files
 from lightning_mixprec.policy.amending import amended_rules
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.idle_rules import check_rules
 from lightning_mixprec.policy.resolving import assignment_of, resolve
-from lightning_mixprec.policy.rules import COMPUTE_FORMATS, FieldError, Rule, check_format
+from lightning_mixprec.policy.rules import FieldError, Rule, check_format
 from lightning_mixprec.policy.written_forms import check_flag, read_mapping, read_rules
 
 
@@ -153,7 +154,7 @@ def as_policy(value: object) -> PrecisionPolicy:
             f"policy is {value!r} ({type(value).__name__}); give a format name, a path to a YAML file, a mapping or a "
             "PrecisionPolicy"
         )
-    if value in COMPUTE_FORMATS:
+    if value in compute_formats():
         return PrecisionPolicy(value)
     if _is_path(value):
         return PrecisionPolicy.from_file(value)

@@ -6,14 +6,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import FORMATS, meant_by
+from lightning_mixprec.numerics.formats import FORMATS, compute_formats, meant_by, param_formats
 from lightning_mixprec.policy.patterns import check_type_pattern, parse
 
-COMPUTE_FORMATS = ("fp64", "fp32", "bf16", "fp16")
-PARAM_FORMATS = ("fp64", "fp32")
-OUTPUT_FORMATS = (*COMPUTE_FORMATS, "input")
-
-_ALLOWED = {"param": PARAM_FORMATS, "compute": COMPUTE_FORMATS, "default": COMPUTE_FORMATS, "output": OUTPUT_FORMATS}
 _SHORT = {"p": "param", "c": "compute", "o": "output"}
 
 
@@ -143,7 +138,8 @@ def check_format(name: str, value: object) -> None:
     Raises:
         FieldError: there is no such format, or not for that.
     """
-    allowed = _ALLOWED[name]
+    allowed = param_formats() if name == "param" else compute_formats()
+    allowed = (*allowed, "input") if name == "output" else allowed
     if isinstance(value, str) and value in allowed:
         return
     options = f"{name} takes {', '.join(allowed)}"

@@ -3,9 +3,9 @@
 import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any, Literal, NewType, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin
 
-from typing_extensions import get_type_hints, is_typeddict
+from typing_extensions import NotRequired, get_type_hints, is_typeddict
 
 _LARGEST = 2**63
 """What counters and steps stay below; larger ones have no float."""
@@ -22,13 +22,17 @@ def has_shape(value: object, shape: Any) -> bool:
 
     Args:
         value: Anything.
-        shape: A plain type, a list, mapping or tuple of shapes, a union, a ``Literal``, a ``TypedDict``, or a dataclass
-            for a mapping that has its fields.
+        shape: A plain type, a list, mapping or tuple of shapes, a union, a ``Literal``, an
+            ``Annotated`` with a test, a ``TypedDict``, or a dataclass for a mapping that has its fields.
 
     >>> has_shape([("a", 2)], list[tuple[str, Count]]), has_shape([("a", -2)], list[tuple[str, Count]])
     (True, False)
     """
     kind, parts = get_origin(shape), get_args(shape)
+    if kind is NotRequired:
+        return has_shape(value, parts[0])
+    if kind is Annotated:
+        return has_shape(value, parts[0]) and parts[1](value)
     if kind in (Union, types.UnionType):
         return any(has_shape(value, part) for part in parts)
     if kind is Literal:
@@ -44,7 +48,7 @@ def has_shape(value: object, shape: Any) -> bool:
 
 
 def _is_record(value: object, shape: Any) -> bool:
-    hints = get_type_hints(shape)
+    hints = get_type_hints(shape, include_extras=True)
     needed = shape.__required_keys__ if is_typeddict(shape) else hints.keys()
     return (
         isinstance(value, dict)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from lightning_mixprec.numerics.formats import REFERENCE, get_format, promoted_for_range
 from lightning_mixprec.report.alert import Alert, Level, quoted
 from lightning_mixprec.report.layers import Layer
 from lightning_mixprec.report.reading import Records
@@ -64,14 +65,13 @@ def _underflow(records: Records, measured: dict[str, Known], layers: dict[str, L
 
 
 def _against_underflow(records: Records, layer: str, format: str) -> str:
-    wider = "bf16" if format in ("fp16", "fp8") else "fp32"
+    wider = promoted_for_range(format) if get_format(format).is_low_precision else REFERENCE
     samples = [row["sample"] for row in records.samples if layer in row["sample"]["layers"]]
-    if format == "fp16" and samples:
+    if get_format(format).use.needs_scaling and samples:
         best, scale = samples[-1]["layers"][layer][-1], samples[-1]["loss_scale"]
         if best is not None and best > scale:
-            return (
-                f"A loss scale of {best:g} would suit it (it was {scale:g}): raise init_scale, or compute it in bf16."
-            )
+            kept = f"A loss scale of {best:g} would suit it (it was {scale:g})"
+            return f"{kept}: raise init_scale, or compute it in {wider}."
     return f"Compute it in {wider}."
 
 

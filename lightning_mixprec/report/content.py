@@ -25,7 +25,7 @@ from datetime import datetime, timezone
 from itertools import groupby
 from typing import Any
 
-from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.numerics.formats import get_format, low_precision_formats
 from lightning_mixprec.report.alert import counted
 from lightning_mixprec.report.alerts import alerts
 from lightning_mixprec.report.layers import Layer, layers_of, rows
@@ -33,7 +33,6 @@ from lightning_mixprec.report.reading import Records, Row
 from lightning_mixprec.report.timeline import curve, skipped_steps, steps_taken
 
 VERSION = 1
-_DRAWN_FORMATS = ("fp16", "bf16", "e4m3", "e5m2")
 _MAX_MOVES = 200
 _MAX_HISTOGRAMS = 12
 _LAST = 20
@@ -46,7 +45,7 @@ def content_of(runs: Sequence[Records], title: str = "precision report") -> dict
         "version": VERSION,
         "title": title,
         "made": made,
-        "formats": {name: _range(name) for name in _DRAWN_FORMATS},
+        "formats": {name: _range(name) for name in low_precision_formats(in_parts=True)},
         "runs": [_plain(_run(records, len(runs))) for records in runs],
     }
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.report.charts import coordinate, digits, multiples, percent, power, round_step
 
 LEAST_SHARE = 1e-4  # the bottom of the logarithmic axis of shares
@@ -54,7 +55,7 @@ def window(histograms: Sequence[dict[str, Any]], formats: dict[str, Any], quanti
         if filled:
             lows.append(counted["lowest"] + filled[0])
             highs.append(counted["lowest"] + filled[-1] + 1)
-        if counted and each["format"] in ("fp16", "e4m3", "e5m2") and each["format"] in formats:
+        if counted and each["format"] in formats and get_format(each["format"]).use.needs_scaling:
             held = range_of(formats[each["format"]], scale_for(each, quantity))
             lows.append(math.floor(held.smallest))
             highs.append(math.ceil(held.largest) + 1)

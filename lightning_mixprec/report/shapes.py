@@ -1,13 +1,14 @@
 """The shapes of the rows that a report is made from; a row of another shape is passed over."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
+from lightning_mixprec.numerics.formats import FORMATS
 from lightning_mixprec.records.schema import Count
 
 Number = float | None
-FormatName = Literal["fp64", "fp32", "bf16", "fp16", "fp8", "e4m3", "e5m2"]
+FormatName = Annotated[str, FORMATS.__contains__]
 Described = tuple[str, str, int | None, str, FormatName, str, str]
 """A layer: name, type, number of own parameters, param, compute, output, rule."""
 

@@ -20,6 +20,7 @@ from lightning_mixprec.evidence.instruments.attributes import bytes_of, version_
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
 from lightning_mixprec.numerics.exponents import Histogram, histograms
 from lightning_mixprec.numerics.flat_batches import flatten, on_device, sample
+from lightning_mixprec.numerics.formats import half_dtypes
 from lightning_mixprec.numerics.similarity import dots
 from lightning_mixprec.policy.module_names import walk
 
@@ -192,7 +193,7 @@ def shadow(call: LayerCall) -> Tensor:
 
 def widened(value: Any) -> Any:
     """Casts the 16-bit tensors in nested containers to fp32; wider ones stay."""
-    return cast(value, {torch.float16: torch.float32, torch.bfloat16: torch.float32})
+    return cast(value, dict.fromkeys(half_dtypes(), torch.float32))
 
 
 def own_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:

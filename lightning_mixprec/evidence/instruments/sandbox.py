@@ -23,8 +23,7 @@ from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.evidence.instruments.attributes import Attributes
-
-_HALF = (torch.float16, torch.bfloat16)
+from lightning_mixprec.numerics.formats import half_dtypes
 
 
 class RandomState:
@@ -169,7 +168,7 @@ def sandbox(model: nn.Module, device: torch.device, *, widen: bool = False) -> I
 def _copy(tensor: Tensor, widen: bool, device: torch.device) -> Tensor:
     whole: Tensor = tensor.to(device).full_tensor() if sharding.is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     copied = whole.detach().clone()
-    if widen and copied.dtype in _HALF:
+    if widen and copied.dtype in half_dtypes():
         copied = copied.float()
     if isinstance(tensor, nn.Parameter):
         copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
