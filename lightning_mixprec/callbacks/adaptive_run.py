@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import Site, survey
-from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.failures import Found, diagnosed
 from lightning_mixprec.evidence.layer_statistics import SHORT, describe
 from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome
@@ -162,7 +162,7 @@ class Steering:
             if self.pending is None:
                 self.controller.see_no_sample()
             return
-        trials = self._trials(kept, statistics=self.controller.is_near_decision)
+        trials = self._trials(self._comparison(kept, statistics=self.controller.is_near_decision))
         if not trials.is_possible:
             self.controller.see_no_sample()
             self._report(place, problem=trials.problem or NOT_FINITE)
@@ -188,7 +188,7 @@ class Steering:
         if not looks or not evidence.batches:
             return
         replay = StepReplay(self._module, PluginFormats(self._plugin), evidence.device)
-        found, problems = diagnosed(replay, evidence, outcome.scale)
+        found, problems = diagnosed(replay, evidence, outcome.scale, self._wanted(statistics=True))
         for problem in problems:
             self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
         verdict = None if found is None else found.diagnosis.verdict
@@ -201,7 +201,7 @@ class Steering:
             return
         if not (falls or self.controller.accuse()):
             return
-        trials = self._trials(found.kept, statistics=True)
+        trials = self._trials(found.comparison or self._comparison(found.kept, statistics=True))
         if not trials.is_possible:
             self.controller.give_up_looking()
             return
@@ -228,13 +228,17 @@ class Steering:
             self._report(self._now(), problem=f"{quoted(names)} not finite, and there is no good copy to go back to")
         return True
 
-    def _trials(self, kept: KeptBatch, *, statistics: bool) -> Trials:
-        """The batch, run in fp32 with all that a decision about it may ask for."""
-        counts = not self._flops
-        wanted = Wanted(statistics=statistics, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES, flops=counts)
-        usual = self.controller.counts.usual_loss
-        trials = Trials(self._module, self._plugin, kept, self._policy_with, wanted, usual)
-        if counts and trials.is_possible:
+    def _wanted(self, *, statistics: bool) -> Wanted:
+        """The questions that a decision may ask of a step in fp32."""
+        flops = not self._flops
+        return Wanted(statistics=statistics, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES, flops=flops)
+
+    def _comparison(self, kept: KeptBatch, *, statistics: bool) -> Comparison:
+        return Comparison(self._module, PluginFormats(self._plugin), kept, self._wanted(statistics=statistics))
+
+    def _trials(self, comparison: Comparison) -> Trials:
+        trials = Trials(comparison, self._plugin, self._policy_with, self.controller.counts.usual_loss)
+        if not self._flops and trials.is_possible:
             _, flops = ranks.first_found(trials.flops)
             self._flops = flops or {}
             self.controller.measured(self._flops)

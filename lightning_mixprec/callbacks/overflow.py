@@ -148,7 +148,7 @@ class OverflowMonitor(FailureMonitor):
         for batch_idx, problem in problems:
             self._write(self._where(trainer, evidence.step, batch_idx), problem=problem)
             self._warn_once("problem", f"step {evidence.step} failed and could not be replayed ({problem}).")
-        return None if found is None else self._event(trainer, evidence.step, *found)
+        return None if found is None else self._event(trainer, evidence.step, found.rank, found.kept, found.diagnosis)
 
     def _event(
         self, trainer: pl.Trainer, step: int, rank: int, kept: KeptBatch, diagnosis: Diagnosis

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import Judge
+from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.evidence.saved_batches import load_batch
@@ -70,7 +71,7 @@ def diagnose(
         policy = saved.policy if policy == _DEFAULT_POLICY else policy
     formats = PolicyFormats(module, policy, module.device, loss_scale)
     scale = float(formats.scale)
-    judge = Judge(StepReplay(module, formats, module.device), batch, batch_idx, scale, random)
+    judge = Judge(StepReplay(module, formats, module.device), KeptBatch(batch, batch_idx, random), scale)
     found = judge.judge()
     if judge.problem is not None:
         raise MixPrecError(_reason(judge.problem))

@@ -6,7 +6,7 @@ are kept for every comparison that follows. Numbers stay on the device until all
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
@@ -26,6 +26,7 @@ from lightning_mixprec.evidence.instruments.probe import (
     shadow,
     weight_gradients,
 )
+from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import Formats
@@ -225,14 +226,28 @@ class Comparison:
             replayed = replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)
         return Recorded(replayed, recorder.calls, recorder.too_large)
 
-    def run_reference(self, calls: dict[str, LayerCall] | None = None, compared: Sequence[str] = ()) -> Tensor:
-        """Runs the step in fp32, once, and before it the recorded calls of layers; their :meth:`energies`."""
+    def run_reference(
+        self,
+        calls: dict[str, LayerCall] | None = None,
+        compared: Sequence[str] = (),
+        run: Callable[[Sandbox], Replayed] | None = None,
+    ) -> Tensor:
+        """Runs the step in fp32, once, and before it the recorded calls of layers.
+
+        Args:
+            calls: The recorded calls.
+            compared: The layers that are compared.
+            run: Runs the step inside a sandbox, where more is to be seen of it than was wanted.
+
+        Returns:
+            The :meth:`energies` of the compared layers.
+        """
         assert self.reference is None, "one reference per batch"
-        kept, count = self._kept, FlopCount(self.layers) if self._wanted.flops else None
+        run, count = run or self._run, FlopCount(self.layers) if self._wanted.flops else None
         with self._replay.opened(reference=True) as stand_ins:
             energies = self._energies(calls or {}, compared)
             with self._observer or contextlib.nullcontext(), count or contextlib.nullcontext():
-                replayed = self._replay.run(stand_ins, kept.batch, kept.batch_idx, random=kept.random)
+                replayed = run(stand_ins)
         self.reference, self.flops = replayed, count.flops if count is not None else {}
         return energies
 
@@ -273,6 +288,10 @@ class Comparison:
         if statistics:
             told.tables, told.amax = self._counted()
         return told
+
+    def _run(self, stand_ins: Sandbox) -> Replayed:
+        kept = self._kept
+        return self._replay.run(stand_ins, kept.batch, kept.batch_idx, random=kept.random)
 
     def _counted(self) -> tuple[Tensor, Tensor]:
         if self._statistics is None:

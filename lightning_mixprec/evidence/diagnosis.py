@@ -12,10 +12,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.casting import tensors_in
+from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters, weight_gradients
 from lightning_mixprec.evidence.instruments.recording import CAST
-from lightning_mixprec.evidence.instruments.sandbox import RandomState
+from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.evidence.instruments.trace import Frame, Origin, Trace
+from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.replay import (
     Replayed,
     StepReplay,
@@ -25,6 +27,7 @@ from lightning_mixprec.evidence.replay import (
     is_shared,
     one_line,
 )
+from lightning_mixprec.numerics.finite import all_finite
 from lightning_mixprec.numerics.flat_batches import flatten
 from lightning_mixprec.numerics.formats import FORMATS, compute_formats, get_format, promoted_for_range
 from lightning_mixprec.numerics.rates import underflow_rate
@@ -41,6 +44,7 @@ _MOST_UNDERFLOW = 0.5
 _NOT_TOLD = ("frames", "is_search")
 LOST_WEIGHTS = "weights that are not finite"
 _HALVED = "on half of the batch, as memory ran out"
+_NOTHING_ELSE = Wanted()
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,21 @@ class Judge:
 
     Args:
         replay: How to replay the step.
-        batch: The batch, on the device.
-        batch_idx: Its index.
+        kept: The batch, on the device.
         scale: The loss scale of the step.
-        random: The random numbers that the step began with; None for the present ones.
+        wanted: What else is to be asked of the step in fp32.
+
+    Attributes:
+        problem: What went wrong on this rank, if something did.
+        comparison: The batch with its step in fp32, once it was run; None where that took half of the batch.
     """
 
-    def __init__(
-        self, replay: StepReplay, batch: Any, batch_idx: int, scale: float, random: RandomState | None = None
-    ) -> None:
-        self._replay, self._batch, self._batch_idx = replay, batch, batch_idx
-        self._scale, self._random = scale, random
+    def __init__(self, replay: StepReplay, kept: KeptBatch, scale: float, wanted: Wanted = _NOTHING_ELSE) -> None:
+        self._replay, self._scale, self._wanted = replay, scale, wanted
+        self._batch, self._batch_idx, self._random = kept
         self._is_halved = False
         self.problem: str | None = None
+        self.comparison: Comparison | None = None
 
     def judge(self) -> Diagnosis | None:
         """The diagnosis of this rank's batch; None if its replay is finite."""
@@ -185,17 +191,29 @@ class Judge:
         return self._scale != 1 or isinstance(self._replay.formats.scale, Tensor)
 
     def _traced(self, *, reference: bool, scale: float) -> _Traced:
-        def run() -> _Traced:
-            replay = self._replay
-            with replay.opened(reference=reference) as stand_ins:
-                batch = replay.own_batch(stand_ins, self._batch)
-                with Trace(replay.module) as trace:
-                    replayed = replay.run_on_own(stand_ins, batch, self._batch_idx, scale=scale, random=self._random)
-                    gradients = [_values(gradient) for gradient in replayed.gradients.values()]
-                    origin = trace.origin(replayed.losses) or trace.origin(gradients)
-            return _Traced(replayed, trace, origin, are_finite([*replayed.losses, *gradients]), scale)
+        replay, seen = self._replay, list[_Traced]()
 
-        return self._tried(run) or _Traced(Replayed(), None, None, True)
+        def traced(stand_ins: Sandbox) -> Replayed:
+            batch = replay.own_batch(stand_ins, self._batch)
+            with Trace(replay.module) as trace:
+                replayed = replay.run_on_own(stand_ins, batch, self._batch_idx, scale=scale, random=self._random)
+                gradients = [_values(gradient) for gradient in replayed.gradients.values()]
+                origin = trace.origin(replayed.losses) or trace.origin(gradients)
+            seen.append(_Traced(replayed, trace, origin, bool(is_finite(replayed)), scale))
+            return replayed
+
+        def run() -> None:
+            if reference:
+                kept = KeptBatch(self._batch, self._batch_idx, self._random)
+                comparison = Comparison(replay.module, replay.formats, kept, self._wanted)
+                comparison.run_reference(run=traced)
+                self.comparison = None if self._is_halved else comparison
+            else:
+                with replay.opened() as stand_ins:
+                    traced(stand_ins)
+
+        self._tried(run)
+        return seen[-1] if seen else _Traced(Replayed(), None, None, True)
 
     def _tried(self, run: Callable[[], T]) -> T | None:
         """Runs a replay; if memory runs out, once more on half of the batch, and so from then on.
@@ -220,7 +238,7 @@ class Judge:
     def _is_finite_at(self, scale: float) -> bool:
         with self._replay.opened() as stand_ins:
             replayed = self._replay.run(stand_ins, self._batch, self._batch_idx, scale=scale, random=self._random)
-        return are_finite([*replayed.losses, *map(_values, replayed.gradients.values())])
+        return bool(is_finite(replayed))
 
     def _is_finite_repaired(self) -> bool:
         """Whether the step is finite in fp32 with a repaired batch; one that cannot be run with it is not."""
@@ -230,7 +248,7 @@ class Judge:
                 replayed = self._replay.run(stand_ins, batch, self._batch_idx, random=self._random)
         except Exception:
             return False
-        return are_finite([*replayed.losses, *map(_values, replayed.gradients.values())])
+        return bool(is_finite(replayed))
 
     def _smaller_scale(self, wide: _Traced) -> tuple[float | None, float]:
         """Looks for a loss scale at which the step is finite and keeps its gradients, in a few tries.
@@ -294,7 +312,7 @@ class Judge:
             f"{layer}.{name}" if layer else name
             for layer, module in layers_of(self._replay.module).items()
             for name, param in module._parameters.items()
-            if param is not None and not are_finite([param.detach()])
+            if param is not None and not all_finite([param])
         ]
 
     def _model(self, wide: _Traced) -> Diagnosis:
@@ -325,11 +343,6 @@ class Judge:
         return ranks.is_any(claim, self._replay.device)
 
 
-def are_finite(tensors: list[Tensor]) -> bool:
-    """Whether all elements are finite. Waits for the device."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
 def _is_backward(origin: Origin | None) -> bool:
     return origin is not None and origin.direction == "backward"
 
@@ -345,7 +358,7 @@ def _bits(format: str) -> int:
 def _nonfinite_in(batch: Any) -> Iterator[str]:
     for path, leaf in tree_flatten_with_path(batch)[0]:
         for tensor in tensors_in(leaf):
-            if tensor.is_floating_point() and not are_finite([values := flatten(tensor)]):
+            if tensor.is_floating_point() and not all_finite([values := flatten(tensor)]):
                 bad = (~torch.isfinite(values)).sum().item()
                 yield f"{bad} of {tensor.numel()} values in batch{keystr(path)}"
 

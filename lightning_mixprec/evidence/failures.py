@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.diagnosis import Diagnosis, Judge
 from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome, RandomUse, received
 from lightning_mixprec.evidence.replay import StepReplay
@@ -131,11 +132,19 @@ class FailureWatch:
 
 
 class Found(NamedTuple):
-    """Why a step failed: the rank that says so, the batch it says it of, and what it says."""
+    """Why a step failed.
+
+    Attributes:
+        rank: The rank that says so.
+        kept: The batch it says it of.
+        diagnosis: What it says.
+        comparison: This rank's batch with its step in fp32, if all ranks still have theirs.
+    """
 
     rank: int
     kept: KeptBatch
     diagnosis: Diagnosis
+    comparison: Comparison | None
 
 
 class Problem(NamedTuple):
@@ -145,7 +154,9 @@ class Problem(NamedTuple):
     message: str
 
 
-def diagnosed(replay: StepReplay, evidence: Evidence, scale: float) -> tuple[Found | None, list[Problem]]:
+def diagnosed(
+    replay: StepReplay, evidence: Evidence, scale: float, wanted: Wanted | None = None
+) -> tuple[Found | None, list[Problem]]:
     """Looks for the latest batch that a layer, the data or the model spoiled; else for one that the scale did.
 
     All ranks have to look together. They find the same.
@@ -154,18 +165,21 @@ def diagnosed(replay: StepReplay, evidence: Evidence, scale: float) -> tuple[Fou
         replay: How to replay a batch.
         evidence: The batches of the failed step.
         scale: The loss scale of the step.
+        wanted: What a decision will ask of the step in fp32; None if none is to be made.
     """
     found: Found | None = None
     problems: list[Problem] = []
     for kept in reversed(evidence.batches):
-        judge = Judge(replay, kept.batch, kept.batch_idx, scale, kept.random)
+        found = found and found._replace(comparison=None)  # its gradients make room for this batch's
+        judge = Judge(replay, kept, scale, wanted or Wanted())
         if found is not None and judge.is_finite_at(found.diagnosis.smaller_scale or scale):
             continue
         rank, diagnosis = ranks.first_found(judge.judge())
         if judge.problem is not None:
             problems.append(Problem(kept.batch_idx, judge.problem))
         if diagnosis is not None and (found is None or diagnosis.verdict != "scale"):
-            found = Found(rank, kept, diagnosis)
+            lacks = wanted is None or ranks.is_any(judge.comparison is None, evidence.device)
+            found = Found(rank, kept, diagnosis, None if lacks else judge.comparison)
             if diagnosis.verdict != "scale":
                 break
     return found, [

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-import lightning.pytorch as pl
 import torch
 
 from lightning_mixprec import ranks
-from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, Wanted, is_finite
+from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, is_finite
 from lightning_mixprec.evidence.findings import Findings
-from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.replay import one_line
 from lightning_mixprec.evidence.run_formats import PluginFormats, TrialFormats
 from lightning_mixprec.planning.agreement import Agreement
@@ -23,16 +21,14 @@ _LEAST_SHARE = 0.1
 
 
 class Trials:
-    """A batch whose step is run in fp32 once, as this is made, and in other formats as often as asked for.
+    """A batch whose step is run in fp32 once, if it was not yet, and in other formats as often as asked for.
 
     All ranks have to try together: each runs its own batch, and the answer is the same on all.
 
     Args:
-        module: The LightningModule in training, between steps.
-        plugin: Its precision plugin.
-        kept: The batch, on the device.
+        comparison: The batch, with the formats of a run under :class:`PerLayerPrecision`.
+        plugin: The precision plugin of the run.
         policy_with: The policy in which layers are promoted.
-        wanted: What else is to be asked of the batch: statistics, flops.
         usual_loss: How large losses have been; a difference that is small beside a tenth of it is small.
 
     Attributes:
@@ -44,26 +40,23 @@ class Trials:
 
     def __init__(
         self,
-        module: pl.LightningModule,
+        comparison: Comparison,
         plugin: PerLayerPrecision,
-        kept: KeptBatch,
         policy_with: Callable[[Mapping[str, Promotion]], PrecisionPolicy],
-        wanted: Wanted,
         usual_loss: float = 0.0,
     ) -> None:
-        self._plugin, self._policy_with = plugin, policy_with
-        self._comparison = Comparison(module, PluginFormats(plugin), kept, wanted)
+        self._comparison, self._plugin, self._policy_with = comparison, plugin, policy_with
         self.problem: str | None = None
         self.passes = 1
-        self._tried(self._comparison.run_reference)
-        reference = self._comparison.reference
+        if comparison.reference is None:
+            self._tried(comparison.run_reference)
+        reference, device = comparison.reference, comparison.device
         is_bad = reference is None or not bool(is_finite(reference))
-        self.is_possible = not ranks.is_any(is_bad, self._comparison.device)
+        self.is_possible = not ranks.is_any(is_bad, device)
         if not self.is_possible:
             self.problem = ranks.first_told(self.problem)
         losses = reference.losses if reference is not None and self.is_possible else []
-        sizes = [torch.zeros((), device=self._comparison.device), *(loss.float().sum().abs() for loss in losses)]
-        largest = torch.stack(sizes).amax()
+        largest = torch.stack([torch.zeros((), device=device), *(loss.float().sum().abs() for loss in losses)]).amax()
         ranks.take_largest([largest])
         self.loss_size = largest.item()
         self._least_loss = _LEAST_SHARE * max(usual_loss, self.loss_size)

@@ -66,10 +66,10 @@ def test_a_promotion_takes_one_step_in_fp32_the_trials_and_one_for_the_outputs_o
     assert seen[:4] == [(None, 0, 0), (None, 1, 2), ("promote", 1, 13), (None, 1, 2)]
 
 
-def test_a_promotion_after_a_failure_takes_the_traces_of_its_diagnosis_besides(replays):
+def test_a_promotion_after_a_failure_shares_the_step_in_fp32_with_its_diagnosis(replays):
     seen = prices(replays, loud, Lessons(6))
     assert seen[0] == (None, 1, 2), "a failed step that is looked into, without a decision"
-    assert seen[1] == ("promote", 1 + 1, 2 + 6)
+    assert seen[1] == ("promote", 1, 7)
 
 
 def test_a_demotion_takes_one_step_in_fp32_and_so_does_each_sample_on_the_way_to_it(replays):

@@ -7,7 +7,7 @@ import torch
 from adaptive_models import Lessons, silent
 from plugin_models import Call, fit, ours
 
-from lightning_mixprec.evidence.comparison import NO_LOSS, Wanted, loss_gap
+from lightning_mixprec.evidence.comparison import NO_LOSS, Comparison, Wanted, loss_gap
 from lightning_mixprec.evidence.outcomes import KeptBatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.sampled_step import SampledStep
@@ -42,7 +42,8 @@ def test_a_loss_of_next_to_nothing_counts_as_larger_than_it_is_where_that_is_ask
 def both(model, plugin, batch, max_bytes):
     """What the controller and what a monitor is told of a step, as it is and as it was tried."""
     wanted = Wanted(statistics=True, agreement=True, layers=("net.body",), max_bytes=max_bytes)
-    trials = Trials(model, plugin, KeptBatch(batch, 0, None), lambda promoted: plugin.policy, wanted)
+    comparison = Comparison(model, PluginFormats(plugin), KeptBatch(batch, 0, None), wanted)
+    trials = Trials(comparison, plugin, lambda promoted: plugin.policy)
     scale, place = plugin.scaler.get_scale(), {"step": 0, "epoch": 0, "batch_idx": 0}
     told = trials.run_as_is(scale), trials.run({}, scale), trials.statistics(scale, wanted.layers)
     return told, SampledStep(model, PluginFormats(plugin), batch, place, wanted).findings()

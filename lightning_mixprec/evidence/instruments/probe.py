@@ -4,6 +4,7 @@ Everything here is for single, chosen steps: hooks are put on the modules when a
 it ends, and nothing waits for the device.
 """
 
+import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
@@ -253,11 +255,14 @@ class _Sample(NamedTuple):
 
 
 def _sampled(tensor: Tensor, max_elements: int | None) -> _Sample:
-    flat = flatten(tensor.detach())
-    if not flat.numel():
-        return _Sample(flat, torch.zeros((), device=flat.device))
-    low, high = (flat if flat.itemsize > 1 else flat.float()).aminmax()
-    return _Sample(sample([flat], max_elements)[0].clone(), torch.maximum(-low, high).double())
+    """A sample of a tensor; what else watches the step's operations does not see how it is taken."""
+    is_watched = torch._C._len_torch_dispatch_stack() > 0
+    with _disable_current_modes() if is_watched else contextlib.nullcontext():
+        flat = flatten(tensor.detach())
+        if not flat.numel():
+            return _Sample(flat, torch.zeros((), device=flat.device))
+        low, high = (flat if flat.itemsize > 1 else flat.float()).aminmax()
+        return _Sample(sample([flat], max_elements)[0].clone(), torch.maximum(-low, high).double())
 
 
 def _detached(value: Any) -> Any:
