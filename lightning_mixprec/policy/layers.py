@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_mixprec.numerics.formats import format_of
+from lightning_mixprec.numerics.formats import REFERENCE, format_of
 from lightning_mixprec.policy.matching import NameTree
 from lightning_mixprec.policy.module_names import walk
 
@@ -98,7 +98,7 @@ def stored_formats(inventory: Inventory, ruled: dict[int, str]) -> list[str]:
         if below[layer] is None:
             below[layer] = next((format for child in inventory.children[layer] if (format := below[child])), None)
     stored = [format or "" for format in below]
-    stored[0] = stored[0] or "fp32"
+    stored[0] = stored[0] or REFERENCE
     for layer in reversed(_children_first(inventory)):
         for child in inventory.children[layer]:
             stored[child] = stored[child] or stored[layer]
