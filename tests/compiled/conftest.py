@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from plugin_models import Batches, Task, ours, trainer
+from selection import slow_but_for
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -140,7 +141,7 @@ def net():
     return Net
 
 
-@pytest.fixture(params=HOW)
+@pytest.fixture(params=slow_but_for({"a submodule"}, HOW))
 def how(request):
     return request.param
 

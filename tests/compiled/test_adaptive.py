@@ -6,6 +6,7 @@ import pytest
 import torch._dynamo.config as dynamo
 from adaptive_models import Lessons, Loud, Silent, encoded
 from plugin_models import same
+from selection import slow_but_for
 
 from lightning_mixprec import PerLayerPrecision
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
@@ -37,12 +38,13 @@ def assert_as_plain(run, model, how, **options):
     assert list(done.compiled_at.values()) == [1] * (1 + len(changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["the LightningModule", "the LightningModule in place", "a submodule in place"])
 def test_a_compiled_run_adapts_as_the_plain_one_for_one_graph_per_assignment(how, run):
     assert_as_plain(run, "loud", how)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for({"loud"}, MODELS))
 def test_trials_and_moves_are_not_what_dynamo_counts_as_endless_recompiling(model, run):
     with dynamo.patch(recompile_limit=1):
         assert_as_plain(run, model, "a submodule", options={"fullgraph": True})

@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from plugin_models import same
+from selection import slow_but_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -28,7 +29,10 @@ def distributed():
     return DDPStrategy(process_group_backend="gloo", bucket_cap_mb=1e-4)
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "the LightningModule in place", "a submodule", "each block"])
+@pytest.mark.parametrize(
+    "how",
+    slow_but_for({"a submodule"}, ["the LightningModule", "the LightningModule in place", "a submodule", "each block"]),
+)
 def test_graphs_that_are_split_inside_regions_compute_what_the_plain_run_computes(how, run, monkeypatch):
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
     plain = run(POLICY)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from monitor_models import CULPRITS, Watched, batches, mlp, watch
 from plugin_models import Batches, same
+from selection import slow_but_for
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -28,7 +29,7 @@ def test_a_watched_run_compiles_and_computes_what_the_unwatched_one_does(how, ru
     assert same(watched.numbers, alone.numbers)
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "a submodule", "each block"])
+@pytest.mark.parametrize("how", slow_but_for({"a submodule"}, ["the LightningModule", "a submodule", "each block"]))
 def test_monitors_find_in_a_compiled_run_what_they_find_in_the_plain_one(how, run):
     seen = [monitors(), monitors()]
     for watching, way in zip(seen, (None, how), strict=True):
@@ -66,7 +67,7 @@ COMPILING = {
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("how", COMPILING)
+@pytest.mark.parametrize("how", slow_but_for({"in place"}, COMPILING))
 def test_an_overflow_in_compiled_code_is_traced_to_its_layer(how, direction):
     net, culprit = CULPRITS["mlp"]
     event = watch(COMPILING[how](Watched(net(direction)))).events[0]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.compile import to_uncompiled
 from plugin_models import Call, one_line, ours, same, save, snapshot, stock
+from selection import slow_but_for
 
 from lightning_mixprec.errors import PolicyError
 
@@ -26,7 +27,7 @@ def test_a_rule_with_a_compilers_name_in_it_is_told_what_to_write(pattern, run):
     one_line(caught)
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "a submodule", "each block"])
+@pytest.mark.parametrize("how", slow_but_for({"a submodule"}, ["the LightningModule", "a submodule", "each block"]))
 def test_a_change_is_in_the_history_under_the_plain_name(how, run):
     plugin = ours(POLICY)
     move = Call("on_train_batch_end", lambda *_: plugin.edit_policy({"net.head": "bf16"}), at=0)
@@ -56,7 +57,7 @@ class Before(pl.Callback):
         self.taken = snapshot(pl_module)
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "a submodule", "each block"])
+@pytest.mark.parametrize("how", slow_but_for({"a submodule"}, ["the LightningModule", "a submodule", "each block"]))
 def test_nothing_is_left_on_a_compiled_module(how, run):
     before = Before()
     done = run(POLICY, how, callbacks=[before], max_steps=1)

@@ -3,6 +3,7 @@
 import pytest
 import torch._dynamo.config as dynamo
 from plugin_models import Call, ours, same
+from selection import slow_but_for
 from torch import nn
 
 from lightning_mixprec import PrecisionScheduler
@@ -48,7 +49,7 @@ def test_a_new_assignment_costs_one_graph_per_region_and_an_earlier_one_none(how
     assert done.graphs[-1] >= 3
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "a submodule", "each block"])
+@pytest.mark.parametrize("how", slow_but_for({"a submodule"}, ["the LightningModule", "a submodule", "each block"]))
 def test_a_changing_run_has_the_numbers_of_the_plain_one(how, run):
     def changing(how):
         plugin = ours(A)
@@ -57,7 +58,7 @@ def test_a_changing_run_has_the_numbers_of_the_plain_one(how, run):
     assert same(changing(how).numbers, changing(None).numbers)
 
 
-@pytest.mark.parametrize("how", ["the LightningModule in place", "each block"])
+@pytest.mark.parametrize("how", slow_but_for({"each block"}, ["the LightningModule in place", "each block"]))
 def test_phases_beyond_dynamos_limit_are_compiled_all_the_same(how, run):
     phases = [{"at": {"step": step}, "edit": edit} for step, edit in enumerate(EDITS, start=1)]
     with dynamo.patch(recompile_limit=2):

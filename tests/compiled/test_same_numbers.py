@@ -7,6 +7,7 @@ import torch
 import torch._functorch.config as functorch
 import torch._inductor.config
 from plugin_models import Batches, Call, ours, same, stock
+from selection import slow_but_for
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -26,7 +27,7 @@ def test_losses_gradients_and_weights_are_those_of_the_plain_run(how, run):
     assert same(compiled.numbers, plain.numbers)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", slow_but_for({"fp16, bf16 and fp32"}, POLICIES))
 def test_they_are_under(policy, run):
     compiled = run(POLICIES[policy], "a submodule", backend="aot_eager", options={"fullgraph": True})
     assert compiled.compiled_at == {0: 1}
@@ -40,7 +41,7 @@ def test_a_uniform_policy_is_compiled_to_what_stock_is_compiled_to(format, run):
     assert ours_.compiled_at == theirs.compiled_at == {0: 1}
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "a submodule", "each block"])
+@pytest.mark.parametrize("how", slow_but_for({"a submodule"}, ["the LightningModule", "a submodule", "each block"]))
 def test_a_skipped_step_moves_neither_weights_nor_batch_statistics(how, run):
     def spoil(trainer, model):
         next(model.parameters()).grad.fill_(float("inf"))
@@ -58,7 +59,7 @@ def test_a_skipped_step_moves_neither_weights_nor_batch_statistics(how, run):
     assert same(compiled.numbers[-1], plain.numbers[-1])
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "a submodule"])
+@pytest.mark.parametrize("how", slow_but_for({"a submodule"}, ["the LightningModule", "a submodule"]))
 def test_outlier_batches_are_skipped_and_the_loss_scale_falls_as_in_the_plain_run(how, run):
     def batches():
         made = Batches(6, count=6)
@@ -86,7 +87,7 @@ class Steep(nn.Module):
         return self.wide(self.first(x))
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "a submodule in place"])
+@pytest.mark.parametrize("how", slow_but_for({"a submodule in place"}, ["the LightningModule", "a submodule in place"]))
 def test_the_backward_of_an_fp32_layer_is_computed_in_fp32(how, run):
     policy = {"default": "fp16", "net.wide": "fp32"}
     plain = run(policy, make=Steep, max_steps=1)
@@ -99,7 +100,7 @@ def test_the_backward_of_an_fp32_layer_is_computed_in_fp32(how, run):
         assert torch.allclose(mine, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize("how", ["the LightningModule", "a submodule", "each block"])
+@pytest.mark.parametrize("how", slow_but_for({"a submodule"}, ["the LightningModule", "a submodule", "each block"]))
 def test_evaluation_in_formats_of_its_own(how, run):
     def evaluated(how):
         plugin = ours("bf16", eval_policy={"default": "fp32", "net.blocks.1": "fp16"})

@@ -130,6 +130,7 @@ def test_every_second_block_becomes_a_slice_with_a_step():
     assert table["blocks.[1:30:2].part_a"]["type"] == "Box x 15 (45 layers)"
 
 
+@pytest.fixture(scope="module")
 def big_model():
     with torch.device("meta"):
         return Box(model=Box(blocks=nn.ModuleList(block() for _ in range(2500)), head=nn.Linear(2, 2)))
@@ -145,11 +146,10 @@ def big_model():
         [Rule(f"model.blocks.{number * number}", compute="fp32" if number % 3 else "fp16") for number in range(50)],
     ],
 )
-def test_a_big_model_fits_a_screen_or_two(rules):
-    model = big_model()
-    text = str(PrecisionPolicy("bf16", rules).resolve(model))
+def test_a_big_model_fits_a_screen_or_two(rules, big_model):
+    text = str(PrecisionPolicy("bf16", rules).resolve(big_model))
     assert len(text.splitlines()) <= 60
-    assert counted(text) == sum(parameter.numel() for parameter in model.parameters())
+    assert counted(text) == sum(parameter.numel() for parameter in big_model.parameters())
 
 
 def test_a_big_irregular_model_fits_too():
