@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from selection import slow_but_for
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 OVERFLOW, SILENT = ["ffn", "likelihood", "dice", "tasks"], ["rms-norm", "fourier", "offset", "words"]
@@ -27,7 +28,7 @@ def elsewhere(tmp_path, monkeypatch, recwarn):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*OVERFLOW, *SILENT])
+@pytest.mark.parametrize("name", slow_but_for({"ffn", "rms-norm"}, [*OVERFLOW, *SILENT]))
 def test_a_lost_run_is_rescued(suite, name):
     rescue, cases = suite
     runs = {how: [cases.runs.run_case(name, 0, how)] for how in ("fp32", "16-mixed", "ours")}
@@ -36,7 +37,7 @@ def test_a_lost_run_is_rescued(suite, name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["mlp", "contrastive", "tiny-weight"])
+@pytest.mark.parametrize("name", slow_but_for({"mlp"}, ["mlp", "contrastive", "tiny-weight"]))
 def test_a_healthy_run_is_left_alone(suite, name):
     rescue, cases = suite
     runs = {how: [cases.runs.run_case(name, 0, how)] for how in ("fp32", "16-mixed", "ours")}
@@ -45,6 +46,7 @@ def test_a_healthy_run_is_left_alone(suite, name):
     assert verdict.moves == [0]
 
 
+@pytest.mark.slow
 def test_the_rule_is_not_met_by_anything(suite):
     rescue, cases = suite
     case = cases.CASES["ffn"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adaptive_models import ADAM, Lessons, Loud, adapt, encoded, late, loud, send_outcomes, silent, solved, train
 from plugin_models import Call, Task, same, trainer
+from selection import slow_but_for
 from torch import nn
 
 from lightning_mixprec import FidelityMonitor, OverflowMonitor, PerLayerPrecision, UnderflowMonitor
@@ -299,7 +300,7 @@ def normed():
     return Task(nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)), ADAM)
 
 
-@pytest.mark.parametrize("policy", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("policy", slow_but_for({"fp16"}, ["fp16", "bf16", "fp32"]))
 @pytest.mark.parametrize("name", ["net.0.weight", "net.1.weight", "net.3.bias", "net.1.running_var"])
 def test_weights_and_statistics_that_something_spoiled_are_restored_and_the_run_goes_on(name, policy):
     damage = Call("on_train_batch_end", spoil(name), at=15)

@@ -9,6 +9,7 @@ import torch
 from adaptive_models import Encoding, Lessons, Loud, adapt, encoded, loud, send_outcomes, silent, solved
 from lightning.pytorch.callbacks import ModelCheckpoint
 from plugin_models import Call, Task, one_line, same, trainer
+from selection import slow_but_for
 from torch import nn
 
 from lightning_mixprec import PerLayerPrecision
@@ -79,7 +80,7 @@ def saving():
     return Call("on_train_batch_end", save)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but_for({"range, with random numbers", "advice"}, RUNS))
 def test_interrupted_at_any_step_it_decides_the_same_and_ends_with_the_same_bits(name):
     whole = everything(go(name))
     saved = everything(go(name, save=saving()))

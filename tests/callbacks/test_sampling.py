@@ -8,6 +8,7 @@ import pytest
 import torch
 from observed_models import MODULES, NETS, PLUGINS, Busy, monitors, plain, trace
 from plugin_models import Batches, Call, Task, fit, ours, same, snapshot
+from selection import slow_but_for
 from torch import nn
 
 from lightning_mixprec import FidelityMonitor, UnderflowMonitor
@@ -41,13 +42,13 @@ def test_a_run_is_the_same_to_the_last_bit_under(plugin):
     assert_unchanged(lambda: Busy(plain()), plugin)
 
 
-@pytest.mark.parametrize("plugin", ["mixed", "stock bf16-mixed"])
+@pytest.mark.parametrize("plugin", slow_but_for({"mixed"}, ["mixed", "stock bf16-mixed"]))
 @pytest.mark.parametrize("net", NETS)
 def test_a_run_is_the_same_to_the_last_bit_with(net, plugin):
     assert_unchanged(lambda: Busy(NETS[net]()), plugin)
 
 
-@pytest.mark.parametrize("plugin", ["fp16", "stock 16-mixed"])
+@pytest.mark.parametrize("plugin", slow_but_for({"fp16"}, ["fp16", "stock 16-mixed"]))
 @pytest.mark.parametrize("module", MODULES)
 def test_a_run_is_the_same_to_the_last_bit_for_a_module_with(module, plugin):
     assert_unchanged(MODULES[module], plugin)
@@ -60,7 +61,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("plugin", ["mixed", "stock 16-mixed"])
+@pytest.mark.parametrize("plugin", slow_but_for({"mixed"}, ["mixed", "stock 16-mixed"]))
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_run_is_the_same_to_the_last_bit_under_the_option(options, plugin):
     assert_unchanged(lambda: Busy(plain()), plugin, **OPTIONS[options])
@@ -90,7 +91,9 @@ def compiled(how, backend):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("policy", [{"default": "bf16", "net.4": "fp32"}, "fp16"])
-@pytest.mark.parametrize("how", ["a compiled submodule", "a submodule compiled in place"])
+@pytest.mark.parametrize(
+    "how", slow_but_for({"a compiled submodule"}, ["a compiled submodule", "a submodule compiled in place"])
+)
 def test_nothing_is_compiled_again_because_of_a_replay_with(how, policy):
     torch._dynamo.reset()
     traces, graphs = [], [Graphs(), Graphs()]

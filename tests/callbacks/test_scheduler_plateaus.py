@@ -9,6 +9,7 @@ from plugin_models import (
     task,
     trainer,
 )
+from selection import slow_but_for
 
 from lightning_mixprec import PerLayerPrecision
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
@@ -52,7 +53,7 @@ SERIES = {
 
 
 @pytest.mark.parametrize("where", ["training", "training alone", "validation"])
-@pytest.mark.parametrize("patience", [1, 2])
+@pytest.mark.parametrize("patience", slow_but_for({2}, [1, 2]))
 @pytest.mark.parametrize(("values", "mode", "min_delta"), SERIES.values(), ids=SERIES)
 def test_a_plateau_is_when_early_stopping_would_stop(values, mode, min_delta, patience, where):
     options = {"monitor": "metric", "mode": mode, "patience": patience, "min_delta": min_delta}

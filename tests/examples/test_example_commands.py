@@ -6,9 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from selection import slow_but_for
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -36,19 +39,28 @@ def run(command: str, folder: Path) -> Path:
     return folder / "lightning_logs" / "version_0"
 
 
-def with_checkpoint(command: str, folder: Path) -> str:
-    """The command with the checkpoint of the command that the README gives before it."""
-    if "CHECKPOINT" not in command:
-        return command
-    (pretraining,) = (each for each in COMMANDS if each.endswith("/bert.yaml"))
-    folder.mkdir()
-    (checkpoint,) = (run(pretraining, folder) / "checkpoints").glob("*.ckpt")
-    return command.replace("CHECKPOINT", str(checkpoint))
+@pytest.fixture(scope="module")
+def log_dir_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs a command, once; one that takes a checkpoint gets that of the command that the README gives before it."""
+
+    @cache
+    def log_dir_of(command: str) -> Path:
+        if "CHECKPOINT" in command:
+            (pretraining,) = (each for each in COMMANDS if each.endswith("/bert.yaml"))
+            (checkpoint,) = (log_dir_of(pretraining) / "checkpoints").glob("*.ckpt")
+            command = command.replace("CHECKPOINT", str(checkpoint))
+        return run(command, tmp_path_factory.mktemp("command"))
+
+    return log_dir_of
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(of_yaml(command)))
-def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
-    log_dir = run(with_checkpoint(command, tmp_path / "first"), tmp_path)
+QUICK = [command for command in COMMANDS if of_yaml(command) == ["pinn.yaml"]]
+
+
+@pytest.mark.parametrize("command", slow_but_for(QUICK, COMMANDS), ids=lambda command: " ".join(of_yaml(command)))
+def test_a_command_of_the_readme_runs(command: str, log_dir_of: Callable[[str], Path]) -> None:
+    """The seconds of a process that imports Lightning, and of two steps of a small model."""
+    log_dir = log_dir_of(command)
     assert {"metrics.csv", "config.yaml", "precision_report.html"} <= {path.name for path in log_dir.iterdir()}
     (told,) = json.loads((log_dir / "precision_report.json").read_text())["runs"]
     assert told["status"]["state"] == "finished"

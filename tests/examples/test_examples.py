@@ -238,6 +238,7 @@ def test_imagenet_folders_train(classification: ModuleType, tmp_path: Path) -> N
         data.ImageFolder("/nowhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "in_fp32"),
     [
@@ -427,6 +428,7 @@ def benchmark(script: str, folder: Path, *options: str) -> tuple[dict, str]:
     return report, done.stdout
 
 
+@pytest.mark.slow
 def test_the_overhead_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
     report, printed = benchmark("overhead.py", tmp_path, "--formats", "bf16")
     rows = {row["kind"]: row for row in report["results"]}
@@ -439,6 +441,7 @@ def test_the_overhead_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
     assert all(f"tiny bf16 {kind} " in printed for kind in rows)
 
 
+@pytest.mark.slow
 def test_the_monitors_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
     report, printed = benchmark("monitors.py", tmp_path, "--modes", "eager", "--formats", "bf16")
     rows = {row["kind"]: row for row in report["results"]}

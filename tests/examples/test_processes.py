@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 LIMITS = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
+@pytest.mark.slow
 def test_two_processes_say_their_summary_once(tmp_path: Path) -> None:
     script, config = ROOT / "examples" / "pinn.py", ROOT / "examples" / "configs" / "pinn.yaml"
     done = subprocess.run(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from interruption.runs import BATCHES, EPOCHS, Lesson, differences, ending, scaled, trained
 from plugin_models import Call, same, stock
+from selection import slow_but_for
 
 from lightning_mixprec import PerLayerPrecision
 
@@ -39,7 +40,7 @@ def test_all_of_it_loads_with_weights_only(whole, tmp_path):
     assert list(differences(end, whole[1])) == []
 
 
-@pytest.mark.parametrize("gone", ["some", "all", "the key"])
+@pytest.mark.parametrize("gone", slow_but_for({"some"}, ["some", "all", "the key"]))
 def test_without_the_callbacks_states_the_formats_and_the_scale_go_on_and_the_callbacks_begin(whole, tmp_path, gone):
     def drop(content):
         kept = [] if gone != "some" else ["UnderflowMonitor", "PrecisionScheduler"]
@@ -61,7 +62,7 @@ def test_without_the_callbacks_states_the_formats_and_the_scale_go_on_and_the_ca
 
 
 @pytest.mark.filterwarnings("ignore:step .* fp32's")
-@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("format", slow_but_for({"fp16"}, ["fp32", "bf16", "fp16"]))
 def test_a_stock_checkpoint_is_gone_on_from_by_all_callbacks(whole, tmp_path, format):
     model, _ = trained(tmp_path / "stock", plugin=stock(format) or [], max_epochs=1, **OPTIONS)
     scale = Call("on_train_start", lambda run, model: run.precision_plugin.scaler.get_scale())
@@ -74,7 +75,7 @@ def test_a_stock_checkpoint_is_gone_on_from_by_all_callbacks(whole, tmp_path, fo
 
 
 @pytest.mark.parametrize("weights_only", [True, None])
-@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("format", slow_but_for({"fp16"}, ["fp32", "bf16", "fp16"]))
 def test_without_the_plugin_lightning_goes_on_from_it(whole, tmp_path, format, weights_only):
     """As from a stock checkpoint with the same weights, optimizer and progress, and without a scale."""
     ours_gone = {"PerLayerPrecision"}
