@@ -28,9 +28,10 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """All tests take up to four cores; a part that is asked for by its path is not worth starting processes for."""
+    """All tests take up to four cores; a part that is asked for by its path does so with ``-n logical``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4) if config.args_source is config.ArgsSource.TESTPATHS and cores > 1 else 0
+    is_all = config.args_source is config.ArgsSource.TESTPATHS or config.option.numprocesses == "logical"
+    return min(cores, 4) if is_all and cores > 1 else 0
 
 
 def pytest_collection_modifyitems(items):
