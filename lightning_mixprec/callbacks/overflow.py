@@ -13,7 +13,7 @@ from lightning_mixprec.callbacks.states import Event
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import LOST_WEIGHTS, Diagnosis
 from lightning_mixprec.evidence.failures import FailureWatch, diagnosed
-from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome
+from lightning_mixprec.evidence.step_window import Evidence, KeptBatch, Outcome
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.saved_batches import save_batch
 from lightning_mixprec.numerics.plots import draw_steps

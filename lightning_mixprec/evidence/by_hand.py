@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import Judge
-from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.evidence.saved_batches import load_batch

@@ -27,7 +27,7 @@ from lightning_mixprec.evidence.instruments.probe import (
     weight_gradients,
 )
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
-from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import Formats
 from lightning_mixprec.numerics.exponents import BINS

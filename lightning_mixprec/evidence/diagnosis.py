@@ -17,7 +17,7 @@ from lightning_mixprec.evidence.instruments.probe import layers_of, own_paramete
 from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.evidence.instruments.trace import Frame, Origin, Trace
-from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import (
     Replayed,
     StepReplay,

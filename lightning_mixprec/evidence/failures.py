@@ -11,7 +11,7 @@ from lightning_mixprec import ranks
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.diagnosis import Diagnosis, Judge
-from lightning_mixprec.evidence.outcomes import Evidence, KeptBatch, Outcome, RandomUse, received
+from lightning_mixprec.evidence.step_window import Evidence, KeptBatch, Outcome, RandomUse, received
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import RunFormats
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
-from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import one_line
 
 

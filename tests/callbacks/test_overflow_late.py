@@ -17,7 +17,7 @@ from torch import nn
 from lightning_mixprec import OverflowMonitor, PerLayerPrecision
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.evidence import outcomes as evidence_module
-from lightning_mixprec.evidence.outcomes import Evidence
+from lightning_mixprec.evidence.step_window import Evidence
 from lightning_mixprec.optim import loss_scaling as scaling
 
 FUSED = partial(SGD, fused=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mixprec import PerLayerPrecision
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
-from lightning_mixprec.evidence.outcomes import Evidence
+from lightning_mixprec.evidence.step_window import Evidence
 from lightning_mixprec.optim import loss_scaling as scaling
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_mixprec import PerLayerPrecision
 from lightning_mixprec.evidence.failures import FailureWatch, diagnosed
-from lightning_mixprec.evidence.outcomes import Evidence, Outcome
+from lightning_mixprec.evidence.step_window import Evidence, Outcome
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats, StockFormats, formats_of
 from lightning_mixprec.optim import loss_scaling as scaling

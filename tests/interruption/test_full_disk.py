@@ -14,7 +14,7 @@ import torch
 from interruption.runs import LEARNED, differences, ending, trained
 
 from lightning_mixprec import PrecisionPolicy
-from lightning_mixprec.evidence.outcomes import KeptBatch
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.saved_batches import save_batch
 from lightning_mixprec.records.journal import FILE_NAME, Journal
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
-from lightning_mixprec.evidence.outcomes import RandomUse
+from lightning_mixprec.evidence.step_window import RandomUse
 
 CPU = torch.device("cpu")
 
