@@ -22,8 +22,8 @@ from lightning_mixprec.callbacks.monitor import (
 from lightning_mixprec.callbacks.states import Made, Steered
 from lightning_mixprec.errors import MixPrecError, SupportError
 from lightning_mixprec.evidence.failures import FailureWatch
-from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.planning.controller_state import Options
 from lightning_mixprec.plugin.arguments import check_choice

@@ -13,10 +13,10 @@ from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.failures import Found, diagnosed
 from lightning_mixprec.evidence.layer_statistics import SHORT, describe
-from lightning_mixprec.evidence.step_window import Evidence, KeptBatch, Outcome
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.snapshot import Snapshots
+from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
 from lightning_mixprec.evidence.trials import Trials
 from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.planning.controller import Controller
@@ -177,25 +177,25 @@ class Steering:
             self._remember(is_sound=True)
         self._take(decision, kept, trials, scale)
 
-    def see_outcome(self, evidence: Evidence, outcome: Outcome) -> None:
+    def see_outcome(self, window: StepWindow, outcome: Outcome) -> None:
         """A step ended well or badly; a bad one was told to :meth:`see_failure`."""
         if not outcome.is_bad:
             self.controller.see_step(skipped=False, loss_is_bad=False)
 
-    def see_failure(self, evidence: Evidence, outcome: Outcome) -> None:
+    def see_failure(self, window: StepWindow, outcome: Outcome) -> None:
         """A step failed; looks into it if it is time to."""
         looks = self.controller.see_step(skipped=outcome.skipped > 0, loss_is_bad=outcome.loss_is_bad)
-        if not looks or not evidence.batches:
+        if not looks or not window.batches:
             return
-        replay = StepReplay(self._module, PluginFormats(self._plugin), evidence.device)
-        found, problems = diagnosed(replay, evidence, outcome.scale, self._wanted(statistics=True))
+        replay = StepReplay(self._module, PluginFormats(self._plugin), window.device)
+        found, problems = diagnosed(replay, window, outcome.scale, self._wanted(statistics=True))
         for problem in problems:
             self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
         verdict = None if found is None else found.diagnosis.verdict
         falls = verdict == "scale" and self.controller.scale_keeps_falling
         if found is None or not (verdict == "precision" or falls):
             self.controller.give_up_looking()
-            self._report(self._place(evidence.batches[-1]), verdict=verdict)
+            self._report(self._place(window.batches[-1]), verdict=verdict)
             if verdict == "model":
                 self._is_damaged()
             return

@@ -13,9 +13,9 @@ from lightning_mixprec.callbacks.states import Event
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import LOST_WEIGHTS, Diagnosis
 from lightning_mixprec.evidence.failures import FailureWatch, diagnosed
-from lightning_mixprec.evidence.step_window import Evidence, KeptBatch, Outcome
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.saved_batches import save_batch
+from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
 from lightning_mixprec.numerics.plots import draw_steps
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.records.schema import Count
@@ -111,22 +111,22 @@ class OverflowMonitor(FailureMonitor):
         if self._failures is not None:
             self._failures.abandon()  # Lightning calls no teardown
 
-    def _count(self, evidence: Evidence, outcome: Outcome) -> None:
+    def _count(self, window: StepWindow, outcome: Outcome) -> None:
         assert self._trainer is not None
         self.skipped_steps += outcome.skipped
-        self._steps += evidence.steps
+        self._steps += window.steps
         bad = max(outcome.skipped, int(outcome.loss_is_bad))
-        self._recent = [*self._recent, *[1] * bad, *[0] * (evidence.steps - bad)][-self.window :]
+        self._recent = [*self._recent, *[1] * bad, *[0] * (window.steps - bad)][-self.window :]
         if not self._scales or self._scales[-1][1] != outcome.scale:
-            self._scales = [*self._scales, [float(evidence.step), outcome.scale]][-_MOST_SCALES:]
-        self._last_step = evidence.step
+            self._scales = [*self._scales, [float(window.step), outcome.scale]][-_MOST_SCALES:]
+        self._last_step = window.step
         rate = sum(self._recent) / len(self._recent)
         self._log(
             self._trainer,
             {"loss_scale": outcome.scale, "overflow_rate": rate, "skipped_steps": float(self.skipped_steps)},
         )
 
-    def _look_into(self, evidence: Evidence, outcome: Outcome) -> None:
+    def _look_into(self, window: StepWindow, outcome: Outcome) -> None:
         """Finds out why a step failed."""
         trainer = self._trainer
         assert trainer is not None
@@ -135,20 +135,20 @@ class OverflowMonitor(FailureMonitor):
             verdict = "model"
         elif self._diagnoses < self.max_diagnoses and not takes_iterator(trainer):
             self._diagnoses += 1
-            found = self._diagnosed(trainer, evidence, outcome.scale)
+            found = self._diagnosed(trainer, window, outcome.scale)
         if found is not None:
             verdict = found["verdict"]
             self._has_lost_weights = found["detail"].startswith(LOST_WEIGHTS)
         self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
         self._journal.flush()
 
-    def _diagnosed(self, trainer: pl.Trainer, evidence: Evidence, scale: float) -> dict[str, Any] | None:
-        replay = StepReplay(trainer.lightning_module, evidence.formats, evidence.device)
-        found, problems = diagnosed(replay, evidence, scale)
+    def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, scale: float) -> dict[str, Any] | None:
+        replay = StepReplay(trainer.lightning_module, window.formats, window.device)
+        found, problems = diagnosed(replay, window, scale)
         for batch_idx, problem in problems:
-            self._write(self._where(trainer, evidence.step, batch_idx), problem=problem)
-            self._warn_once("problem", f"step {evidence.step} failed and could not be replayed ({problem}).")
-        return None if found is None else self._event(trainer, evidence.step, found.rank, found.kept, found.diagnosis)
+            self._write(self._where(trainer, window.step, batch_idx), problem=problem)
+            self._warn_once("problem", f"step {window.step} failed and could not be replayed ({problem}).")
+        return None if found is None else self._event(trainer, window.step, found.rank, found.kept, found.diagnosis)
 
     def _event(
         self, trainer: pl.Trainer, step: int, rank: int, kept: KeptBatch, diagnosis: Diagnosis

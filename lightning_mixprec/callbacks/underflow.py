@@ -15,7 +15,7 @@ from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
 from lightning_mixprec.evidence.layer_statistics import describe
-from lightning_mixprec.evidence.stagnation import StepWatch
+from lightning_mixprec.evidence.stagnation import StagnationCheck
 from lightning_mixprec.numerics.formats import REFERENCE, get_format
 from lightning_mixprec.numerics.plots import draw_layers
 
@@ -76,34 +76,34 @@ class UnderflowMonitor(SamplingMonitor):
     @override
     def _forget_run(self) -> None:
         super()._forget_run()
-        self._step_watch: StepWatch | None = None
-        self._watched: tuple[StepWatch, dict[str, int]] | None = None
+        self._stagnation_check: StagnationCheck | None = None
+        self._watched: tuple[StagnationCheck, dict[str, int]] | None = None
 
     @override
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
-        if self._step_watch is None:
-            self._step_watch = StepWatch(own_parameters(pl_module, layers_of(pl_module)), self.max_elements)
+        if self._stagnation_check is None:
+            self._stagnation_check = StagnationCheck(own_parameters(pl_module, layers_of(pl_module)), self.max_elements)
         return Wanted(statistics=True, max_elements=self.max_elements)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._step_watch is not None and self._formats is not None:
+        if self._stagnation_check is not None and self._formats is not None:
             flag = self._formats.found_inf(optimizer)
             may_be_skipped = flag is None and self._formats.is_guarded
-            self._step_watch.before(pl_module, optimizer, flag, may_be_skipped=may_be_skipped)
+            self._stagnation_check.before(pl_module, optimizer, flag, may_be_skipped=may_be_skipped)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._take_in_stagnation()
-        if self._step_watch is not None and self._step_watch.has_stepped:
+        if self._stagnation_check is not None and self._stagnation_check.has_stepped:
             place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
-            self._step_watch.after()
-            self._watched = self._step_watch, place
-            self._step_watch = None
+            self._stagnation_check.after()
+            self._watched = self._stagnation_check, place
+            self._stagnation_check = None
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override

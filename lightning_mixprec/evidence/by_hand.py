@@ -9,10 +9,10 @@ from torch import nn
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import Judge
-from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.evidence.saved_batches import load_batch
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.plugin.lightnings import is_lightning_module
 from lightning_mixprec.policy.module_names import unwrap
 from lightning_mixprec.policy.policy import PrecisionPolicy

@@ -20,16 +20,16 @@ from lightning_mixprec.evidence.instruments.probe import (
     CallRecorder,
     LayerCall,
     Observer,
-    agreement,
+    computed_again,
+    gradient_dots,
     layers_of,
     own_parameters,
-    shadow,
     weight_gradients,
 )
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
-from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import Formats
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.numerics.exponents import BINS
 from lightning_mixprec.numerics.finite import all_finite
 from lightning_mixprec.numerics.similarity import cosine_of
@@ -282,7 +282,7 @@ class Comparison:
         if energies is not None:
             told.energies = energies
         if low is not None:
-            told.dots = agreement(self._owned, low.gradients, self.reference.gradients)
+            told.dots = gradient_dots(self._owned, low.gradients, self.reference.gradients)
             told.gap = loss_gap(low.losses, self.reference.losses, least_loss)
             told.is_bad = ~is_finite(low)
         if statistics:
@@ -304,7 +304,9 @@ class Comparison:
 
     def _energies(self, calls: dict[str, LayerCall], compared: Sequence[str]) -> Tensor:
         none = torch.zeros(2, dtype=torch.float64, device=self.device)
-        rows = [shadow(calls.pop(name)).to(none) if name in calls else none for name in compared]  # frees each call
+        rows = [
+            computed_again(calls.pop(name)).to(none) if name in calls else none for name in compared
+        ]  # frees each call
         return torch.stack(rows) if rows else none.view(1, 2)[:0]
 
 

@@ -17,7 +17,6 @@ from lightning_mixprec.evidence.instruments.probe import layers_of, own_paramete
 from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.evidence.instruments.trace import Frame, Origin, Trace
-from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import (
     Replayed,
     StepReplay,
@@ -27,6 +26,7 @@ from lightning_mixprec.evidence.replay import (
     is_shared,
     one_line,
 )
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.numerics.finite import all_finite
 from lightning_mixprec.numerics.flat_batches import flatten
 from lightning_mixprec.numerics.formats import FORMATS, compute_formats, get_format, promoted_for_range

@@ -11,11 +11,11 @@ from lightning_mixprec import ranks
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.diagnosis import Diagnosis, Judge
-from lightning_mixprec.evidence.step_window import Evidence, KeptBatch, Outcome, RandomUse, received
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import RunFormats
+from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, RandomUse, StepWindow, received
 
-OnStep = Callable[[Evidence, Outcome], None]
+OnStep = Callable[[StepWindow, Outcome], None]
 
 
 class FailureWatch:
@@ -45,25 +45,25 @@ class FailureWatch:
         self._formats, self._device, self._is_automatic = formats, device, is_automatic
         self._on_failure, self._on_outcome = on_failure, on_outcome
         self._random_use = RandomUse(device)
-        self._evidence: Evidence | None = None
+        self._window: StepWindow | None = None
         self._outcome: Outcome | None = None
-        self._late: tuple[Evidence, Transfer] | None = None
+        self._late: tuple[StepWindow, Transfer] | None = None
 
     @property
     def is_in_window(self) -> bool:
         """Whether batches were kept since the last optimizer step."""
-        return self._evidence is not None
+        return self._window is not None
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Keeps a batch for the window of the next optimizer step."""
-        if self._evidence is None:
-            self._evidence = Evidence(self._formats, self._device, self._is_automatic)
-        self._evidence.add_batch(batch, batch_idx, self._random_use.begin())
+        if self._window is None:
+            self._window = StepWindow(self._formats, self._device, self._is_automatic)
+        self._window.add_batch(batch, batch_idx, self._random_use.begin())
 
     def add_loss(self, loss: Tensor) -> None:
         """Notes a loss that goes backward."""
-        if self._evidence is not None:
-            self._evidence.add_loss(loss)
+        if self._window is not None:
+            self._window.add_loss(loss)
 
     def before_step(self, optimizer: Optimizer, step: int) -> None:
         """Notes that an optimizer is about to step.
@@ -72,18 +72,18 @@ class FailureWatch:
             optimizer: The optimizer.
             step: Optimizer steps taken so far.
         """
-        evidence = self._evidence
-        if evidence is None:
+        window = self._window
+        if window is None:
             return
-        evidence.add_step(optimizer, step)
+        window.add_step(optimizer, step)
         if not self._is_automatic:
             return
         # The device has this step's work by now: waiting for the last one's outcome leaves it no gap.
         self.settle()
         is_explained = self._outcome is not None and self._outcome.is_bad  # an optimizer may evaluate more than once
-        if evidence.is_known_before_step and not is_explained:
-            self._outcome = evidence.read()
-            self._explain(evidence, self._outcome)
+        if window.is_known_before_step and not is_explained:
+            self._outcome = window.read()
+            self._explain(window, self._outcome)
 
     def end_batch(self, settles: Callable[[], bool]) -> None:
         """Closes the window if an optimizer stepped in it.
@@ -93,42 +93,42 @@ class FailureWatch:
                 taken; asked only of an outcome that has to be waited for.
         """
         self._random_use.end()
-        evidence, outcome = self._evidence, self._outcome
-        if evidence is None or not evidence.steps:
+        window, outcome = self._window, self._outcome
+        if window is None or not window.steps:
             return
-        self._evidence = self._outcome = None
+        self._window = self._outcome = None
         self.settle()
         if outcome is not None:
-            self._on_outcome(evidence, outcome)
-        elif evidence.is_late:
-            self._late = evidence, evidence.send()
+            self._on_outcome(window, outcome)
+        elif window.is_late:
+            self._late = window, window.send()
             if settles():
                 self.settle()
         else:
-            self._take_in(evidence, evidence.read())
+            self._take_in(window, window.read())
 
     def settle(self) -> None:
         """Takes in the outcome that is still on its way."""
         if self._late is not None:
-            (evidence, transfer), self._late = self._late, None
+            (window, transfer), self._late = self._late, None
             outcome = received(transfer)
-            if ranks.are_many() and evidence.formats.is_guarded and outcome.skipped:
+            if ranks.are_many() and window.formats.is_guarded and outcome.skipped:
                 outcome = outcome._replace(loss_is_bad=ranks.is_any(outcome.loss_is_bad, self._device))
-            self._take_in(evidence, outcome)
+            self._take_in(window, outcome)
 
     def abandon(self) -> None:
         """Lets go of all batches, after an exception: what is still on its way can be counted, not replayed."""
-        self._evidence = self._outcome = None
+        self._window = self._outcome = None
         if self._late is not None:
             self._late[0].batches.clear()
 
-    def _take_in(self, evidence: Evidence, outcome: Outcome) -> None:
-        self._explain(evidence, outcome)
-        self._on_outcome(evidence, outcome)
+    def _take_in(self, window: StepWindow, outcome: Outcome) -> None:
+        self._explain(window, outcome)
+        self._on_outcome(window, outcome)
 
-    def _explain(self, evidence: Evidence, outcome: Outcome) -> None:
+    def _explain(self, window: StepWindow, outcome: Outcome) -> None:
         if outcome.is_bad:
-            self._on_failure(evidence, outcome)
+            self._on_failure(window, outcome)
 
 
 class Found(NamedTuple):
@@ -155,7 +155,7 @@ class Problem(NamedTuple):
 
 
 def diagnosed(
-    replay: StepReplay, evidence: Evidence, scale: float, wanted: Wanted | None = None
+    replay: StepReplay, window: StepWindow, scale: float, wanted: Wanted | None = None
 ) -> tuple[Found | None, list[Problem]]:
     """Looks for the latest batch that a layer, the data or the model spoiled; else for one that the scale did.
 
@@ -163,13 +163,13 @@ def diagnosed(
 
     Args:
         replay: How to replay a batch.
-        evidence: The batches of the failed step.
+        window: The batches of the failed step.
         scale: The loss scale of the step.
         wanted: What a decision will ask of the step in fp32; None if none is to be made.
     """
     found: Found | None = None
     problems: list[Problem] = []
-    for kept in reversed(evidence.batches):
+    for kept in reversed(window.batches):
         found = found and found._replace(comparison=None)  # its gradients make room for this batch's
         judge = Judge(replay, kept, scale, wanted or Wanted())
         if found is not None and judge.is_finite_at(found.diagnosis.smaller_scale or scale):
@@ -178,7 +178,7 @@ def diagnosed(
         if judge.problem is not None:
             problems.append(Problem(kept.batch_idx, judge.problem))
         if diagnosis is not None and (found is None or diagnosis.verdict != "scale"):
-            lacks = wanted is None or ranks.is_any(judge.comparison is None, evidence.device)
+            lacks = wanted is None or ranks.is_any(judge.comparison is None, window.device)
             found = Found(rank, kept, diagnosis, None if lacks else judge.comparison)
             if diagnosis.verdict != "scale":
                 break

@@ -24,7 +24,7 @@ from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
 from lightning_mixprec.evidence.instruments.memory import free_host_bytes
-from lightning_mixprec.evidence.instruments.probe import widened
+from lightning_mixprec.evidence.instruments.probe import cast_to_fp32
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox, sandbox
 from lightning_mixprec.evidence.run_formats import Formats
 from lightning_mixprec.plugin.lightnings import DummyLogger
@@ -89,7 +89,7 @@ class StepReplay:
     def own_batch(self, stand_ins: Sandbox, batch: Any) -> Any:
         """A copy of a batch, wide if the weights are."""
         own = copied(batch)
-        return widened(own) if stand_ins.is_wide else own
+        return cast_to_fp32(own) if stand_ins.is_wide else own
 
     def run_on_own(
         self,

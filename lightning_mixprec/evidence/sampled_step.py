@@ -9,9 +9,9 @@ from lightning_mixprec import ranks
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, Recorded, Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.instruments.probe import layers_of
-from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import halved, is_out_of_memory, is_shared, one_line
 from lightning_mixprec.evidence.run_formats import RunFormats
+from lightning_mixprec.evidence.step_window import KeptBatch
 
 
 class SampledStep:

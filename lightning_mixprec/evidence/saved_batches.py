@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_map
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
-from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.replay import one_line
+from lightning_mixprec.evidence.step_window import KeptBatch
 
 
 class Saved(NamedTuple):

@@ -93,10 +93,6 @@ class Snapshots:
         """What a copy takes now. Optimizers that make their state in the first step need more from then on."""
         return sum(map(bytes_of, _tensors_of(trainer, pl_module)))
 
-    def fits(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether a copy fits within ``max_bytes`` and the free memory; on this rank."""
-        return self._place(trainer, pl_module) is not None
-
     @torch.no_grad()
     def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, *, is_sound: bool = False) -> bool:
         """Replaces the copy by one of now, if everything in it is finite and it fits; on all ranks or on none.

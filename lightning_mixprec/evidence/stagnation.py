@@ -13,7 +13,7 @@ from lightning_mixprec.numerics.flat_batches import local_part, sample
 from lightning_mixprec.optim.gradients import params_of
 
 
-class StepWatch:
+class StagnationCheck:
     """Compares a sample of the weights before and after the optimizer steps of one batch.
 
     Says nothing of weights whose step was skipped.

@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
 
 
 @dataclass
-class Evidence:
+class StepWindow:
     """What is collected between two optimizer steps: up to eight batches, and what decides whether the step failed.
 
     Attributes:
@@ -171,7 +171,7 @@ class Evidence:
 
 
 def received(transfer: Transfer) -> Outcome:
-    """The outcome that :meth:`Evidence.send` sent. Waits until it has arrived."""
+    """The outcome that :meth:`StepWindow.send` sent. Waits until it has arrived."""
     loss_is_bad, skipped, scale = transfer.get()[0].tolist()
     return Outcome(loss_is_bad > 0, int(skipped), scale)
 

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_mixprec import OverflowMonitor, PerLayerPrecision
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.evidence import outcomes as evidence_module
-from lightning_mixprec.evidence.step_window import Evidence
+from lightning_mixprec.evidence.step_window import StepWindow
 from lightning_mixprec.optim import loss_scaling as scaling
 
 FUSED = partial(SGD, fused=True)
@@ -33,7 +33,7 @@ RUNS = {
 @pytest.fixture
 def late(monkeypatch):
     monkeypatch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling.obeys_found_inf(optimizer))
-    monkeypatch.setattr(Evidence, "is_late", True)
+    monkeypatch.setattr(StepWindow, "is_late", True)
 
 
 def told(seen):
@@ -72,7 +72,7 @@ def steps_before_each_skip(values, make_plugin):
 def test_a_late_outcome_tells_what_an_early_one_tells(values, optimizer, make_plugin, monkeypatch):
     early = told(watch(Line(optimizer), make_plugin(), values))
     monkeypatch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling.obeys_found_inf(optimizer))
-    monkeypatch.setattr(Evidence, "is_late", True)
+    monkeypatch.setattr(StepWindow, "is_late", True)
     assert told(watch(Line(optimizer), make_plugin(), values)) == early
     assert early[1] == values.count(INF)
     assert [event["step"] for event in early[0]] == steps_before_each_skip(values, make_plugin)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mixprec import PerLayerPrecision
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
-from lightning_mixprec.evidence.step_window import Evidence
+from lightning_mixprec.evidence.step_window import StepWindow
 from lightning_mixprec.optim import loss_scaling as scaling
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
@@ -200,7 +200,7 @@ def adapt(
 def send_outcomes(patch: Any) -> None:
     """The CPU stands in for an accelerator, whose outcomes arrive in the next step; for fused optimizers."""
     patch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling.obeys_found_inf(optimizer))
-    patch.setattr(Evidence, "is_late", True)
+    patch.setattr(StepWindow, "is_late", True)
 
 
 def late(losses: Sequence[Tensor]) -> float:

@@ -8,9 +8,9 @@ from adaptive_models import Lessons, silent
 from plugin_models import Call, fit, ours
 
 from lightning_mixprec.evidence.comparison import NO_LOSS, Comparison, Wanted, loss_gap
-from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.sampled_step import SampledStep
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.trials import Trials
 
 INF, NAN = math.inf, math.nan

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_mixprec import PerLayerPrecision
 from lightning_mixprec.evidence.failures import FailureWatch, diagnosed
-from lightning_mixprec.evidence.step_window import Evidence, Outcome
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats, StockFormats, formats_of
+from lightning_mixprec.evidence.step_window import Outcome, StepWindow
 from lightning_mixprec.optim import loss_scaling as scaling
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def is_sent(monkeypatch):
     def send(is_late=True):
         if is_late:
             monkeypatch.setattr(scaling, "_is_read", lambda optimizer, _: not scaling.obeys_found_inf(optimizer))
-            monkeypatch.setattr(Evidence, "is_late", True)
+            monkeypatch.setattr(StepWindow, "is_late", True)
 
     return send
 
@@ -46,11 +46,11 @@ class Diary(pl.Callback):
         tell = [partial(self.tell, kind) for kind in ("failure", "outcome")]
         self.watch = FailureWatch(formats, module.device, is_automatic, *tell)
 
-    def tell(self, kind, evidence, outcome):
-        kept = [each.batch_idx for each in evidence.batches]
-        self.told.append((kind, evidence.step, kept, self.module.travelled))
+    def tell(self, kind, window, outcome):
+        kept = [each.batch_idx for each in window.batches]
+        self.told.append((kind, window.step, kept, self.module.travelled))
         if kind == "outcome":
-            self.outcomes.append((evidence.steps, outcome))
+            self.outcomes.append((window.steps, outcome))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.told.append("begin")
@@ -157,8 +157,8 @@ def by_hand():
     """A watch of an fp32 run without a Trainer, and what it tells: each call's batches."""
     calls = []
 
-    def tell(kind, evidence, outcome):
-        calls.append((kind, len(evidence.batches)))
+    def tell(kind, window, outcome):
+        calls.append((kind, len(window.batches)))
 
     formats = StockFormats(stock("32-true"), CPU)
     return FailureWatch(formats, CPU, True, partial(tell, "failure"), partial(tell, "outcome")), calls
@@ -211,10 +211,10 @@ class Fragile(Watched):
 def search(net, values, weight=STARVED):
     model = Fragile(net, weight)
     formats = PolicyFormats(model, "fp16", CPU, 65536.0)
-    evidence = Evidence(formats, CPU, True)
+    window = StepWindow(formats, CPU, True)
     for batch_idx, batch in enumerate(values):
-        evidence.add_batch(batch, batch_idx, None)
-    found, problems = diagnosed(StepReplay(model, formats, CPU), evidence, 65536.0)
+        window.add_batch(batch, batch_idx, None)
+    found, problems = diagnosed(StepReplay(model, formats, CPU), window, 65536.0)
     verdict = None if found is None else (found.rank, found.kept.batch_idx, found.diagnosis.verdict)
     return verdict, [tuple(problem) for problem in problems]
 

@@ -292,16 +292,16 @@ def test_a_copy_never_takes_more_than_it_may(monkeypatch):
         tensors += [value for state in run.optimizers[0].state.values() for value in state.values()]
         assert needed == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         exact, small = Snapshots(needed), Snapshots(needed - 1)
-        assert exact.fits(run, model) and exact.take(run, model, 1)
-        assert exact.fits(run, model) and exact.take(run, model, 2)
-        assert not small.fits(run, model) and not small.take(run, model, 1) and small.step is None
+        assert exact.take(run, model, 1)
+        assert exact.take(run, model, 2)
+        assert not small.take(run, model, 1) and small.step is None
         monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 4 * needed - 1)
-        assert not Snapshots().fits(run, model)
+        assert not Snapshots().take(run, model, 1)
         monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 4 * needed)
-        assert Snapshots().fits(run, model)
+        assert Snapshots().take(run, model, 1)
         monkeypatch.setattr(snapshot, "free_host_bytes", lambda: 0)
-        assert exact.fits(run, model), "its memory is its own"
-        assert not Snapshots(2 * needed).fits(run, model)
+        assert exact.take(run, model, 3), "its memory is its own"
+        assert not Snapshots(2 * needed).take(run, model, 1)
 
     during(look)
     monkeypatch.undo()

@@ -14,8 +14,8 @@ import torch
 from interruption.runs import LEARNED, differences, ending, trained
 
 from lightning_mixprec import PrecisionPolicy
-from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.evidence.saved_batches import save_batch
+from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.records.journal import FILE_NAME, Journal
 
 WIDE = PrecisionPolicy.from_dict({"default": "fp16", **{f"net.{number}": "fp32" for number in range(100)}})

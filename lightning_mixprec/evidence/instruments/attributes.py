@@ -151,11 +151,6 @@ def _refill(container: Any, before: Any) -> None:
         container.update(before)
 
 
-def bytes_of(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements, of a sparse one as if it were dense."""
-    return tensor.numel() * tensor.element_size()
-
-
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version

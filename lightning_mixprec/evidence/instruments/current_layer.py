@@ -31,7 +31,7 @@ class _Span:
         return self.begin <= number and (self.end is None or number < self.end)
 
 
-class Running:
+class CurrentLayer:
     """Follows the modules of a model through hooks, and tells the layer of whatever is computed.
 
     Autograd numbers the nodes that a thread makes. The numbers that were given between the begin and the end of a

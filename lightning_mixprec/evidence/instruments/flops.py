@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils.flop_counter import flop_registry
 
-from lightning_mixprec.evidence.instruments.current_layer import Running
+from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer
 
 _aten = torch.ops.aten
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -43,7 +43,7 @@ class FlopCount:
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.flops = dict.fromkeys(layers, 0)
-        self._running = Running(layers[""])
+        self._running = CurrentLayer(layers[""])
         self._counter = _Counter(self._add)
 
     def __enter__(self) -> "FlopCount":

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.casting import cast, tensors_in
-from lightning_mixprec.evidence.instruments.attributes import bytes_of, version_of
+from lightning_mixprec.evidence.instruments.attributes import version_of
+from lightning_mixprec.evidence.instruments.memory import bytes_of
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
 from lightning_mixprec.numerics.exponents import Histogram, histograms
 from lightning_mixprec.numerics.flat_batches import flatten, on_device, sample
@@ -167,7 +168,7 @@ class CallRecorder:
 
 
 @torch.no_grad()
-def shadow(call: LayerCall) -> Tensor:
+def computed_again(call: LayerCall) -> Tensor:
     """Computes a recorded call again, in whatever formats now are in force, and compares.
 
     Same layer, same input, same random numbers, and no trace is left: neither in the layer nor in the random numbers.
@@ -180,7 +181,7 @@ def shadow(call: LayerCall) -> Tensor:
         Energy of what is computed now, and of the difference to what was recorded: fp64 [2] on the device. Their ratio
         is the signal-to-quantization-noise ratio.
     """
-    args, kwargs = widened((call.args, call.kwargs))
+    args, kwargs = cast_to_fp32((call.args, call.kwargs))
     with sandbox(call.module, call.device):
         call.random.restore()
         output = call.module(*args, **kwargs)
@@ -193,7 +194,7 @@ def shadow(call: LayerCall) -> Tensor:
     return torch.stack(energies).sum(0) if energies else torch.full((2,), float("nan"), dtype=torch.float64)
 
 
-def widened(value: Any) -> Any:
+def cast_to_fp32(value: Any) -> Any:
     """Casts the 16-bit tensors in nested containers to fp32; wider ones stay."""
     return cast(value, dict.fromkeys(half_dtypes(), torch.float32))
 
@@ -212,7 +213,9 @@ def own_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
     }
 
 
-def agreement(owned: Mapping[str, Sequence[str]], low: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Tensor:
+def gradient_dots(
+    owned: Mapping[str, Sequence[str]], low: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> Tensor:
     """What the cosines between two gradients of each layer's weights are made of.
 
     Args:

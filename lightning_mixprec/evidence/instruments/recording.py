@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_mixprec.evidence.instruments.current_layer import Direction, Running
+from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer, Direction
 
 CAST = "_to_copy"
 
@@ -82,7 +82,7 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, running: CurrentLayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.values: list[Value] = []

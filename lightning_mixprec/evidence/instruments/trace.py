@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mixprec.evidence.instruments.current_layer import Direction, Running
+from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer, Direction
 from lightning_mixprec.evidence.instruments.origins import find_origin, is_given
 from lightning_mixprec.evidence.instruments.recording import CAST, Call, Recorder, Value
 from lightning_mixprec.numerics.formats import format_of
 
-_FRAMES_AFTER = 4
+_FRAMES, _FRAMES_AFTER = 24, 4
+"""The operations that an origin shows: those up to and including it, and those that follow."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,6 @@ class Origin:
     is_leaf: bool
     frames: tuple[Frame, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only."""
-        return {**dataclasses.asdict(self), "frames": [frame.to_dict() for frame in self.frames]}
-
 
 class Trace:
     """Watches every operation of a step, forward and backward, and then says where it went wrong.
@@ -89,7 +86,6 @@ class Trace:
 
     Args:
         model: the model; modules are named canonically, wrappers are looked through.
-        keep_frames: how many operations, the faulty one included, an origin shows.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Softmax(-1)).half()
     >>> _ = nn.init.constant_(model[0].weight, 400.0)
@@ -100,10 +96,9 @@ class Trace:
     ('0', 'forward', 'addmm', 'fp16', 400.0)
     """
 
-    def __init__(self, model: nn.Module, keep_frames: int = 24) -> None:
-        self._running = Running(model)
+    def __init__(self, model: nn.Module) -> None:
+        self._running = CurrentLayer(model)
         self._recorder = Recorder(self._running)
-        self._keep_frames = keep_frames
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Trace":
@@ -143,28 +138,18 @@ class Trace:
             return None
         return max(values[place].amax for place in same[occurrence].outputs)
 
-    def forward_amax(self) -> float:
-        """The largest finite magnitude that any operation made in forward, 0 if there was none."""
-        return max(self.layer_amax("forward").values(), default=0.0)
-
     def backward_amax(self) -> float:
         """The largest finite magnitude that any operation made in backward, 0 if there was none."""
-        return max(self.layer_amax("backward").values(), default=0.0)
-
-    def layer_amax(self, direction: Direction) -> dict[str, float]:
-        """The largest finite magnitude that each layer's own operations made."""
-        amax: dict[str, float] = {}
-        for value in self._recorder.settle():
-            if value.call is not None and value.call.direction == direction:
-                amax[value.call.layer] = max(amax.get(value.call.layer, 0.0), value.amax)
-        return amax
+        values = self._recorder.settle()
+        made = (place for call in self._recorder.calls if call.direction == "backward" for place in call.outputs)
+        return max((values[place].amax for place in made), default=0.0)
 
     def _describe(self, found: int, values: Sequence[Value]) -> Origin:
         origin, calls = values[found], self._recorder.calls
         call = origin.call or _first_reader(found, values, calls)
         if call is None:
             return Origin("", "forward", "", _format(origin), origin.amax, 0, None, True, ())
-        first = max(call.index + 1 - self._keep_frames, 0)
+        first = max(call.index + 1 - _FRAMES, 0)
         shown = calls[first : call.index + 1 + _FRAMES_AFTER]
         return Origin(
             *_key(call),

@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mixprec.evidence.instruments.probe import (
     CallRecorder,
     Observer,
-    agreement,
+    cast_to_fp32,
+    computed_again,
+    gradient_dots,
     layers_of,
     own_parameters,
-    shadow,
     weight_gradients,
-    widened,
 )
 from lightning_mixprec.numerics.exponents import histogram
 from lightning_mixprec.numerics.similarity import cosine_of
@@ -194,13 +194,13 @@ def test_a_call_computed_again_in_the_same_format_is_the_same():
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.LayerNorm(8))
     calls = recorded(model, torch.randn(4, 6)).calls
     with torch.autocast("cpu", torch.float16):
-        assert all(shadow(call)[1] == 0 for name, call in calls.items() if name in ("1", "2"))
+        assert all(computed_again(call)[1] == 0 for name, call in calls.items() if name in ("1", "2"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_call_computed_again_in_fp32_differs_by_the_rounding(dtype):
     model, x = nn.Sequential(nn.Linear(6, 64)), torch.randn(64, 6)
-    signal, noise = shadow(recorded(model, x, ["0"], dtype=dtype).calls["0"]).tolist()
+    signal, noise = computed_again(recorded(model, x, ["0"], dtype=dtype).calls["0"]).tolist()
     with torch.autocast("cpu", dtype):
         low = model(x).double()
     exact = model(x).double()
@@ -214,7 +214,7 @@ def test_computing_again_leaves_no_trace():
     calls = recorded(model, x).calls
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     for call in calls.values():
-        shadow(call)
+        computed_again(call)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -235,7 +235,7 @@ def test_what_is_written_to_after_a_call_is_recorded_as_it_was():
     expected = model.inner(x)
     call = recorded(model, x, ["inner"], dtype=torch.bfloat16).calls["inner"]
     assert call.output[0].float().allclose(expected, atol=0.05)
-    signal, noise = shadow(call).tolist()
+    signal, noise = computed_again(call).tolist()
     assert signal == pytest.approx(expected.double().square().sum().item(), rel=1e-4)
     assert noise < 1e-3 * signal
 
@@ -255,7 +255,7 @@ def test_only_the_first_call_is_recorded_and_keywords_are_kept():
 
     call = recorded(Twice(), torch.ones(2, 2), ["inner"]).calls["inner"]
     assert call.output[0].tolist() == [[2.0, 2.0], [2.0, 2.0]]
-    assert shadow(call).tolist() == [16.0, 0.0]
+    assert computed_again(call).tolist() == [16.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -272,9 +272,9 @@ def test_memory_for_calls_is_bounded_and_what_does_not_fit_is_told(max_bytes, ke
 
 def test_16_bits_become_wide_and_nothing_else_changes():
     value = {"a": [torch.ones(2, dtype=torch.float16)], "b": torch.ones(1, dtype=torch.float64), "c": torch.arange(2)}
-    wide = widened(value)
+    wide = cast_to_fp32(value)
     assert (wide["a"][0].dtype, wide["b"].dtype, wide["c"].dtype) == (torch.float32, torch.float64, torch.int64)
-    assert widened((torch.ones(1), "x"))[1] == "x"
+    assert cast_to_fp32((torch.ones(1), "x"))[1] == "x"
 
 
 # Gradients of two runs
@@ -299,7 +299,7 @@ def test_agreement_is_the_cosine_of_each_layers_gradients(is_sparse):
     low = {"a.weight": torch.randn(3, 2), "a.bias": torch.randn(3), "b.weight": torch.randn(2)}
     other = {name: value + torch.randn_like(value) for name, value in low.items()} | {"c.weight": torch.ones(1)}
     given = {name: value.to_sparse() if is_sparse and value.dim() > 1 else value for name, value in low.items()}
-    parts = agreement(owned, given, other)
+    parts = gradient_dots(owned, given, other)
     expected = nn.functional.cosine_similarity(
         torch.cat([low["a.weight"].flatten(), low["a.bias"]]),
         torch.cat([other["a.weight"].flatten(), other["a.bias"]]),
@@ -328,8 +328,8 @@ def test_observing_on_cuda_waits_for_nothing():
         with Observer(layers, 64) as observer, CallRecorder(layers, torch.device("cuda"), 10**6) as recorder:
             model(x).square().sum().backward()
         seen = observer.outputs(), observer.gradients()
-        energies = [shadow(call) for call in recorder.calls.values()]
-        parts = agreement(own_parameters(model, layers), *[{n: p.grad for n, p in model.named_parameters()}] * 2)
+        energies = [computed_again(call) for call in recorder.calls.values()]
+        parts = gradient_dots(own_parameters(model, layers), *[{n: p.grad for n, p in model.named_parameters()}] * 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen[0].elements.sum() == seen[1].elements.sum() > 0
