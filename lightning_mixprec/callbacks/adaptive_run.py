@@ -30,7 +30,7 @@ from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.records.decisions import Decision, quoted
 
 NOT_FINITE = "not finite in fp32"
-"""Why a batch tells nothing of precision: no problem of this callback's."""
+"""The reason that a batch tells nothing of precision: no problem of this callback's."""
 
 _MAX_ELEMENTS = 16384
 _MAX_BYTES = 256 * 2**20
@@ -215,7 +215,7 @@ class Steering:
             self._report(self._place(found.kept), verdict=verdict, remedy=None, passes=trials.passes)
 
     def _is_damaged(self) -> bool:
-        """Whether weights or buffers are not finite; they are to go back to the last good copy, if there is one."""
+        """True if weights or buffers are not finite; they are to go back to the last good copy, if there is one."""
         damaged = self._snapshots.damaged(self._module)
         _, names = ranks.first_found(damaged or None)
         if names is None:
@@ -294,7 +294,7 @@ class Steering:
         return decision
 
     def withdraw(self) -> Decision:
-        """What was decided, if that is only advice; it is not carried out."""
+        """A decision that is only advice, and is not carried out."""
         decision, self.pending = self.pending, None
         assert decision is not None
         return decision
@@ -344,13 +344,13 @@ class Steering:
 
 
 def _has_room(trials: Trials, scale: float, formats: Mapping[str, str]) -> bool:
-    """Whether outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
+    """True if outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
     outputs = trials.statistics(scale).outputs
     return all(headroom(outputs[name], format) >= _ROOM_BITS for name, format in formats.items() if name in outputs)
 
 
 def heights(sites: Sequence[Site]) -> dict[str, int]:
-    """How many layers deep each site is on its longest side; a shared layer that holds itself counts once."""
+    """Depth of each site in layers, on its longest side; a shared layer that holds itself counts once."""
     known: dict[str, int] = {}
 
     def height(site: Site, above: frozenset[str]) -> int:

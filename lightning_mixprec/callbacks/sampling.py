@@ -42,7 +42,7 @@ class SamplingMonitor(Monitor):
         self._sampled: SampledStep | None = None
 
     def _comes_due(self) -> bool:
-        """Whether the coming batch is to be sampled; counts it."""
+        """True if the coming batch is to be sampled; counts it."""
         is_regular = self._batches_seen % self.every_n_steps == 0
         is_due = is_regular or self._is_asked_again
         self._batches_seen += 1

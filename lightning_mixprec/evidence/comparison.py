@@ -114,12 +114,12 @@ class Measured:
 
     @property
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What is added up over ranks, and what the largest counts of."""
+        """The parts that are added up over ranks, and those of which the largest counts."""
         return [self.tables, self.dots, self.energies, self.ranks], [self.amax, self.gap, self.is_bad]
 
     @classmethod
     def nothing(cls, layers: int, compared: int = 0, *, statistics: bool = False) -> "Measured":
-        """What a rank has that measured nothing."""
+        """The numbers of a rank that measured nothing."""
         return cls(
             tables=torch.zeros(3, layers, BINS + 6) if statistics else torch.zeros(0),
             dots=torch.zeros(layers, 3),
@@ -311,7 +311,7 @@ class Comparison:
 
 
 def is_finite(replayed: Replayed) -> Tensor:
-    """Whether losses and gradients are finite; on the device."""
+    """True, on the device, if losses and gradients are finite."""
     return all_finite([*replayed.losses, *replayed.gradients.values()])
 
 

@@ -1,4 +1,4 @@
-"""Why a step failed: which layer overflowed, in which direction, and whether precision is to blame at all."""
+"""Diagnosis of a failed step: the layer that overflowed, in which direction, and if precision is to blame at all."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ _NOTHING_ELSE = Wanted()
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why a step failed.
+    """The reason that a step failed.
 
     Attributes:
         verdict: ``"precision"``: finite in fp32; ``"scale"``: a smaller loss scale is enough; ``"data"``: the batch is
@@ -187,7 +187,7 @@ class Judge:
 
     @property
     def _is_scaled(self) -> bool:
-        """Whether losses are scaled: a scale that is searched for may happen to be 1."""
+        """True where losses are scaled: a scale that is searched for may happen to be 1."""
         return self._scale != 1 or isinstance(self._replay.formats.scale, Tensor)
 
     def _traced(self, *, reference: bool, scale: float) -> _Traced:
@@ -232,7 +232,7 @@ class Judge:
         return self._tried(run)
 
     def is_finite_at(self, scale: float) -> bool:
-        """Whether the step is finite at another loss scale, on all ranks."""
+        """True if the step is finite at another loss scale, on all ranks."""
         return not self._on_any_rank(self._tried(partial(self._is_finite_at, scale)) is not True)
 
     def _is_finite_at(self, scale: float) -> bool:
@@ -241,7 +241,7 @@ class Judge:
         return bool(is_finite(replayed))
 
     def _is_finite_repaired(self) -> bool:
-        """Whether the step is finite in fp32 with a repaired batch; one that cannot be run with it is not."""
+        """True if the step is finite in fp32 with a repaired batch; one that cannot be run with it is not."""
         try:
             batch = _repaired(self._batch)
             with self._replay.opened(reference=True) as stand_ins:
@@ -280,7 +280,7 @@ class Judge:
         return -int(power)
 
     def _keeps_gradients(self, wide: Replayed, scale: float) -> bool:
-        """Whether no layer's weight gradient, kept at the step's scale or the usual one, vanishes at a smaller one."""
+        """True unless a weight gradient that the step's scale or the usual one keeps vanishes at a smaller one."""
         module = self._replay.module
         owned = own_parameters(module, layers_of(module))
         rows = weight_gradients(owned, wide.gradients, max_elements=2**16).to("cpu")
@@ -297,7 +297,7 @@ class Judge:
         return True
 
     def _broken_data(self, wide: _Traced) -> list[str]:
-        """What is not finite in this rank's batch, if that is why its step is not finite.
+        """Lists the values of this rank's batch that are not finite, if they are the reason that its step is not.
 
         If one rank replays all do: a step may send messages of its own (SyncBatchNorm, ``all_gather``).
         """

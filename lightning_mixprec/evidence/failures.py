@@ -1,4 +1,4 @@
-"""That an optimizer step failed: noticed at the right moment, and looked for in the batches that led to it."""
+"""Failed optimizer steps: noticed while their weights are in place, explained by the batches that led to them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class FailureWatch:
 
     @property
     def is_in_window(self) -> bool:
-        """Whether batches were kept since the last optimizer step."""
+        """True if batches were kept since the last optimizer step."""
         return self._window is not None
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
@@ -132,12 +132,12 @@ class FailureWatch:
 
 
 class Found(NamedTuple):
-    """Why a step failed.
+    """A diagnosis of a failed step, and the batch that it is of.
 
     Attributes:
-        rank: The rank that says so.
-        kept: The batch it says it of.
-        diagnosis: What it says.
+        rank: The rank that made it.
+        kept: The batch.
+        diagnosis: The diagnosis.
         comparison: This rank's batch with its step in fp32, if all ranks still have theirs.
     """
 
@@ -148,7 +148,7 @@ class Found(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Why a batch could not be replayed, on some rank."""
+    """A batch that could not be replayed on some rank, and the reason."""
 
     batch_idx: int
     message: str

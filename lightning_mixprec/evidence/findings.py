@@ -1,4 +1,4 @@
-"""What was found out about a batch, on the host, over all ranks."""
+"""Findings about a batch: read on the host, over all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

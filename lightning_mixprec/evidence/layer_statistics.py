@@ -1,4 +1,4 @@
-"""How the numbers of a layer fit into its format: what it loses of its gradient, and how much room is left."""
+"""Statistics of a layer in its format: the losses of its gradient, and the room that is left."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ SHORT = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_
 
 
 def describe(layer: str, found: Findings, format: str) -> dict[str, Any]:
-    """What ``latest`` says of a layer that computes in a format."""
+    """Rates and headroom of a layer that computes in a format, as ``UnderflowMonitor.latest`` has them."""
     flow = found.gradients.get(layer)
     own = found.weights.get(layer, flow)
     output = found.outputs.get(layer)

@@ -61,7 +61,7 @@ class Curve:
         return self._send() if len(self._rows) == _CHUNK else None
 
     def rest(self) -> list[dict[str, list[Any]]]:
-        """What was not given out yet. Waits until it has arrived."""
+        """The chunks that were not given out yet. Waits until they have arrived."""
         chunks = [self._send() if self._rows else None, self._received()]
         return [chunk for chunk in chunks if chunk is not None]
 

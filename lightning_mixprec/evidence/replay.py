@@ -32,7 +32,7 @@ from lightning_mixprec.plugin.lightnings import DummyLogger
 
 @dataclass
 class Replayed:
-    """What a replay came to.
+    """Losses and gradients of a replayed step.
 
     Attributes:
         losses: What went backward, before scaling, in order; detached scalars on the device.
@@ -187,7 +187,7 @@ class _Optimizer:
 
     @property
     def optimizer(self) -> "_Optimizer":
-        """What Lightning's wrapper wraps: it is not to step, either."""
+        """The optimizer inside Lightning's wrapper: it is not to step, either."""
         return self
 
     @property
@@ -316,7 +316,7 @@ def _agree_on_room(module: pl.LightningModule, device: torch.device) -> None:
 
 
 def is_shared(module: pl.LightningModule) -> bool:
-    """Whether ranks have to replay together, because each holds a part of the weights."""
+    """True where ranks have to replay together, because each holds a part of the weights."""
     return any(map(is_sharded, module.parameters()))
 
 
@@ -338,12 +338,12 @@ def halved(batch: Any) -> Any:
 
 
 def _has_rows(leaf: Any) -> bool:
-    """Whether a tensor can be sliced; sparse and nested ones cannot."""
+    """True for tensors that can be sliced; sparse and nested ones cannot."""
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested and leaf.dim() > 0
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    """True for an error that says that memory ran out, on a GPU or on the CPU."""
     said = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
 

@@ -1,4 +1,4 @@
-"""In which formats a step computes, whichever plugin decides, and how to compute it in fp32 instead."""
+"""The formats of a run, whichever plugin decides them, and fp32 in their place."""
 
 import contextlib
 from collections.abc import Generator
@@ -24,10 +24,10 @@ _WITH_FORMATS = _HALF + both("plugins.precision", "MixedPrecision") + both("plug
 
 
 class Formats(Protocol):
-    """What a replay has to know about formats."""
+    """Formats as a replay needs them."""
 
     widens: bool
-    """Whether 16-bit weights and inputs have to be cast to fp32 for the reference."""
+    """True where 16-bit weights and inputs have to be cast to fp32 for the reference."""
 
     def of(self, layer: str) -> str:
         """The format that a layer computes in."""
@@ -40,7 +40,7 @@ class Formats(Protocol):
 
     @property
     def searches_scale(self) -> bool:
-        """Whether the loss scale is searched for during the run, so that an overflow may be part of it."""
+        """True where the run searches for its loss scale, so that an overflow may be part of the search."""
 
     @property
     def scale(self) -> float | Tensor:
@@ -84,13 +84,13 @@ class PluginFormats:
 
     @property
     def searches_scale(self) -> bool:
-        """Whether the loss scale is not a fixed one."""
+        """True unless the loss scale is fixed."""
         options = self._plugin.scaler.options
         return options is not None and not options.is_static
 
     @property
     def is_guarded(self) -> bool:
-        """Whether a step with non-finite gradients is skipped."""
+        """True where a step with non-finite gradients is skipped."""
         return self._plugin.scaler.is_active or self._plugin.scaler.guards
 
     def found_inf(self, optimizer: Optimizer) -> Tensor | None:
@@ -154,7 +154,7 @@ class StockFormats:
 
     @property
     def is_guarded(self) -> bool:
-        """Whether a step with non-finite gradients is skipped."""
+        """True where a step with non-finite gradients is skipped."""
         return self._scaler is not None
 
     def found_inf(self, optimizer: Optimizer) -> Tensor | None:

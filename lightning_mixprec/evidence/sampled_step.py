@@ -37,7 +37,7 @@ class SampledStep:
         self._is_read = False
 
     def findings(self) -> Findings:
-        """What was found. Waits until it has arrived."""
+        """The findings. Waits until they have arrived."""
         if not self._is_read:
             found, wanted, self._is_read = self._findings, self._wanted, True
             measured, scale = self._gathered.read()

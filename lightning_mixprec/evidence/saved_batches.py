@@ -14,7 +14,7 @@ from lightning_mixprec.evidence.step_window import KeptBatch
 
 
 class Saved(NamedTuple):
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         kept: The batch, its index and torch's random numbers if the step used any.

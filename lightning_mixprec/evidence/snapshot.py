@@ -38,7 +38,7 @@ class _Kept(NamedTuple):
 
 
 class _Copy(NamedTuple):
-    """What is kept; the tensors in it as :class:`_Kept`."""
+    """A run as it was at a step; the tensors in it as :class:`_Kept`."""
 
     step: int
     module: pl.LightningModule
@@ -90,7 +90,7 @@ class Snapshots:
 
     @staticmethod
     def bytes_needed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
-        """What a copy takes now. Optimizers that make their state in the first step need more from then on."""
+        """The bytes of a copy now. Optimizers that make their state in the first step need more from then on."""
         return sum(map(bytes_of, _tensors_of(trainer, pl_module)))
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ class Snapshots:
         self._copy = _Copy(state["step"], pl_module, plugin, params, buffers, optimizers, state["scaler"])
 
     def _place(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool | None:
-        """Whether the copy goes to the host; None if it goes nowhere."""
+        """True if the copy goes to the host, False if it stays on the device, None if it fits nowhere."""
         needed, held = self.bytes_needed(trainer, pl_module), sum(map(bytes_of, self._storage))
         if needed == held and (self.max_bytes is None or held <= self.max_bytes):
             return self._is_on_host
@@ -216,7 +216,7 @@ class _Writer:
         self.used: list[Tensor] = []
 
     def keep(self, tensor: Tensor) -> _Kept:
-        """Where the copy of a tensor will be; that of a sparse one is there at once."""
+        """The place of the copy of a tensor; that of a sparse one is there at once."""
         tensor = local_part(tensor)
         device = self._device or tensor.device
         if tensor.layout != torch.strided:
@@ -318,7 +318,7 @@ def _saved(value: Any, keep: Callable[[Tensor], _Kept]) -> Any:
 
 
 def _taken(value: Any) -> Any:
-    """What :func:`_saved` kept, in memory of its own."""
+    """A value that :func:`_saved` kept, in memory of its own."""
     if isinstance(value, _Kept):
         return value.data.clone()
     if isinstance(value, dict):
@@ -333,7 +333,7 @@ def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _restored(present: Any, saved: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
-    """What is to stand where something stands now: the same tensor, to be copied to, wherever it has the shape."""
+    """A saved value for the place of the present one: the same tensor, to be copied to, wherever it has the shape."""
     if isinstance(saved, _Kept):
         if isinstance(present, Tensor) and _takes(local_part(present), saved.data):
             pairs.append((local_part(present), saved.data))

@@ -1,4 +1,4 @@
-"""Which weights an optimizer step leaves as they were although they have a gradient."""
+"""Stagnation: weights that an optimizer step leaves as they were although they have a gradient."""
 
 from collections.abc import Mapping, Sequence
 
@@ -33,7 +33,7 @@ class StagnationCheck:
 
     @property
     def has_stepped(self) -> bool:
-        """Whether an optimizer has stepped, or is about to."""
+        """True if an optimizer has stepped, or is about to."""
         return bool(self._before)
 
     def before(

@@ -1,4 +1,4 @@
-"""What a step tells about itself without being asked twice: its losses, its flag of non-finite gradients, its scale."""
+"""The batches of an optimizer step, kept until its outcome is known: finite or not, and at which loss scale."""
 
 import math
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class RandomUse:
 
 
 class Outcome(NamedTuple):
-    """How a step went.
+    """The outcome of a step.
 
     Attributes:
         loss_is_bad: Whether a loss was not finite.
@@ -73,13 +73,13 @@ class Outcome(NamedTuple):
 
     @property
     def is_bad(self) -> bool:
-        """Whether there is something to be explained."""
+        """True where there is something to be explained."""
         return self.loss_is_bad or self.skipped > 0
 
 
 @dataclass
 class StepWindow:
-    """What is collected between two optimizer steps: up to eight batches, and what decides whether the step failed.
+    """The time between two optimizer steps: up to eight batches, and the numbers that tell if the step failed.
 
     Attributes:
         formats: The formats of the run.
@@ -129,12 +129,12 @@ class StepWindow:
 
     @property
     def is_known_before_step(self) -> bool:
-        """Whether the outcome can be read before the optimizer steps, without waiting for a device."""
+        """True where the outcome can be read before the optimizer steps, without waiting for a device."""
         return not self.is_late and not self._flag_comes_later
 
     @property
     def is_late(self) -> bool:
-        """Whether reading the outcome would wait for a device."""
+        """True where reading the outcome would wait for a device."""
         return self.device.type != "cpu"
 
     def read(self) -> Outcome:
@@ -163,7 +163,7 @@ class StepWindow:
         return Transfer([torch.stack([loss_is_bad, skipped, scale])])
 
     def _scale_fell(self) -> bool | Tensor:
-        """Whether a stock scaler whose flag cannot be read has lowered its scale since."""
+        """True if a stock scaler whose flag cannot be read has lowered its scale since."""
         if not self._flag_comes_later:
             return False
         now = self.formats.scale

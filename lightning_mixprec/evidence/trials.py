@@ -63,11 +63,11 @@ class Trials:
 
     @property
     def flops(self) -> dict[str, int]:
-        """What each layer's own matrix products take in this step; empty if they were not counted."""
+        """By layer, the flops of its own matrix products in this step; empty if they were not counted."""
         return self._comparison.flops
 
     def run(self, promoted: Mapping[str, Promotion], scale: float) -> Agreement:
-        """How the step agrees with fp32.
+        """Agreement of the step with fp32.
 
         Args:
             promoted: Promotions by layer; the others compute as the user's policy says.
@@ -76,7 +76,7 @@ class Trials:
         return self._agreement(scale, lambda: TrialFormats(self._plugin, self._policy_with(promoted)))
 
     def run_as_is(self, scale: float) -> Agreement:
-        """How the step agrees with fp32 in the formats in force."""
+        """Agreement of the step with fp32 in the formats in force."""
         return self._agreement(scale, lambda: PluginFormats(self._plugin))
 
     def _agreement(self, scale: float, formats: Callable[[], PluginFormats]) -> Agreement:

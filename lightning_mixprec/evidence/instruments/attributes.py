@@ -17,7 +17,7 @@ _MOST_ITEMS = 1000
 
 
 class Attributes:
-    """What the modules of a model hold besides parameters, buffers and registered modules, recorded to be put back.
+    """Everything that modules hold besides parameters, buffers and registered modules, recorded to be put back.
 
     Looks into lists, tuples, dicts, sets and deques, and into the attributes of objects that a module holds, unless
     they are torch's or Lightning's; not into the objects that these hold in turn. Restores tensors, arrays of NumPy,
@@ -109,7 +109,7 @@ def _is_looked_into(value: Any) -> bool:
 
 
 def _setter(value: Any) -> Callable[[], Any] | None:
-    """What sets a random number generator or an array back, if the value is one."""
+    """A function that sets a random number generator or an array back; None if the value is neither."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: value.set_state(state)
@@ -152,5 +152,5 @@ def _refill(container: Any, before: Any) -> None:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 for inference tensors, which do not count."""
+    """The number of writes to a tensor; 0 for inference tensors, which do not count."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""Which module of a model is running, and which one made a node of the autograd graph."""
+"""The module of a model that is running, and the one that made a node of the autograd graph."""
 
 import os.path
 from bisect import bisect_right
@@ -150,5 +150,5 @@ class CurrentLayer:
 
 
 def _count() -> int:
-    """How many nodes autograd has numbered in this thread."""
+    """The number of nodes that autograd has numbered in this thread."""
     return int(torch._C._autograd._get_sequence_nr())

@@ -1,4 +1,4 @@
-"""fp32 that is fp32: by default a GPU multiplies fp32 convolutions in TF32, whose 10 bits of mantissa are fp16's."""
+"""fp32 without TF32, in which GPUs multiply fp32 convolutions by default, with fp16's 10 bits of mantissa."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How much arithmetic each layer does: the floating-point operations of its own matrix products in one training step.
+"""Arithmetic by layer: the floating-point operations of each layer's own matrix products in one training step.
 
 Counted is what runs in forward, once: neither backward, which takes twice as much of nearly every layer, nor what
 activation checkpointing computes again. A multiplication and an addition are two operations. Numbers follow from

@@ -1,4 +1,4 @@
-"""How much memory tensors take, and how much there is."""
+"""Memory: the bytes that tensors take, and those that are free."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from lightning_mixprec.numerics.flat_batches import local_part
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """What a tensor's values take, and the indices of a sparse one; of a DTensor this rank's part."""
+    """Bytes of a tensor's values, and of the indices of a sparse one; of a DTensor this rank's part."""
     tensor = local_part(tensor)
     if tensor.layout == torch.sparse_coo:
         return tensor._values().nbytes + tensor._indices().nbytes

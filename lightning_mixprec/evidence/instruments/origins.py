@@ -32,7 +32,7 @@ def find_origin(values: Sequence[Value], targets: Sequence[int]) -> int | None:
 
 
 def is_given(origin: Value) -> bool:
-    """Whether an origin was handed in as non-finite, rather than computed from finite numbers.
+    """True for an origin that was handed in as non-finite, rather than computed from finite numbers.
 
     A NaN computed from nothing but infinities that were handed in counts as computed.
     """

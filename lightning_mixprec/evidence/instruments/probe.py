@@ -1,4 +1,4 @@
-"""What flows through the layers of a model while one step runs: samples of outputs and gradients, inputs to compare.
+"""Probes on the layers of a model while one step runs: samples of outputs and gradients, recorded calls to compare.
 
 Everything here is for single, chosen steps: hooks are put on the modules when an observation begins and taken off when
 it ends, and nothing waits for the device.
@@ -94,7 +94,7 @@ class Observer:
                 tensor.register_hook(partial(self._on_gradient, name))
 
     def _is_handed_on(self, tensor: Tensor) -> bool:
-        """Whether it left another layer as it is: the same object, and nothing was written to it since."""
+        """True for what left another layer as it is: the same object, and nothing was written to it since."""
         seen = self._seen.get(id(tensor))
         return seen is not None and seen[0]() is tensor and seen[1] == version_of(tensor)
 
@@ -216,7 +216,7 @@ def own_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
 def gradient_dots(
     owned: Mapping[str, Sequence[str]], low: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> Tensor:
-    """What the cosines between two gradients of each layer's weights are made of.
+    """Dot products of two gradients of each layer's weights, of which cosines are made.
 
     Args:
         owned: Names of parameters by layer.

@@ -42,7 +42,7 @@ class Call:
 
 @dataclass
 class Value:
-    """What a piece of memory held from one write to the next, or a part of it.
+    """The content of a piece of memory from one write to the next, or a part of it.
 
     Attributes:
         call: what wrote it; None for a value that was there before (a weight, the batch) and for a part of another.
@@ -66,7 +66,7 @@ class Value:
 
     @property
     def is_finite(self) -> bool:
-        """Whether it holds neither infinities nor NaNs."""
+        """True if it holds neither infinities nor NaNs."""
         return not (self.infs or self.nans)
 
 
@@ -238,7 +238,7 @@ def _written(func: Any, args: Any, kwargs: Any, only_out: bool = False) -> list[
 
 
 def _made(taken: Iterable[Tensor], written: Iterable[Any], results: Iterable[Any]) -> dict[int, Tensor]:
-    """What an operation wrote to or made, by its address: views of what it took are neither."""
+    """The tensors that an operation wrote to or made, by address; views of its inputs are neither."""
     made = {_address(memory): memory for leaf in written if (memory := _memory(leaf)) is not None}
     passed_on = {_address(memory) for memory in taken}
     for leaf in results:
@@ -248,7 +248,7 @@ def _made(taken: Iterable[Tensor], written: Iterable[Any], results: Iterable[Any
 
 
 def _unread(op: str, func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """What an operation writes without having looked at it."""
+    """The arguments that an operation writes to without having read them."""
     return _written(func, args, kwargs, only_out=op not in _ONLY_WRITES)
 
 
@@ -270,14 +270,14 @@ def _address(tensor: Tensor) -> int:
 
 
 def _covers(tensor: Tensor) -> bool:
-    """Whether a tensor is all that its memory holds."""
+    """True if a tensor is all that its memory holds."""
     distinct = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return distinct * tensor.itemsize >= tensor.untyped_storage().nbytes()
 
 
 @torch.no_grad()
 def _stats(tensor: Tensor) -> Tensor:
-    """Whether it holds infinities, whether NaNs, the smallest and the largest finite magnitude; on its device."""
+    """On the device: are there infinities, are there NaNs, the smallest and the largest finite magnitude."""
     # Autocast refuses to stack what is in its other 16-bit format.
     with torch._C._DisableAutocast():
         tensor = tensor.detach()

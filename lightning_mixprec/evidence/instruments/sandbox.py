@@ -45,7 +45,7 @@ class RandomState:
         self._numpy = numpy.random.get_state() if others and numpy is not None else None
 
     def is_same(self, other: "RandomState") -> bool:
-        """Whether torch's generators were in the same state when the other was made."""
+        """True if torch's generators were in the same state when the other was made."""
         if not torch.equal(self._torch, other._torch):
             return False
         if self._device is None or other._device is None:

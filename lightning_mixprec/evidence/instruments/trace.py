@@ -50,7 +50,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where non-finite numbers entered a step.
+    """The place where non-finite numbers entered a step.
 
     Attributes:
         layer: the innermost module that ran the operation, ``""`` for the root and what is outside of it.
@@ -116,7 +116,7 @@ class Trace:
         self._open.__exit__(kind, error, traceback)
 
     def origin(self, targets: Sequence[Tensor]) -> Origin | None:
-        """Where the non-finite numbers in the results come from, None if they are all finite.
+        """The origin of the non-finite numbers in the results, None if they are all finite.
 
         Args:
             targets: losses, gradients or any other results of what ran, still alive.
