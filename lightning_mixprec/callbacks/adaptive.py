@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, Steering
+from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, AdaptiveRun
 from lightning_mixprec.callbacks.failure_monitor import FailureMonitor
 from lightning_mixprec.callbacks.monitor import (
     ROWS,
@@ -110,7 +110,7 @@ class AdaptivePrecision(FailureMonitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._plugin: PerLayerPrecision | None = None
-        self._steering: Steering | None = None
+        self._run: AdaptiveRun | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -135,8 +135,8 @@ class AdaptivePrecision(FailureMonitor):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._steering is not None:
-            self._steered = self._steering.state_dict()  # for a checkpoint that is saved when the fit is over
+        if self._run is not None:
+            self._steered = self._run.state_dict()  # for a checkpoint that is saved when the fit is over
         super().teardown(trainer, pl_module, stage)
 
     @override
@@ -152,15 +152,15 @@ class AdaptivePrecision(FailureMonitor):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._plugin is not None
         options = replace(self._options, has_bf16=native_support("bf16", pl_module.device).native)
-        self._steering = Steering(trainer, self._plugin, options, self.pin, self._take_in, acts=self.mode == "act")
+        self._run = AdaptiveRun(trainer, self._plugin, options, self.pin, self._take_in, acts=self.mode == "act")
         if self._steered:
-            self._go_on(self._steering)
+            self._go_on(self._run)
         self._failures = FailureWatch(
             PluginFormats(self._plugin),
             pl_module.device,
             pl_module.automatic_optimization,
-            on_failure=self._steering.see_failure,
-            on_outcome=self._steering.see_outcome,
+            on_failure=self._run.see_failure,
+            on_outcome=self._run.see_outcome,
         )
         super().on_train_start(trainer, pl_module)
 
@@ -170,11 +170,11 @@ class AdaptivePrecision(FailureMonitor):
         if state["steered"] and not has_shape(state["steered"], Steered):
             yield "steered"
 
-    def _go_on(self, steering: Steering) -> None:
+    def _go_on(self, run: AdaptiveRun) -> None:
         """Takes over what a checkpoint kept of the controller."""
         state, self._steered = self._steered, {}
         try:
-            steering.load_state_dict(state)
+            run.load_state_dict(state)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise MixPrecError(
                 f"The checkpoint's AdaptivePrecision state cannot be read ({type(error).__name__}: {error}); it is "
@@ -188,24 +188,24 @@ class AdaptivePrecision(FailureMonitor):
             policy: The policy, without what was promoted.
             reason: Goes into the history.
         """
-        assert self._steering is not None
+        assert self._run is not None
         self._settle()
-        self._steering.rebase(policy, reason)
+        self._run.rebase(policy, reason)
 
     @property
     def base(self) -> PrecisionPolicy:
         """The policy of the running fit without what was promoted."""
-        assert self._steering is not None
-        return self._steering.base
+        assert self._run is not None
+        return self._run.base
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        watch, steering = self._failures, self._steering
-        assert watch is not None and steering is not None
+        watch, run = self._failures, self._run
+        assert watch is not None and run is not None
         may_sample = not (watch.is_in_window or self._has_no_batches(trainer))
-        steering.begin_batch(KeptBatch(batch, batch_idx, None), may_sample=may_sample)
+        run.begin_batch(KeptBatch(batch, batch_idx, None), may_sample=may_sample)
         self._follow_up()
         if not takes_iterator(trainer):
             watch.begin_batch(batch, batch_idx)
@@ -229,8 +229,8 @@ class AdaptivePrecision(FailureMonitor):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        if self._steering is not None:
-            self._steered = self._steering.state_dict()
+        if self._run is not None:
+            self._steered = self._run.state_dict()
             self._write_policy()
         self._forget_run()  # Lightning calls no teardown
 
@@ -243,24 +243,24 @@ class AdaptivePrecision(FailureMonitor):
     @override
     def state_dict(self) -> dict[str, Any]:
         self._settle()
-        if self._steering is None:
+        if self._run is None:
             return super().state_dict()
-        self._steered = self._steering.state_dict()
+        self._steered = self._run.state_dict()
         state = super().state_dict()
-        state["steered"]["copy"] = self._steering.copy()
+        state["steered"]["copy"] = self._run.copy()
         return state
 
     @override
     def _follow_up(self) -> None:
-        steering, watch = self._steering, self._failures
-        assert steering is not None and watch is not None
-        if steering.pending is None or watch.is_in_window:
+        run, watch = self._run, self._failures
+        assert run is not None and watch is not None
+        if run.pending is None or watch.is_in_window:
             return
         if self.mode == "act":
-            decision = steering.carry_out()
+            decision = run.carry_out()
             self._say(decision, "")
         else:
-            self._advise(steering.withdraw())
+            self._advise(run.withdraw())
         self._log_progress()
 
     def _take_in(
@@ -303,16 +303,16 @@ class AdaptivePrecision(FailureMonitor):
         print(f"AdaptivePrecision: step {step}: {would}{what} ({decision.reason})")
 
     def _log_progress(self) -> None:
-        assert self._trainer is not None and self._steering is not None and self._plugin is not None
+        assert self._trainer is not None and self._run is not None and self._plugin is not None
         version = policy_version(self._plugin.history)
-        share = self._steering.low_share
+        share = self._run.low_share
         self._log(self._trainer, {"low_precision_share": share, "policy_version": float(version)})
 
     def _write_policy(self) -> None:
         trainer, plugin = self._trainer, self._plugin
         if trainer is None or plugin is None or self._folder is None or not trainer.is_global_zero:
             return
-        advised = self._steering.advised_policy if self._steering is not None else None
+        advised = self._run.advised_policy if self._run is not None else None
         policy = plugin.policy if self.mode == "act" else advised
         name = LEARNED if self.mode == "act" else ADVISED
         if policy is None:

@@ -39,7 +39,7 @@ _ROOM_BITS = 2
 Report = Callable[..., None]
 
 
-class Steering:
+class AdaptiveRun:
     """Steers the formats of one run.
 
     Args:

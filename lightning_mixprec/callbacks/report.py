@@ -17,7 +17,7 @@ from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
-from lightning_mixprec.evidence.loss_curve import Curve, loss_in
+from lightning_mixprec.evidence.loss_curve import LossCurve, loss_in
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.report.writing import write_report
@@ -80,7 +80,7 @@ class PrecisionReport(SamplingMonitor):
     @override
     def _forget_run(self) -> None:
         super()._forget_run()
-        self._curve: Curve | None = None
+        self._curve: LossCurve | None = None
         self._layers: dict[str, list[Any]] = {}
         self._told_history = 0
         self._chosen: set[str] | None = None
@@ -111,7 +111,7 @@ class PrecisionReport(SamplingMonitor):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         assert self._formats is not None
-        self._curve = Curve(self._formats, pl_module.device)
+        self._curve = LossCurve(self._formats, pl_module.device)
         self._layers = described(trainer.precision_plugin, self._formats, pl_module)
         run = {
             "environment": environment(trainer, pl_module.device),

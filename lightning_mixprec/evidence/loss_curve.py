@@ -15,7 +15,7 @@ _CHUNK = 50
 _UNKNOWN = -1.0
 
 
-class Curve:
+class LossCurve:
     """Collects batches in chunks; a chunk is sent to the host when it is full and read when the next one is.
 
     Args:

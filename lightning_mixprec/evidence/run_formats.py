@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.formats import REFERENCE, is_scaling_needed, is_wider, trained_in
-from lightning_mixprec.plugin.formats_in_force import widened
+from lightning_mixprec.plugin.formats_in_force import in_fp32
 from lightning_mixprec.plugin.lightnings import Precision, both
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.strategies import check_replay
@@ -20,7 +20,8 @@ from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
 _PLAIN = both("plugins.precision", "Precision")
 _HALF = both("plugins.precision", "HalfPrecision")
-_WITH_FORMATS = _HALF + both("plugins.precision", "MixedPrecision") + both("plugins.precision", "DoublePrecision")
+_MIXED = both("plugins.precision", "MixedPrecision")
+_WITH_FORMATS = _HALF + _MIXED + both("plugins.precision", "DoublePrecision")
 
 
 class Formats(Protocol):
@@ -123,6 +124,7 @@ class StockFormats:
     def __init__(self, plugin: Precision, device: torch.device) -> None:
         self._plugin, self._device = plugin, device
         self._format = trained_in(str(plugin.precision)) or REFERENCE
+        self._scaler: Any = plugin.scaler if isinstance(plugin, _MIXED) else None
         self.widens = isinstance(plugin, _HALF)
 
     def of(self, layer: str) -> str:
@@ -163,10 +165,6 @@ class StockFormats:
         flags = states[id(optimizer)]["found_inf_per_device"] if id(optimizer) in states else {}
         return next(iter(flags.values()), None)
 
-    @property
-    def _scaler(self) -> Any:
-        return getattr(self._plugin, "scaler", None)
-
 
 class PolicyFormats:
     """The formats that a policy gives to a model without a Trainer.
@@ -204,7 +202,7 @@ class PolicyFormats:
     @contextlib.contextmanager
     def reference(self) -> Generator[None, None, None]:
         """Everything within computes in fp32; fp64 stays."""
-        wide = {name: widened(layer) for name, layer in self._assignment.items()}
+        wide = {name: in_fp32(layer) for name, layer in self._assignment.items()}
         attachment = attach(self._model, wide, self._device.type)
         try:
             with attachment.context():

@@ -156,7 +156,7 @@ class FormatsInForce:
         if self._attachment is None or assignment is None:
             yield
             return
-        with self._lent_to({name: widened(layer) for name, layer in assignment.items()}):
+        with self._lent_to({name: in_fp32(layer) for name, layer in assignment.items()}):
             yield
 
     @contextlib.contextmanager
@@ -253,7 +253,7 @@ class FormatsInForce:
         return attributes_of_copy(self)
 
 
-def widened(layer: LayerPrecision) -> LayerPrecision:
+def in_fp32(layer: LayerPrecision) -> LayerPrecision:
     """What a layer computes in where everything is fp32; fp64 stays."""
     return replace(layer, compute=layer.compute if is_wider(layer.compute, REFERENCE) else REFERENCE, output=None)
 
