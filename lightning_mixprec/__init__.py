@@ -11,6 +11,7 @@
 >>> trainer = pl.Trainer(accelerator="cpu", plugins=plugin, logger=False, barebones=True)
 """
 
+import lightning_mixprec.plugin.lightnings  # noqa: F401  first: it notes which Lightning the user imported
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.callbacks.fidelity import FidelityMonitor
 from lightning_mixprec.callbacks.overflow import OverflowMonitor
