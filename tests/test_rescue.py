@@ -1,6 +1,7 @@
 """A fast part of the rescue suite (examples/benchmarks/rescue.py): one seed of a few cases of each kind."""
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,17 @@ def suite():
     return rescue, rescue_cases
 
 
+@pytest.fixture(scope="module")
+def runs_of(suite):
+    """The three runs of a case, each made once."""
+
+    @cache
+    def run(name, how):
+        return suite[1].runs.run_case(name, 0, how)
+
+    return lambda name: {how: [run(name, how)] for how in ("fp32", "16-mixed", "ours")}
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
@@ -29,28 +41,27 @@ def elsewhere(tmp_path, monkeypatch, recwarn):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", slow_but_for({"ffn", "rms-norm"}, [*OVERFLOW, *SILENT]))
-def test_a_lost_run_is_rescued(suite, name):
+def test_a_lost_run_is_rescued(suite, runs_of, name):
+    """The seconds of three runs of some hundred steps."""
     rescue, cases = suite
-    runs = {how: [cases.runs.run_case(name, 0, how)] for how in ("fp32", "16-mixed", "ours")}
-    verdict = rescue.judge(cases.CASES[name], runs, is_control=False)
+    verdict = rescue.judge(cases.CASES[name], runs_of(name), is_control=False)
     assert str(verdict) == "yes", verdict
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", slow_but_for({"mlp"}, ["mlp", "contrastive", "tiny-weight"]))
-def test_a_healthy_run_is_left_alone(suite, name):
+def test_a_healthy_run_is_left_alone(suite, runs_of, name):
+    """The seconds of three runs of some hundred steps."""
     rescue, cases = suite
-    runs = {how: [cases.runs.run_case(name, 0, how)] for how in ("fp32", "16-mixed", "ours")}
-    verdict = rescue.judge(cases.CONTROLS[name], runs, is_control=True)
+    verdict = rescue.judge(cases.CONTROLS[name], runs_of(name), is_control=True)
     assert str(verdict) == "yes", verdict
     assert verdict.moves == [0]
 
 
-@pytest.mark.slow
-def test_the_rule_is_not_met_by_anything(suite):
+@pytest.mark.filterwarnings("ignore")
+def test_the_rule_is_not_met_by_anything(suite, runs_of):
     rescue, cases = suite
-    case = cases.CASES["ffn"]
-    runs = {how: [cases.runs.run_case("ffn", 0, how)] for how in ("fp32", "16-mixed")}
+    case, runs = cases.CASES["ffn"], runs_of("ffn")
     lost = rescue.judge(case, {**runs, "ours": runs["16-mixed"]}, is_control=False)
     assert not (lost.checks["b"] or lost.checks["c"] or lost.checks["d"] or lost.checks["f"])
     void = rescue.judge(case, {**runs, "16-mixed": runs["fp32"], "ours": runs["fp32"]}, is_control=False)
