@@ -61,16 +61,16 @@ def train(folder: Path, kind: str, name: str | None) -> None:
     (folder / "end.pkl").write_bytes(pickle.dumps(ending(model, run)))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     codes = {"whole": forked(partial(train, folder / "whole", "ours", None), folder / "whole")}
     for kind in ("stock", "ours"):
-        for name in SIGNALS:
+        for name in names:
             case = f"{kind} {name}"
             codes[case] = forked(partial(train, folder / case, kind, name), folder / case)
     (folder / "codes.pkl").write_bytes(pickle.dumps(codes))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from selection import slow_but_for
 
-FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 OVERFLOW, SILENT = ["ffn", "likelihood", "dice", "tasks"], ["rms-norm", "fourier", "offset", "words"]
 
 
