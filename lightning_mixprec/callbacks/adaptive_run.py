@@ -12,7 +12,7 @@ from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.failures import Found, diagnosed
-from lightning_mixprec.evidence.layer_statistics import SHORT, describe
+from lightning_mixprec.evidence.findings import SHORT, describe
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.snapshot import Snapshots

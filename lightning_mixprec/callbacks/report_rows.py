@@ -10,9 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.findings import SHORT, Findings, describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
-from lightning_mixprec.evidence.layer_statistics import SHORT, describe
 from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.numerics.exponents import LOWEST, Histogram
 from lightning_mixprec.numerics.formats import format_of

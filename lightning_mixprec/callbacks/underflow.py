@@ -12,9 +12,8 @@ from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share, 
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.callbacks.states import Losses, Stagnation
 from lightning_mixprec.evidence.comparison import Wanted
-from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.findings import Findings, describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
-from lightning_mixprec.evidence.layer_statistics import describe
 from lightning_mixprec.evidence.stagnation import StagnationCheck
 from lightning_mixprec.numerics.formats import REFERENCE, get_format
 from lightning_mixprec.numerics.plots import draw_layers

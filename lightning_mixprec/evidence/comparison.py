@@ -178,9 +178,7 @@ class Gathered:
             [part.view(shape) for part, shape in zip(each.split([s.numel() for s in shapes]), shapes, strict=True)]
             for each, shapes in zip(flat, self._shapes, strict=True)
         ]
-        (tables, dots, energies, count), (amax, gap, is_bad) = groups
-        measured = Measured(tables, dots, energies, count, amax, gap, is_bad)
-        return measured, max(scale.item(), _LEAST_SCALE)
+        return Measured(*[*groups[0], *groups[1]]), max(scale.item(), _LEAST_SCALE)
 
 
 class Comparison:
@@ -303,11 +301,11 @@ class Comparison:
         return self._statistics
 
     def _energies(self, calls: dict[str, LayerCall], compared: Sequence[str]) -> Tensor:
-        none = torch.zeros(2, dtype=torch.float64, device=self.device)
-        rows = [
-            computed_again(calls.pop(name)).to(none) if name in calls else none for name in compared
-        ]  # frees each call
-        return torch.stack(rows) if rows else none.view(1, 2)[:0]
+        energies = torch.zeros(len(compared), 2, dtype=torch.float64, device=self.device)
+        for row, name in enumerate(compared):
+            if name in calls:
+                energies[row] = computed_again(calls.pop(name))  # and lets go of the call
+        return energies
 
 
 def is_finite(replayed: Replayed) -> Tensor:
