@@ -3,25 +3,28 @@
 import contextlib
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_mixprec.engine import fastpath, sharding
-from lightning_mixprec.engine.border_plan import Plan, Precision, Site, bypassing, draw, survey
+from lightning_mixprec.engine.backends import Region, backend_for
+from lightning_mixprec.engine.border_plan import Plan, Site, bypassing, draw, survey
 from lightning_mixprec.engine.borders import Border, border_of
 from lightning_mixprec.engine.compiling import CompilerSettings
-from lightning_mixprec.engine.first_step import Watch
+from lightning_mixprec.engine.first_step import FirstStepCheck
 from lightning_mixprec.engine.weights import Gate, Storage, reflatten
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import FORMATS, Format, format_of
+from lightning_mixprec.numerics.formats import REFERENCE, Format, format_of, get_format
+from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.module_names import unwrap, walk
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
-def attach(model: nn.Module, assignment: Mapping[str, Precision], device_type: str) -> "Attachment":
+def attach(model: nn.Module, assignment: Mapping[str, Any], device_type: str) -> "Attachment":
     """Makes a model obey an assignment until it is detached.
 
     Weights are stored as their rules say, and every module whose format differs from its surroundings gets a border.
@@ -29,14 +32,15 @@ def attach(model: nn.Module, assignment: Mapping[str, Precision], device_type: s
 
     Args:
         model: the model; wrappers around it and inside it are looked through.
-        assignment: what each module is assigned, by its canonical name.
+        assignment: by the name of each module a ``LayerPrecision``, or anything else with ``param``, ``compute`` and
+            ``output``: the formats that its weights are stored in, that it computes in, and that its output is handed
+            on in (``"input"`` for the one that came, None for as computed).
         device_type: the device type whose autocast computes in 16 bits: ``"cuda"`` or ``"cpu"``.
 
     Raises:
         PolicyError: the model is attached already, or a part of it cannot be given its format.
 
-    >>> from types import SimpleNamespace
-    >>> wide, low = (SimpleNamespace(param="fp32", compute=c, output=None) for c in ("fp32", "bf16"))
+    >>> wide, low = LayerPrecision(param="fp32", compute="fp32"), LayerPrecision(param="fp32", compute="bf16")
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> attachment = attach(model, {"": low, "0": low, "1": wide}, "cpu")
     >>> with attachment.context():
@@ -54,7 +58,7 @@ def attach(model: nn.Module, assignment: Mapping[str, Precision], device_type: s
         _strip(node.module)
     attachment = Attachment(model, device_type)
     try:
-        attachment._store(assignment)
+        attachment._store(_layers_of(assignment))
         attachment.change(assignment)
     except BaseException:
         attachment.detach()
@@ -74,19 +78,20 @@ class Attachment:
         self._weights, self._buffers = Storage(), Storage()
         self._fast_paths = fastpath.FastPaths()
         self._borders: dict[Site, Border] = {}
-        self._assignment: Mapping[str, Precision] = {}
-        self._plan = Plan(torch.float32, {}, {}, False)
+        self._layers: Mapping[str, LayerPrecision] = {}
+        self._plan = Plan({}, {}, False)
+        self._root = self._region_of(REFERENCE)
         self._settings = CompilerSettings()
-        self._watch: Watch | None = None
+        self._check: FirstStepCheck | None = None
         _attached.add(unwrap(model))
 
-    def change(self, assignment: Mapping[str, Precision], *, is_lent: bool = False) -> None:
+    def change(self, assignment: Mapping[str, Any], *, is_lent: bool = False) -> None:
         """Puts another assignment in force, between steps. What is stored in which format stays as it is.
 
         A compiled model is compiled once more for an assignment that it has not had yet, and found again for others.
 
         Args:
-            assignment: what each module is assigned.
+            assignment: what each module is assigned, as for :func:`attach`.
             is_lent: whether nothing is compiled or gathered under it, because a sandbox tries it or compares with it.
 
         Raises:
@@ -94,11 +99,12 @@ class Attachment:
         """
         if self._model is None:
             raise PolicyError("the formats of a model were to change after they were detached; attach them again")
-        plan = draw(self._sites, assignment)
-        if self._widen_buffers(assignment):
-            plan = draw(self._sites, assignment)
+        layers = _layers_of(assignment)
+        plan = draw(self._sites, layers)
+        if self._widen_buffers(layers):
+            plan = draw(self._sites, layers)
         if not is_lent:
-            sharding.gather(self._groups, assignment)
+            sharding.gather(self._groups, layers)
         for site in self._plan.crossings.keys() - plan.crossings.keys():
             self._borders[site].remove()
         for site, crossing in plan.crossings.items():
@@ -107,7 +113,8 @@ class Attachment:
             self._borders[site].become(crossing)
             self._borders[site].install()
         self._fast_paths.keep_off(bypassing(self._sites, plan))
-        self._plan, self._assignment = plan, assignment
+        self._plan, self._layers = plan, layers
+        self._root = self._region_of(plan.formats[self._sites[0]])
         if not is_lent:
             self._settings.make_room(self._model, self._sites, plan)
 
@@ -118,29 +125,23 @@ class Attachment:
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """The format of the root's own operations, to be entered around each step; it may be entered again inside."""
-        dtype, device = self._plan.root, self._device
-        if dtype in (torch.bfloat16, torch.float16):
-            # Of weights that are gathered for a moment no cast is to stay.
-            return torch.autocast(device, dtype=dtype, cache_enabled=not self._groups)
-        if torch.is_autocast_enabled(device):
-            return torch.autocast(device, enabled=False)
-        return contextlib.nullcontext()
+        return self._root.context()
 
-    def begin_watch(self) -> None:
+    def begin_first_step(self) -> None:
         """Begins the first-step check."""
-        if self._watch is None and self._model is not None:
+        if self._check is None and self._model is not None:
             borders = {site: self._borders[site] for site in self._plan.crossings}
-            self._watch = Watch(self._model, self._sites, self._plan, borders)
+            self._check = FirstStepCheck(self._model, self._sites, self._plan, borders)
 
-    def end_watch(self) -> None:
+    def end_first_step(self) -> None:
         """Ends the first-step check.
 
         Raises:
             PolicyError: a border was walked around: its module's forward never ran, but a module inside did.
         """
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.end(self._assignment)
+        check, self._check = self._check, None
+        if check is not None:
+            check.end(self._layers)
 
     def restore_precise(self, checkpoint_state: Mapping[str, Any]) -> None:
         """Restores the bits of weights that were loaded from a checkpoint before they were stored more widely here.
@@ -160,7 +161,7 @@ class Attachment:
             return
         self._settings.end()
         with contextlib.suppress(PolicyError):
-            self.end_watch()
+            self.end_first_step()
         for site in self._plan.crossings:
             self._borders[site].remove()
         self._fast_paths.keep_off(())
@@ -174,10 +175,16 @@ class Attachment:
         self._model, self._sites, self._groups, self._borders = None, [], [], {}
         self._plan = self._plan._replace(crossings={}, formats={})
 
-    def _store(self, assignment: Mapping[str, Precision]) -> None:
+    def _region_of(self, format: str) -> Region:
+        backend = backend_for(format)
+        assert backend is not None
+        # Of weights that are gathered for a moment no cast is to stay.
+        return backend.region(format, self._device, caches=not self._groups)
+
+    def _store(self, layers: Mapping[str, LayerPrecision]) -> None:
         assert self._model is not None
         # All are asked before any is converted: a tied weight is stored as one of its modules says.
-        asked = [(module, _asked_param(module, assignment[name])) for name, module, _ in walk(self._model)]
+        asked = [(module, _asked_param(module, layers[name])) for name, module, _ in walk(self._model)]
         _refuse_sharded(asked)
         converted = [
             module
@@ -186,12 +193,12 @@ class Attachment:
         ]
         reflatten(converted)
 
-    def _widen_buffers(self, assignment: Mapping[str, Precision]) -> bool:
+    def _widen_buffers(self, layers: Mapping[str, LayerPrecision]) -> bool:
         """Stores the buffers of fp64 layers in fp64, so that what they accumulate keeps its bits from step to step."""
         wide = [
             buffer
             for site in self._sites
-            if assignment[site.name].compute == "fp64"
+            if layers[site.name].compute == "fp64"
             for part in site.parts
             for buffer in _own(part._buffers)
         ]
@@ -203,15 +210,27 @@ def _own(tensors: Mapping[str, Any]) -> list[torch.Tensor]:
     return [tensor for tensor in tensors.values() if tensor is not None]
 
 
-def _asked_param(module: nn.Module, precision: Precision) -> torch.dtype | None:
+def _layers_of(assignment: Mapping[str, Any]) -> dict[str, LayerPrecision]:
+    """The formats of each layer; an assignment knows for which layers a rule's ``output`` is meant."""
+    if isinstance(assignment, Assignment):
+        return {
+            name: layer if layer.output == (output := assignment.hands_on(name)) else replace(layer, output=output)
+            for name, layer in assignment.items()
+        }
+    return {
+        name: layer if isinstance(layer, LayerPrecision) else LayerPrecision(layer.param, layer.compute, layer.output)
+        for name, layer in assignment.items()
+    }
+
+
+def _asked_param(module: nn.Module, layer: LayerPrecision) -> torch.dtype | None:
     """The dtype a module's own weights are to be stored in, ``None`` if nobody asked for one."""
-    rule = getattr(precision, "rule", None)
-    if rule is None:
+    if layer.rule is None:
         stored = next((p.dtype for p in _own(module._parameters) if p.is_floating_point()), None)
-        asked = precision.param if stored is not None and format_of(stored) != precision.param else None
+        asked = layer.param if stored is not None and format_of(stored) != layer.param else None
     else:
-        asked = rule.param
-    format = FORMATS.get(asked) if asked is not None else None
+        asked = layer.rule.param
+    format = None if asked is None else get_format(asked)
     return format.dtype if isinstance(format, Format) else None
 
 

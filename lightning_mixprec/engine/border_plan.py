@@ -2,37 +2,19 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from lightning_mixprec.engine.backends import backend_for, computed_formats
 from lightning_mixprec.engine.borders import Crossing
 from lightning_mixprec.engine.fastpath import FUSED
-from lightning_mixprec.engine.weights import Slot, mismatches
+from lightning_mixprec.engine.weights import Slot, mismatches, unusable_in
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import FORMATS, Format
+from lightning_mixprec.numerics.formats import REFERENCE, get_format
+from lightning_mixprec.policy.assignment import LayerPrecision
 from lightning_mixprec.policy.module_names import walk
-
-_COMPUTE = ("fp64", "fp32", "bf16", "fp16")
-_DTYPES = {name: format.dtype for name in _COMPUTE if isinstance(format := FORMATS[name], Format)}
-_HALF = ("bf16", "fp16")
-
-
-class Precision(Protocol):
-    """What one module is assigned."""
-
-    @property
-    def param(self) -> str:
-        """The format its weights are stored in."""
-
-    @property
-    def compute(self) -> str:
-        """The format of its own operations."""
-
-    @property
-    def output(self) -> str | None:
-        """The format its output is handed on in, ``"input"``, or ``None`` for as computed."""
 
 
 @dataclass(eq=False)
@@ -98,13 +80,11 @@ class Plan(NamedTuple):
     """What an assignment does to a model.
 
     Attributes:
-        root: the dtype of the root's own operations.
         crossings: by site, what its border does; sites without a border are missing.
         formats: by site, in what its own operations compute.
         is_mixed: whether formats meet anywhere.
     """
 
-    root: torch.dtype
     crossings: dict[Site, Crossing]
     formats: dict[Site, str]
     is_mixed: bool
@@ -117,7 +97,7 @@ class Plan(NamedTuple):
         return crossing.output is not None or any(self.formats[p] != self.formats[site] for p in site.parents)
 
 
-def draw(sites: list[Site], assignment: Mapping[str, Precision]) -> Plan:
+def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision]) -> Plan:
     """Plans the borders.
 
     A module is a border if its format differs from that of any of its callers, if its output is set, or if it has
@@ -129,26 +109,27 @@ def draw(sites: list[Site], assignment: Mapping[str, Precision]) -> Plan:
         PolicyError: a format cannot be computed in, or a module cannot be instrumented.
     """
     formats = {site: _checked(site.name, assignment[site.name].compute) for site in sites}
-    slots = {site: own for site in sites if (own := _own_slots(site, formats[site]))}
+    unusable = {format: unusable_in(_dtype(format)) for format in set(formats.values())}
+    slots = {site: own for site in sites if (own := _own_slots(site, unusable[formats[site]]))}
     uncached = _without_cache(sites, formats)
     root = sites[0]
     crossings = {}
     for site in sites[1:]:
-        output = _output(assignment, site.name)
+        output = assignment[site.name].output
         differs = any(formats[parent] != formats[site] for parent in site.parents)
         is_top = differs or (root in site.parents and formats[root] == formats[site])
         seen = _region_slots(site, formats, slots) if slots and (is_top or output or site in slots) else ()
         if differs or output or seen:
             crossings[site] = Crossing(
-                _DTYPES[formats[site]],
+                formats[site],
                 _wide(formats[parent] for parent in site.parents),
-                "input" if output == "input" else _DTYPES[_checked(site.name, output)] if output else None,
+                "input" if output == "input" else _dtype(_checked(site.name, output)) if output else None,
                 site not in uncached,
                 seen,
             )
     _refuse_scripted(crossings)
     is_mixed = bool(crossings) or len(set(formats.values())) > 1
-    return Plan(_DTYPES[formats[root]], crossings, formats, is_mixed)
+    return Plan(crossings, formats, is_mixed)
 
 
 def bypassing(sites: list[Site], plan: Plan) -> list[nn.Module]:
@@ -160,33 +141,35 @@ def bypassing(sites: list[Site], plan: Plan) -> list[nn.Module]:
 
 def _is_all_fp32(site: Site, plan: Plan) -> bool:
     return all(
-        plan.formats[inner] == "fp32" and (inner not in plan.crossings or plan.crossings[inner].output is None)
+        plan.formats[inner] == REFERENCE and (inner not in plan.crossings or plan.crossings[inner].output is None)
         for inner in site.below()
     )
 
 
-def _output(assignment: Mapping[str, Precision], name: str) -> str | None:
-    hands_on = getattr(assignment, "hands_on", None)
-    return assignment[name].output if hands_on is None else hands_on(name)
-
-
 def _checked(name: str, format: str) -> str:
-    if format in _DTYPES:
+    if backend_for(format) is not None:
         return format
+    formats = ", ".join(computed_formats())
     raise PolicyError(
-        f"layer {name!r} is to compute in {format!r}, and layers compute in {', '.join(_COMPUTE)}; choose one of these"
+        f"layer {name!r} is to compute in {format!r}, and layers compute in {formats}; choose one of these"
     )
 
 
+def _dtype(format: str) -> torch.dtype:
+    return get_format(format).forward.dtype
+
+
+def _is_half(format: str) -> bool:
+    return get_format(format).is_half
+
+
 def _wide(callers: Iterable[str]) -> torch.dtype | None:
-    wide = {format for format in callers if format not in _HALF}
-    if len(wide) == 2:
-        return None
-    return torch.float64 if wide == {"fp64"} else torch.float32
+    wide = {_dtype(format) for format in callers if not _is_half(format)} or {torch.float32}
+    return wide.pop() if len(wide) == 1 else None
 
 
-def _own_slots(site: Site, format: str) -> list[Slot]:
-    return [slot for part in site.parts for slot in mismatches(part, _DTYPES[format])]
+def _own_slots(site: Site, unusable: Mapping[torch.dtype, torch.dtype]) -> list[Slot]:
+    return [slot for part in site.parts for slot in mismatches(part, unusable)]
 
 
 def _region_slots(top: Site, formats: dict[Site, str], slots: dict[Site, list[Slot]]) -> tuple[Slot, ...]:
@@ -209,13 +192,13 @@ def _without_cache(sites: list[Site], formats: dict[Site, str]) -> set[Site]:
     These are the regions that share a weight with a region of the other 16-bit format, the root's own excepted, and
     those inside a module of the other 16-bit format, which may use its children's weights.
     """
-    if not set(_HALF) <= set(formats.values()):
+    if len({format for format in formats.values() if _is_half(format)}) < 2:
         return set()
     root = formats[sites[0]]
-    affected = {site for site in sites if formats[site] in _HALF and _is_inside_other(site, formats)}
+    affected = {site for site in sites if _is_half(formats[site]) and _is_inside_other(site, formats)}
     users: dict[int, list[Site]] = {}
     for site in sites:
-        if formats[site] in _HALF:
+        if _is_half(formats[site]):
             for parameter in (parameter for part in site.parts for parameter in part._parameters.values()):
                 users.setdefault(id(parameter), []).append(site)
     for shared in users.values():
@@ -235,7 +218,7 @@ def _is_inside_other(site: Site, formats: dict[Site, str]) -> bool:
     seen, waiting = {site}, [site]
     while waiting:
         for parent in waiting.pop().parents:
-            if formats[parent] in _HALF and formats[parent] != formats[site]:
+            if _is_half(formats[parent]) and formats[parent] != formats[site]:
                 return True
             if parent not in seen:
                 seen.add(parent)

@@ -6,30 +6,20 @@ from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import (
-    Tensor,
-    autocast_decrement_nesting,
-    autocast_increment_nesting,
-    clear_autocast_cache,
-    get_autocast_dtype,
-    is_autocast_cache_enabled,
-    is_autocast_enabled,
-    nn,
-    set_autocast_cache_enabled,
-    set_autocast_dtype,
-    set_autocast_enabled,
-)
+from torch import Tensor, get_autocast_dtype, is_autocast_enabled, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_mixprec.engine.casting import Casts, all_to, cast, first_floating, holds_dtype
+from lightning_mixprec.engine.backends import backend_for
+from lightning_mixprec.engine.casting import FLOATING, Casts, all_to, cast, first_floating, holds_dtype
 from lightning_mixprec.engine.fastpath import arrive_cast
 from lightning_mixprec.engine.weights import Gate, Slot, with_seen
+from lightning_mixprec.numerics.formats import REFERENCE, get_format
 
-_HALF = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}
-_ALL_TO = {dtype: all_to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_COMPUTED = tuple(dtype for dtype in FLOATING if dtype.itemsize > 1)
+_ALL_TO = {dtype: all_to(dtype) for dtype in _COMPUTED}
 
 _REPARAMETRIZATIONS = (WeightNorm, SpectralNorm)
 """Hooks that compute a module's weight before its forward: own operations, although torch runs them outside.
@@ -44,28 +34,31 @@ def _into(dtype: torch.dtype, comes_from: torch.dtype) -> Casts:
 
     fp32 is left to autocast in a 16-bit region, but autocast leaves fp64 alone.
     """
-    if dtype not in _HALF:
+    if dtype.itemsize > 2:
         return _ALL_TO[dtype]
-    casts = {_HALF[dtype]: dtype}
+    casts = {other: dtype for other in _COMPUTED if other.itemsize == 2 and other != dtype}
     return casts | {torch.float64: torch.float32} if comes_from == torch.float64 else casts
 
 
-_CROSSINGS = {own: {caller: (_into(own, caller), _into(caller, own)) for caller in _ALL_TO} for own in _ALL_TO}
-"""By a border's own and its caller's dtype: the casts of its inputs and of its results."""
+_CASTS = {
+    own: {caller: (_into(own, caller), _into(caller, own), _into(caller, torch.float64)) for caller in _COMPUTED}
+    for own in _COMPUTED
+}
+"""By a border's own and its caller's dtype: the casts of its inputs, of its results, and of results turned to fp64."""
 
 
 class Crossing(NamedTuple):
     """What a border does.
 
     Attributes:
-        dtype: in what the module's own operations compute.
+        format: in what the module's own operations compute.
         wide: what a caller computes in if autocast is off: fp32, fp64, or ``None`` if the callers differ in this.
         output: in what the result is handed on, ``"input"`` for what came in, ``None`` for as computed.
         caches: whether weights cast by autocast may be kept for their next use.
         slots: the weights that the module's region cannot use as they are stored.
     """
 
-    dtype: torch.dtype
+    format: str
     wide: torch.dtype | None = torch.float32
     output: torch.dtype | Literal["input"] | None = None
     caches: bool = True
@@ -95,13 +88,17 @@ class Border:
         # Dynamo compares a bound method's code, and the identity of any other callable: with that, blocks that compute
         # alike would each be compiled for themselves.
         self.method = MethodType(_with_signature_of(self.inner or type(module).forward, self.inner is None), self)
-        self.become(Crossing(torch.float32))
+        self.become(Crossing(REFERENCE))
 
     def become(self, crossing: Crossing) -> None:
         """Takes over another crossing; the object stays, so that compiled code finds it again."""
-        self.dtype, self.wide, self.output, self.caches, self.slots = crossing
-        self.is_half = self.dtype in _HALF
-        self.attends = self.is_half and isinstance(self.module, nn.MultiheadAttention)
+        format, self.wide, self.output, caches, self.slots = crossing
+        backend = backend_for(format)
+        assert backend is not None
+        self.region = backend.region(format, self.device, caches)
+        self.dtype, self.inherits = self.region.dtype, self.region.inherits
+        self.casts = _CASTS[self.dtype]
+        self.attends = get_format(format).is_half and isinstance(self.module, nn.MultiheadAttention)
 
     def install(self) -> None:
         """Puts the border in place, and the hooks that make the module's weight behind it."""
@@ -140,7 +137,7 @@ class Border:
         device, own, output = self.device, self.dtype, self.output
         was_on, was = is_autocast_enabled(device), get_autocast_dtype(device)
         caller = was if was_on else self.wide or _wide_caller(args, kwargs)
-        into, back = _CROSSINGS[own][caller]
+        into, back, back_from_fp64 = self.casts[caller]
         if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
             arrived = args[0].dtype
             if output == "input":
@@ -151,40 +148,18 @@ class Border:
             if output == "input":
                 output = _arrived(args, kwargs)
             args, kwargs = cast((args, kwargs), into)
-        if own is caller and self.caches:
+        if own is caller and self.inherits:
             result = self._compute(args, kwargs)
         else:
-            result = self._switched(was_on, was, args, kwargs)
+            result = self.region.call(was_on, was, self._compute, args, kwargs)
+        if output is torch.float64:
+            back = back_from_fp64
         if type(result) is not Tensor:
-            return _handed_on(result, output, caller, back)
+            return _handed_on(result, output, back)
         if output is not None and result.dtype in _ALL_TO[output]:
             result = result.to(output)
-        if output is torch.float64:
-            back = _CROSSINGS[torch.float64][caller][1]
         target = back.get(result.dtype)
         return result if target is None else result.to(target)
-
-    def _switched(self, was_on: bool, was: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        device, is_half = self.device, self.is_half
-        opens = is_half and not was_on
-        did_cache = self.caches or is_autocast_cache_enabled()
-        if opens:
-            autocast_increment_nesting()
-        try:
-            set_autocast_enabled(device, is_half)
-            if is_half:
-                set_autocast_dtype(device, self.dtype)
-            if not self.caches:
-                set_autocast_cache_enabled(False)
-            return self._compute(args, kwargs)
-        finally:
-            if opens and autocast_decrement_nesting() == 0:
-                clear_autocast_cache()
-            set_autocast_enabled(device, was_on)
-            if is_half:
-                set_autocast_dtype(device, was)
-            if not self.caches:
-                set_autocast_cache_enabled(did_cache)
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.slots:
@@ -207,17 +182,14 @@ class Border:
         return type(module).forward(module, *args, **kwargs)
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        device, own = self.device, self.dtype
-        was_on, was = is_autocast_enabled(device), get_autocast_dtype(device)
+        was_on, was = is_autocast_enabled(self.device), get_autocast_dtype(self.device)
         caller = was if was_on else self.wide or _wide_caller(args, kwargs)
-        into, back = _CROSSINGS[own][caller]
+        into, back, back_from_fp64 = self.casts[caller]
         output = _arrived(args, kwargs) if self.output == "input" else self.output
-        dtype = own if self.is_half else None
-        caches = is_autocast_cache_enabled() and self.caches
         args, kwargs = cast((args, kwargs), into)
-        with torch.autocast(device, dtype=dtype, enabled=self.is_half, cache_enabled=caches):
+        with self.region.context():
             result = self._compute(args, kwargs)
-        return _handed_on(result, output, caller, back)
+        return _handed_on(result, output, back_from_fp64 if output is torch.float64 else back)
 
 
 def border_of(module: nn.Module) -> Border | None:
@@ -237,12 +209,8 @@ def _with_signature_of(forward: Any, has_self: bool) -> FunctionType:
     return call
 
 
-def _handed_on(result: Any, output: torch.dtype | None, caller: torch.dtype, back: Casts) -> Any:
-    if output is not None:
-        result = cast(result, _ALL_TO[output])
-        if output is torch.float64:
-            back = _CROSSINGS[output][caller][1]
-    return cast(result, back)
+def _handed_on(result: Any, output: torch.dtype | None, back: Casts) -> Any:
+    return cast(result if output is None else cast(result, _ALL_TO[output]), back)
 
 
 def _arrived(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:

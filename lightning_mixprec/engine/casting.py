@@ -9,19 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mixprec.numerics.formats import stored_dtypes
+
 Casts = Mapping[torch.dtype, torch.dtype]
 """Which dtype becomes which; a dtype that is no key is left alone."""
 
-FLOATING = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-)
+FLOATING = (*stored_dtypes(), torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 """The dtypes whose values a cast keeps; block scales and packed formats mean nothing by themselves."""
 
 Done = list[tuple[Tensor, Tensor]]

@@ -7,10 +7,11 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mixprec.engine.border_plan import Plan, Precision, Site
+from lightning_mixprec.engine.border_plan import Plan, Site
 from lightning_mixprec.engine.borders import Border
 from lightning_mixprec.engine.compiling import compiled_parts
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.policy.assignment import LayerPrecision
 
 
 class _Witness:
@@ -24,10 +25,10 @@ class _Witness:
             self.ran = True
 
 
-class Watch:
-    """What ran between its making and :meth:`end`.
+class FirstStepCheck:
+    """The check that each border is entered in a step if a module behind it runs. Begins at once, ends at :meth:`end`.
 
-    Modules inside a compiled part are not watched: a hook there would compile it twice.
+    Modules inside a compiled part are not checked: a hook there would compile it twice.
 
     Args:
         model: the model with its wrappers.
@@ -52,7 +53,7 @@ class Watch:
                 self._witnesses[site] = _Witness()
                 self._handles.append(site.module.register_forward_pre_hook(self._witnesses[site]))
 
-    def end(self, assignment: Mapping[str, Precision]) -> None:
+    def end(self, assignment: Mapping[str, LayerPrecision]) -> None:
         """Takes the hooks off again and judges.
 
         Raises:
@@ -94,9 +95,8 @@ def _reached_without(root: Site, avoided: Site) -> set[Site]:
     return seen
 
 
-def _message(site: Site, ran: Site, precision: Precision) -> str:
-    rule = getattr(precision, "rule", None)
-    written = getattr(rule, "layers", None) or getattr(rule, "types", None)
+def _message(site: Site, ran: Site, precision: LayerPrecision) -> str:
+    written = precision.rule and (precision.rule.layers or precision.rule.types)
     by = f" by the rule for {written!r}" if written else ""
     says = f"computes in {precision.compute}" + (f" and hands on {precision.output}" if precision.output else "")
     return (

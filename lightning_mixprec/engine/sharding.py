@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_mixprec.engine.border_plan import Precision, Site, survey
+from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.policy.assignment import LayerPrecision
 
 try:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -26,7 +28,6 @@ except ImportError:  # torch built without distributed
 else:
     is_available = True
 
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CAST_BY_AUTOCAST: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.MultiheadAttention,
@@ -61,7 +62,7 @@ class Group(NamedTuple):
         """The policy that it is gathered under now."""
         return self.leader._get_fsdp_state()._mp_policy
 
-    def format(self, assignment: Mapping[str, Precision]) -> torch.dtype | None:
+    def format(self, assignment: Mapping[str, LayerPrecision]) -> torch.dtype | None:
         """What they are gathered in; None for as they are stored."""
         formats = {_format(module, assignment[name]) for name, module in zip(self.layers, self.modules, strict=True)}
         return formats.pop() if len(formats) == 1 else None
@@ -70,7 +71,7 @@ class Group(NamedTuple):
 def shard(
     model: nn.Module,
     modules: Iterable[nn.Module],
-    assignment: Mapping[str, Precision],
+    assignment: Mapping[str, LayerPrecision],
     *,
     apart: bool = True,
     **options: Any,
@@ -122,7 +123,7 @@ def groups_of(sites: Sequence[Site]) -> list[Group]:
     return [Group(each[0][0], *map(tuple, list(zip(*each, strict=True))[1:])) for each in found.values()]
 
 
-def gather(groups: Sequence[Group], assignment: Mapping[str, Precision]) -> None:
+def gather(groups: Sequence[Group], assignment: Mapping[str, LayerPrecision]) -> None:
     """Has groups gathered in the formats of an assignment, between steps.
 
     Raises:
@@ -219,11 +220,16 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
     return [param for param in module._parameters.values() if param is not None]
 
 
-def _format(module: nn.Module, precision: Precision) -> torch.dtype | None:
+def _format(module: nn.Module, precision: LayerPrecision) -> torch.dtype | None:
     """The 16-bit format that autocast casts all weights of a module to, if it does."""
     names = {name for name, param in module._parameters.items() if param is not None}
     is_cast = names <= _OWN_WEIGHTS and any(type(module).forward is kind.forward for kind in _CAST_BY_AUTOCAST)
-    return _HALF.get(precision.compute) if is_cast else None
+    return _half_dtype(precision.compute) if is_cast else None
+
+
+def _half_dtype(format: str) -> torch.dtype | None:
+    described = get_format(format)
+    return described.forward.dtype if described.is_half else None
 
 
 def _is_ours(given: Any) -> bool:
@@ -231,10 +237,10 @@ def _is_ours(given: Any) -> bool:
     return isinstance(given, _Gathered) or given == MixedPrecisionPolicy()
 
 
-def _check_given(group: Group, assignment: Mapping[str, Precision]) -> None:
+def _check_given(group: Group, assignment: Mapping[str, LayerPrecision]) -> None:
     gathered = group.given.param_dtype
     for name in group.layers if gathered is not None else ():
-        if _HALF.get(assignment[name].compute) != gathered:
+        if _half_dtype(assignment[name].compute) != gathered:
             raise PolicyError(
                 f"the weights of layer {name!r} were sharded with MixedPrecisionPolicy(param_dtype={gathered}), but it "
                 f"is to compute in {assignment[name].compute}; leave mp_policy out of fully_shard, or call "

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-_HALF = (torch.bfloat16, torch.float16)
+from lightning_mixprec.numerics.formats import compute_dtypes, half_dtypes
+
 _LAZY = (UninitializedParameter, UninitializedBuffer)
-_STORABLE = (torch.float64, torch.float32, *_HALF)
 _CONVERTIBLE = (torch.strided, torch.sparse_coo)  # torch cannot give a compressed tensor data of another dtype
 
 
@@ -52,19 +52,24 @@ def seen_as(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
     >>> seen_as(torch.float64, torch.bfloat16), seen_as(torch.float32, torch.bfloat16)
     (torch.float32, torch.float32)
     """
-    if stored not in _STORABLE:
+    if stored not in compute_dtypes():
         return stored
-    if compute not in _HALF:
+    if compute not in half_dtypes():
         return compute
     return stored if stored in (torch.float32, compute) else torch.float32
 
 
-def mismatches(module: nn.Module, compute: torch.dtype) -> list[Slot]:
-    """The module's own parameters and buffers that operations in ``compute`` cannot use as they are stored."""
+def unusable_in(compute: torch.dtype) -> dict[torch.dtype, torch.dtype]:
+    """By the dtypes of stored weights that operations in ``compute`` cannot use, the dtype that they see instead."""
+    return {stored: seen for stored in compute_dtypes() if (seen := seen_as(stored, compute)) != stored}
+
+
+def mismatches(module: nn.Module, unusable: Mapping[torch.dtype, torch.dtype]) -> list[Slot]:
+    """The module's own parameters and buffers that are not used as they are stored (see :func:`unusable_in`)."""
     found = []
     for is_buffer, tensors in ((False, module._parameters), (True, module._buffers)):
         for name, tensor in tensors.items():
-            if tensor is not None and (dtype := seen_as(tensor.dtype, compute)) != tensor.dtype:
+            if tensor is not None and (dtype := unusable.get(tensor.dtype)) is not None:
                 found.append(Slot(module, name, is_buffer, dtype))
     return found
 
@@ -149,9 +154,9 @@ class Storage:
 
     def convert(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
         """Stores tensors in another dtype, their gradients too; whether there was anything to do."""
-        any_changed = False
+        any_changed, storable = False, compute_dtypes()
         for tensor in tensors:
-            if tensor.dtype not in _STORABLE or tensor.dtype == dtype or tensor.layout not in _CONVERTIBLE:
+            if tensor.dtype not in storable or tensor.dtype == dtype or tensor.layout not in _CONVERTIBLE:
                 continue
             before = self._before[id(tensor)][1] if id(tensor) in self._before else tensor.dtype
             self._before[id(tensor)] = (tensor, before, dtype)

@@ -251,6 +251,16 @@ def low_precision_formats(*, in_parts: bool = False) -> tuple[str, ...]:
     return tuple(format.name for format in ordered)
 
 
+def stored_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes of all formats, each once."""
+    return tuple({format.dtype: None for format in _plain()})
+
+
+def compute_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes of the plain formats that layers compute in, each once."""
+    return tuple({format.dtype: None for format in _plain() if format.use.is_computed_in})
+
+
 def half_dtypes() -> tuple[torch.dtype, ...]:
     """The dtypes of the 16-bit formats, each once.
 

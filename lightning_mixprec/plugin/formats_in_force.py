@@ -218,7 +218,7 @@ class FormatsInForce:
         watching = self._attachment if stage in self._to_watch else None
         if watching is not None:
             self._to_watch.discard(stage)
-            watching.begin_watch()
+            watching.begin_first_step()
         self.in_step, failed = True, True
         try:
             with self.forward():
@@ -228,7 +228,7 @@ class FormatsInForce:
             self.in_step = False
             if watching is not None:
                 with contextlib.suppress(PolicyError) if failed else contextlib.nullcontext():
-                    watching.end_watch()
+                    watching.end_first_step()
 
     def _assignment_of(self, stage: Literal["train", "eval"]) -> Assignment | None:
         if stage == "eval" and self.evaluation_assignment is not None:

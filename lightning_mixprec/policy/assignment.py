@@ -23,8 +23,8 @@ class LayerPrecision:
 
     param: str
     compute: str
-    output: str | None
-    rule: Rule | None
+    output: str | None = None
+    rule: Rule | None = None
 
     @property
     def formats(self) -> tuple[str, str, str | None]:

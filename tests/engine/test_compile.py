@@ -101,10 +101,10 @@ def test_the_first_step_check_recompiles_nothing(attached):
     model[0] = torch.compile(model[0], backend=counter, fullgraph=True)
     x = torch.randn(3, 4)
     with attached(model, {"default": "bf16", "0": "fp32"}) as attachment:
-        attachment.begin_watch()
+        attachment.begin_first_step()
         with attachment.context():
             model(x)
-        attachment.end_watch()
+        attachment.end_first_step()
         with attachment.context():
             model(x)
     assert counter.frame_count == 1

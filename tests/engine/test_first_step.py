@@ -35,16 +35,16 @@ def step(model, policy, attached):
     hooks = [dict(module._forward_pre_hooks) for module in model.modules()]
     with attached(model, policy) as attachment:
         before = [dict(module._forward_pre_hooks) for module in model.modules()]
-        attachment.begin_watch()
+        attachment.begin_first_step()
         try:
             with attachment.context():
                 model(torch.ones(1, 2))
         finally:
             try:
-                attachment.end_watch()
+                attachment.end_first_step()
             finally:
                 assert [dict(module._forward_pre_hooks) for module in model.modules()] == before
-        attachment.end_watch()
+        attachment.end_first_step()
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
@@ -105,7 +105,7 @@ def test_an_error_in_the_step_leaves_no_hooks(attached):
 def test_detach_ends_a_watch(attached):
     model = Root(lambda m, x: m.v.encode(x))
     with attached(model, {"default": "bf16", "v": "fp32"}) as attachment:
-        attachment.begin_watch()
+        attachment.begin_first_step()
         model(torch.ones(1, 2))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -114,10 +114,10 @@ def test_compiled_parts_are_not_watched(attached):
     model = Root(lambda m, x: m.v.encode(m.w(x)))
     model.v.compile(backend="eager")
     with attached(model, {"default": "bf16", "v": "fp32"}) as attachment:
-        attachment.begin_watch()
+        attachment.begin_first_step()
         assert not any(module._forward_pre_hooks for module in model.modules())
         model(torch.ones(1, 2))
-        attachment.end_watch()
+        attachment.end_first_step()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")

@@ -1,0 +1,100 @@
+"""torch's autocast: 16-bit formats with autocast on, wider ones with autocast off."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import (
+    autocast_decrement_nesting,
+    autocast_increment_nesting,
+    clear_autocast_cache,
+    is_autocast_cache_enabled,
+    is_autocast_enabled,
+    set_autocast_cache_enabled,
+    set_autocast_dtype,
+    set_autocast_enabled,
+)
+
+from lightning_mixprec.numerics.devices import Support, native_support
+from lightning_mixprec.numerics.formats import FORMATS, Format, get_format
+
+
+class Autocast:
+    """The backend of formats that torch has operations for.
+
+    >>> Autocast().computes("bf16"), Autocast().computes("fp64"), Autocast().computes("fp8")
+    (True, True, False)
+    """
+
+    def computes(self, format: str) -> bool:
+        """True of the formats that the table says are computed in, from 16 bits on."""
+        known = FORMATS.get(format)
+        return isinstance(known, Format) and known.use.is_computed_in and known.bits >= 16
+
+    def support(self, format: str, device: torch.device) -> Support:
+        """The device's own arithmetic; where it has none, torch's kernels convert at each step."""
+        return native_support(format, device)
+
+    def cost(self, format: str, device: torch.device) -> float | None:
+        """None: torch does not say, and measures nothing."""
+        return None
+
+    def region(self, format: str, device_type: str, caches: bool) -> "AutocastRegion":
+        """Autocast to the format's dtype, or none."""
+        described = get_format(format)
+        return AutocastRegion(device_type, described.forward.dtype, described.is_half, caches)
+
+
+class AutocastRegion:
+    """Autocast's state in a part of a model.
+
+    Args:
+        device: The device type.
+        dtype: The dtype that operations compute in.
+        is_on: Whether autocast casts to it; without, operations compute in what they are given.
+        caches: Whether weights cast by autocast may be kept for their next use.
+    """
+
+    def __init__(self, device: str, dtype: torch.dtype, is_on: bool, caches: bool) -> None:
+        self.device, self.dtype, self.is_on = device, dtype, is_on
+        self.caches = self.inherits = caches
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast for everything within, or none."""
+        if self.is_on:
+            caches = self.caches and is_autocast_cache_enabled()
+            return torch.autocast(self.device, dtype=self.dtype, cache_enabled=caches)
+        if is_autocast_enabled(self.device):
+            return torch.autocast(self.device, enabled=False)
+        return contextlib.nullcontext()
+
+    def call(
+        self,
+        was_on: bool,
+        was: torch.dtype,
+        compute: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call with autocast switched, and switched back after it."""
+        device, is_on, caches = self.device, self.is_on, self.caches
+        opens = is_on and not was_on
+        did_cache = caches or is_autocast_cache_enabled()
+        if opens:
+            autocast_increment_nesting()
+        try:
+            set_autocast_enabled(device, is_on)
+            if is_on:
+                set_autocast_dtype(device, self.dtype)
+            if not caches:
+                set_autocast_cache_enabled(False)
+            return compute(args, kwargs)
+        finally:
+            if opens and autocast_decrement_nesting() == 0:
+                clear_autocast_cache()
+            set_autocast_enabled(device, was_on)
+            if is_on:
+                set_autocast_dtype(device, was)
+            if not caches:
+                set_autocast_cache_enabled(did_cache)

@@ -1,0 +1,64 @@
+"""The protocol of a backend: one way to compute in some formats."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from lightning_mixprec.numerics.devices import Support
+
+
+class Region(Protocol):
+    """The state in which a part of a model computes in one format, on one type of device.
+
+    Attributes:
+        dtype: The dtype that its operations compute in, as code inside the part sees it.
+        inherits: Whether surroundings that compute in the same dtype need not be left for it.
+    """
+
+    dtype: torch.dtype
+    inherits: bool
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes in the format. For the model's own operations and for compiled borders."""
+
+    def call(
+        self,
+        was_on: bool,
+        was: torch.dtype,
+        compute: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """One call in the format, from surroundings in another one. Written out flat: this is what a border costs.
+
+        Args:
+            was_on: Whether autocast is on around the call.
+            was: The dtype of autocast there.
+            compute: What is called, with the two arguments that follow.
+            args: Positional arguments.
+            kwargs: Arguments by name.
+        """
+
+
+class Backend(Protocol):
+    """One way to compute in some formats."""
+
+    def computes(self, format: str) -> bool:
+        """Whether it computes in a format, quickly or not."""
+
+    def support(self, format: str, device: torch.device) -> Support:
+        """Whether a device has arithmetic of its own for a format that it computes, and why or why not."""
+
+    def cost(self, format: str, device: torch.device) -> float | None:
+        """How many times as long as in fp32 a product takes; None where nobody measured it."""
+
+    def region(self, format: str, device_type: str, caches: bool) -> Region:
+        """What a part of a model computes in.
+
+        Args:
+            format: A format that it computes.
+            device_type: ``"cuda"`` or ``"cpu"``.
+            caches: Whether weights that were cast may be kept for their next use.
+        """
