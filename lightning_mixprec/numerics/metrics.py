@@ -17,7 +17,6 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,7 +28,8 @@ from lightning_mixprec.numerics.exponents import HIGHEST, LOWEST, Histogram, his
 from lightning_mixprec.numerics.flat_batches import flatten, flatten_together
 from lightning_mixprec.numerics.formats import Format, get_format
 from lightning_mixprec.numerics.plots import draw_exponents
-from lightning_mixprec.numerics.similarity import decibels
+from lightning_mixprec.numerics.rates import last_finite, last_zero
+from lightning_mixprec.numerics.similarity import decibels, energies
 
 if TYPE_CHECKING:
     from lightning_mixprec.numerics.plots import Axes, FigureBase
@@ -172,11 +172,8 @@ class _Rate(_Scalar):
         # the same values; with another format or scale they would differ only later.
         self._state = f"{type(self).__name__}_{self.format}_{self.scale!r}".lower().replace(".", "_")
         self.add_state(self._state, torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
-        bound, inclusive = self._bound(get_format(format).forward)
-        self._limits = {
-            dtype: _last_within(bound / Fraction(self.scale), inclusive, dtype)
-            for dtype in (torch.float32, torch.float64)
-        }
+        target = get_format(format).forward
+        self._limits = {dtype: self._limit(target, self.scale, dtype) for dtype in (torch.float32, torch.float64)}
 
     def compute(self) -> Tensor:
         """The share of all elements so far that counts, as 0-dim fp32; 0 where nothing was seen."""
@@ -199,13 +196,13 @@ class _Rate(_Scalar):
 
     @staticmethod
     @abstractmethod
-    def _bound(format: Format) -> tuple[Fraction, bool]:
-        """Where counting starts or ends, and whether a number that lies right there is on the lower side."""
+    def _limit(target: Format, scale: float, dtype: torch.dtype) -> float:
+        """Where counting starts or ends: the largest number of a dtype on the lower side."""
 
     @staticmethod
     @abstractmethod
     def _count(magnitudes: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-        """What counts, and out of how many, given the largest magnitude on the lower side of the bound."""
+        """How many count, and out of how many, given the limit."""
 
     def _add(self, part: Tensor, whole: Tensor) -> None:
         setattr(self, self._state, self._counts + torch.stack([part, whole]).to(self._counts.device))
@@ -235,9 +232,7 @@ class UnderflowRate(_Rate):
     tensor(0.3333)
     """
 
-    @staticmethod
-    def _bound(format: Format) -> tuple[Fraction, bool]:
-        return Fraction(format.smallest_subnormal) / 2, True  # the tie goes to zero, which is even
+    _limit = staticmethod(last_zero)
 
     @staticmethod
     def _count(magnitudes: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -264,11 +259,7 @@ class OverflowRate(_Rate):
     tensor(0.5000)
     """
 
-    @staticmethod
-    def _bound(format: Format) -> tuple[Fraction, bool]:
-        step = Fraction(2) ** (format.max_exponent - format.mantissa_bits)
-        # A tie between the largest number and what would follow it goes to the one with an even mantissa.
-        return Fraction(format.max) + step / 2, Fraction(format.max) / step % 2 == 0
+    _limit = staticmethod(last_finite)
 
     @staticmethod
     def _count(magnitudes: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -319,11 +310,10 @@ class SQNR(_Scalar):
             raise FormatError(f"cannot compare {len(references)} tensors with {len(approximations)}")
         pairs = [flatten_together(*pair) for pair in zip(references, approximations, strict=True)]
         for exact, approximate in pairs:
+            signal, noise = energies(exact, approximate)
             self.elements = self.elements + exact.numel()
-            for expected, found in zip(exact.split(_CHUNK), approximate.split(_CHUNK), strict=True):
-                expected = expected.double()
-                self.signal = self.signal + expected.square().sum().to(self.signal.device)
-                self.noise = self.noise + (expected - found.double()).square_().sum().to(self.noise.device)
+            self.signal = self.signal + signal.to(self.signal.device)
+            self.noise = self.noise + noise.to(self.noise.device)
 
     def compute(self) -> Tensor:
         """The ratio over everything so far, in dB, as 0-dim fp32."""
@@ -345,12 +335,3 @@ def _checked_scale(scale: float) -> float:
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < scale <= sys.float_info.max:
         raise FormatError(f"scale must be a positive finite number, not {scale!r}")
     return float(scale)
-
-
-def _last_within(bound: Fraction, inclusive: bool, dtype: torch.dtype) -> float:
-    """The largest finite number of a dtype that is below a positive bound, or equal to it if that is inclusive."""
-    # Rounding keeps the order, so this is none of the numbers below the one that is looked for.
-    last = torch.tensor(float(min(bound, Fraction(torch.finfo(dtype).max))), dtype=dtype)
-    while last.item() > bound or (last.item() == bound and not inclusive):
-        last = last.nextafter(torch.zeros_like(last))
-    return float(last.item())

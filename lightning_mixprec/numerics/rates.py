@@ -13,9 +13,12 @@ that matters for underflow falls inside a bin.
 (16384.0, 15.999)
 """
 
+import functools
 import math
-from bisect import bisect_right
+from fractions import Fraction
 from typing import Literal, NamedTuple
+
+import torch
 
 from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics.exponents import BINS, LOWEST, Histogram
@@ -106,21 +109,6 @@ def headroom(h: Histogram, format: str, scale: float = 1.0, direction: Direction
     return math.log2(target.max) - math.log2(amax) - log2_scale if amax else math.inf
 
 
-def footroom(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> float:
-    """Bits by which the smallest counted magnitude may still shrink: ``log2(|x| * scale / smallest_subnormal)``.
-
-    Exact if that magnitude is a power of two, otherwise up to 1 bit too little, the bin's lower end being taken for
-    it. Negative if it is too small already, infinite if there is no finite element other than zero. Arguments and
-    errors are those of :func:`underflow_rate`.
-    """
-    target = _format(h, format, direction)
-    log2_scale = math.log2(_checked(scale))
-    if not h.cumulative[-1]:
-        return math.inf
-    lowest = bisect_right(h.cumulative, 0) - 1
-    return lowest // 2 + LOWEST + log2_scale - math.log2(target.smallest_subnormal)
-
-
 def best_scale(h: Histogram, format: str, margin: int = 1, direction: Direction = "forward") -> float:
     """The largest power of two as scale that leaves the largest magnitude ``margin`` bits short of overflow.
 
@@ -148,21 +136,38 @@ def fits(h: Histogram, format: str, max_underflow: float = 0.01, direction: Dire
     return underflow_rate(h, format, scale, direction).high <= max_underflow
 
 
-def log_normal_underflow(h: Histogram, format: str, scale: float = 1.0, direction: Direction = "forward") -> float:
-    """The underflow rate if magnitudes were log-normal, as gradients nearly are: an estimate from two moments.
+def last_zero(target: Format, scale: float, dtype: torch.dtype) -> float:
+    """The largest number of a dtype that a format, after scaling, rounds to zero: the tie goes there.
 
-    ``Phi((log2 u - log2 S - mu) / sigma)`` with u half the smallest subnormal, S the scale, mu and sigma the mean and
-    deviation of ``log2|x|`` (arXiv 2006.08173). Unlike a count it says something of rates below one in all elements.
-    Arguments and errors are those of :func:`underflow_rate`.
+    >>> last_zero(get_format("fp16").forward, 1.0, torch.float32) == 2.0**-25
+    True
     """
-    target = _format(h, format, direction)
-    log2_limit = math.log2(target.smallest_subnormal) - 1 - math.log2(_checked(scale))
-    if not h.cumulative[-1]:
-        return 0.0
-    distance, deviation = log2_limit - float(h.log2_mean), math.sqrt(float(h.log2_var))
-    if deviation == 0:
-        return float(distance >= 0)
-    return math.erfc(-distance / deviation / math.sqrt(2)) / 2
+    return _last_within(Fraction(2) ** (target.min_exponent - target.mantissa_bits - 1), True, scale, dtype)
+
+
+def last_finite(target: Format, scale: float, dtype: torch.dtype) -> float:
+    """The largest number of a dtype that a format, after scaling, keeps finite.
+
+    Beyond half a step above the format's maximum it is infinite or NaN; the tie goes to the even one of the two, which
+    the maximum is only where the codes above it are NaN.
+
+    >>> last_finite(get_format("fp16").forward, 1.0, torch.float64) < 65520 == last_finite(
+    ...     get_format("fp16").forward, 1.0, torch.float32) + 2.0**-8
+    True
+    """
+    half_step = Fraction(2) ** (target.max_exponent - target.mantissa_bits - 1)
+    return _last_within(Fraction(target.max) + half_step, target.overflow == "nan", scale, dtype)
+
+
+@functools.lru_cache
+def _last_within(bound: Fraction, inclusive: bool, scale: float, dtype: torch.dtype) -> float:
+    """The largest number of a dtype whose product with a scale, as a real number, is below a bound, or equal to it."""
+    bound /= Fraction(scale)
+    # Rounding keeps the order, so this is none of the numbers below the one that is looked for.
+    last = torch.tensor(float(min(bound, Fraction(torch.finfo(dtype).max))), dtype=dtype)
+    while last.item() > bound or (last.item() == bound and not inclusive):
+        last = last.nextafter(torch.zeros_like(last))
+    return float(last.item())
 
 
 def _format(h: Histogram, name: str, direction: Direction) -> Format:
@@ -209,9 +214,7 @@ def _share(h: Histogram, sure: tuple[int, int], possible: tuple[int, int]) -> Bo
 
 
 def _overflows(magnitude: float, target: Format) -> bool:
-    """Whether a magnitude rounds to infinity or NaN: beyond half a step above the maximum, or at it if max is odd."""
-    limit = target.max + math.ldexp(target.epsilon, target.max_exponent - 1)
-    return magnitude > limit or (magnitude == limit and target.overflow == "inf")
+    return magnitude > last_finite(target, 1.0, torch.float64)
 
 
 def _ldexp(number: float, exponent: int) -> float:

@@ -42,12 +42,19 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> Tensor:
         FormatError: the shapes differ, or a tensor holds no floating-point numbers.
     """
     first, second = flatten_together(reference, approximation)
-    signal = torch.zeros((), dtype=torch.float64, device=first.device)
+    signal, noise = energies(first, second)
+    return decibels(signal, noise) if first.numel() else torch.full_like(signal, math.nan)
+
+
+@torch.no_grad()
+def energies(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
+    """The energies of a flat tensor and of its difference from another one of the same dtype, device and size, fp64."""
+    signal = torch.zeros((), dtype=torch.float64, device=reference.device)
     noise = signal.clone()
-    for exact, other in _pairs(first, second):
+    for exact, other in _pairs(reference, approximation):
         signal += exact.square().sum()
         noise += (exact - other).square().sum()
-    return decibels(signal, noise) if first.numel() else torch.full_like(signal, math.nan)
+    return signal, noise
 
 
 def decibels(signal: Tensor, noise: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.errors import ScalingError
+from lightning_mixprec.numerics.finite import are_nonfinite
 from lightning_mixprec.optim.gradients import grads_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.options import LossScaling
@@ -220,7 +221,7 @@ class StepLedger:
         return [
             name or "the LightningModule itself"
             for name, module, _ in (walk(self._model) if self._model is not None else ())
-            if not all(map(_is_finite, grads_of([param for param in module._parameters.values() if param is not None])))
+            if any(are_nonfinite(grads_of([param for param in module._parameters.values() if param is not None])))
         ]
 
     def _tally(self, optimizer: Optimizer, tried: int = 0, taken: int = 0) -> None:
@@ -295,7 +296,3 @@ def _send(skipped: Tensor, at_minimum: bool | Tensor) -> Transfer:
     if not isinstance(at_minimum, Tensor):
         at_minimum = torch.full_like(skipped, at_minimum)
     return Transfer([torch.stack([skipped, at_minimum.to(skipped)])])
-
-
-def _is_finite(grad: Tensor) -> bool:
-    return bool(torch.isfinite(grad).all())

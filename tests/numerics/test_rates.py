@@ -16,9 +16,7 @@ from lightning_mixprec.numerics.rates import (
     Bounds,
     best_scale,
     fits,
-    footroom,
     headroom,
-    log_normal_underflow,
     overflow_rate,
     subnormal_share,
     underflow_rate,
@@ -154,10 +152,9 @@ def test_without_elements_nothing_happens():
         counted = histogram(values)
         for rate in (underflow_rate, subnormal_share, overflow_rate):
             assert rate(counted, "fp16", 0.3) == Bounds(0.0, 0.0)
-        assert headroom(counted, "fp16") == footroom(counted, "fp16") == math.inf
+        assert headroom(counted, "fp16") == math.inf
         assert best_scale(counted, "fp16") == 1.0
         assert fits(counted, "e4m3")
-        assert log_normal_underflow(counted, "fp16") == 0.0
 
 
 def test_bounds():
@@ -198,7 +195,7 @@ def test_bounds_are_exact_in_the_range_of_fp32():
 
 def test_fp8_stands_for_two_formats():
     counted = histogram(torch.tensor([2.0**-12, 1.0, 1000.0]))
-    for rate in (underflow_rate, subnormal_share, overflow_rate, headroom, footroom, best_scale, log_normal_underflow):
+    for rate in (underflow_rate, subnormal_share, overflow_rate, headroom, best_scale):
         assert rate(counted, "fp8") == rate(counted, "fp8", direction="forward") == rate(counted, "e4m3")
         assert rate(counted, "fp8", direction="backward") == rate(counted, "e5m2")
     assert underflow_rate(counted, "e5m2") != underflow_rate(counted, "e4m3")
@@ -206,19 +203,11 @@ def test_fp8_stands_for_two_formats():
     assert fits(counted, "fp8", direction="backward")
 
 
-def test_headroom_and_footroom_in_bits():
+def test_headroom_in_bits():
     counted = histogram(torch.tensor([2.0**-20, 0.0, -4.0, math.inf]))
     assert headroom(counted, "fp32") == pytest.approx(126)
     assert headroom(counted, "e5m2", 2.0) == pytest.approx(math.log2(57344) - 3)
-    assert footroom(counted, "fp16") == 4
-    assert footroom(counted, "fp16", 2.0**-6) == -2
     assert headroom(histogram(torch.tensor([1e5])), "fp16") < 0
-
-
-@given(values=st.lists(st.floats(2.0**-100, 2.0**100, width=32), min_size=1, max_size=5))
-def test_footroom_is_at_most_one_bit_too_little(values):
-    true = math.log2(min(values)) + 24
-    assert 0 <= true - footroom(histogram(torch.tensor(values)), "fp16") < 1 + 1e-9
 
 
 @pytest.mark.parametrize("margin", [0, 1, 3])
@@ -251,22 +240,7 @@ def test_what_fits():
     assert not fits(histogram(torch.tensor([1.0] * 99 + [1e-30])), "fp16", max_underflow=0.009)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**6, 3.0])
-def test_log_normal_numbers_underflow_as_estimated(scale):
-    torch.manual_seed(0)
-    values = torch.exp2(torch.randn(200_000, dtype=torch.float64) * 4 - 24)
-    counted = histogram(values)
-    true = ((values * scale) <= 2.0**-25).double().mean().item()
-    assert 0.01 < true < 0.5
-    assert log_normal_underflow(counted, "fp16", scale) == pytest.approx(true, abs=3e-3)
-
-
-def test_equal_numbers_underflow_all_or_not_at_all():
-    assert log_normal_underflow(histogram(torch.full((3,), 2.0**-25)), "fp16") == 1.0
-    assert log_normal_underflow(histogram(torch.full((3,), 2.0**-24)), "fp16") == 0.0
-
-
-ALL = [underflow_rate, subnormal_share, overflow_rate, headroom, footroom, best_scale, fits, log_normal_underflow]
+ALL = [underflow_rate, subnormal_share, overflow_rate, headroom, best_scale, fits]
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
