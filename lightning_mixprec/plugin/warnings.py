@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_mixprec.engine.backends import backend_for
 from lightning_mixprec.engine.sharding import is_sharded
-from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.numerics.formats import get_format, half_dtypes
 from lightning_mixprec.plugin.arguments import choose_format, device_name
 from lightning_mixprec.policy.assignment import Assignment
@@ -25,11 +25,13 @@ def warn_of_costs(model: pl.LightningModule, training: Assignment, evaluation: A
 def warn_of_emulation(assignment: Assignment, device: torch.device) -> None:
     """One warning per compute format that the device does not compute natively."""
     for name in sorted(assignment.compute_formats):
-        support = native_support(name, device)
-        if not support.native:
+        backend = backend_for(name)
+        if backend is not None and not (support := backend.support(name, device)).native:
+            cost = backend.cost(name, device)
+            slow = "slow" if cost is None else f"{cost:.1f} times as slow as fp32"
             rank_zero_warn(
                 f"The policy computes in {name}, which {device_name(device)} does not compute natively "
-                f"({support.reason}): torch emulates it, right but slow. Use {choose_format(device)[0]}, or "
+                f"({support.reason}): torch emulates it, right but {slow}. Use {choose_format(device)[0]}, or "
                 "policy='auto'."
             )
 

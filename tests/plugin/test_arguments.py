@@ -88,7 +88,8 @@ def test_a_rule_that_matches_nothing_names_the_file_the_line_and_near_misses(tmp
 
 
 def pretend_no_native_bf16(monkeypatch):
-    from lightning_mixprec.plugin import arguments, warnings
+    from lightning_mixprec.engine.backends import autocast
+    from lightning_mixprec.plugin import arguments
 
     real = arguments.native_support
 
@@ -96,7 +97,7 @@ def pretend_no_native_bf16(monkeypatch):
         support = real(name, device)
         return type(support)(False, "its compute capability is 7.5, bf16 needs 8.0") if name == "bf16" else support
 
-    for module in (arguments, warnings):
+    for module in (arguments, autocast):
         monkeypatch.setattr(module, "native_support", native_support)
 
 
