@@ -1,16 +1,12 @@
 """Mistakes in what a Trainer is given: each ends the run before it begins, in one line that says what to do."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import pytorch_lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.precision import precision as lightnings
 from misuse_models import FORMATS, mixed, plain_task, watched, watchers
 from plugin_models import Batches, fit, one_line, ours, trainer
-from torch import nn
 
 from lightning_mixprec import MixPrecError, PerLayerPrecision
 
@@ -88,39 +84,15 @@ def test_two_plugins_are_refused_by_lightning():
 # lightning and pytorch_lightning
 
 
-@pytest.fixture
-def other_package(monkeypatch):
-    """Stands in for pytorch_lightning, which is the same code under another name, so none of its classes is ours."""
-    package = ModuleType("pytorch_lightning")
-    monkeypatch.setitem(sys.modules, "pytorch_lightning", package)
-    spec = importlib.util.spec_from_file_location("pytorch_lightning.precision", lightnings.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    package.Precision = module.Precision
-    package.LightningModule = type("LightningModule", (nn.Module,), {"__module__": "pytorch_lightning.core.module"})
-    return package
-
-
-def test_a_plugin_of_the_other_package_is_refused_by_lightnings_trainer(other_package):
+def test_a_plugin_of_the_other_package_is_refused_by_lightnings_trainer():
     with pytest.raises(MisconfigurationException, match="Found invalid type for plugin"):
-        trainer(other_package.Precision())
-
-
-def test_our_plugin_is_none_of_the_other_packages(other_package):
-    assert isinstance(PerLayerPrecision("fp16"), lightnings.Precision)
-    assert not isinstance(PerLayerPrecision("fp16"), other_package.Precision)
+        trainer(pytorch_lightning.plugins.precision.Precision())
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_module_of_the_other_package_is_refused_by_lightnings_trainer(other_package, format):
+def test_a_module_of_the_other_package_is_refused_by_lightnings_trainer(format):
     with pytest.raises(TypeError, match="Please switch to a single import style"):
-        fit(other_package.LightningModule(), ours(mixed(format)), callbacks=watchers())
-
-
-def test_a_module_of_the_other_package_is_refused_by_the_plugin_in_one_line(other_package):
-    with pytest.raises(MixPrecError) as caught:
-        PerLayerPrecision("fp16").convert_module(other_package.LightningModule())
-    assert "no lightning.pytorch Trainer runs" in one_line(caught)
+        fit(pytorch_lightning.LightningModule(), ours(mixed(format)), callbacks=watchers())
 
 
 # The wrong plugin for a callback
