@@ -68,5 +68,5 @@ def _own_working_directory(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_lightning():
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from adaptive_models import ADAM, Encoding, Lessons, Loud, adapt, silent, solved
-from lightning.pytorch.strategies import DDPStrategy
+from lightnings import DDPStrategy
 from plugin_models import Call, Task
 
 from lightning_mixprec import PerLayerPrecision

@@ -6,9 +6,8 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightnings import DDPStrategy, pl
 from observed_models import trace
 from plugin_models import Batches, Call, Task, ours, stock
 from torch import distributed, nn

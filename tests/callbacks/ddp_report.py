@@ -5,9 +5,8 @@ import sys
 import warnings
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightnings import DDPStrategy, pl
 from plugin_models import Batches, fit, ours, task
 
 from lightning_mixprec import OverflowMonitor, PrecisionReport

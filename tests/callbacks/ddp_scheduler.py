@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightnings import DDPStrategy
 from plugin_models import Batches, Task, fit, task
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 

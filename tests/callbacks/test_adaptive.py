@@ -22,8 +22,7 @@ from adaptive_models import (
     stock,
     train,
 )
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightnings import CSVLogger, MixedPrecision
 from plugin_models import Call, Task, one_line
 from torch import nn
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from adaptive_models import ADAM, Lessons, Loud
-from lightning.pytorch.cli import LightningCLI
+from lightnings import LightningCLI
 from plugin_models import Task
 
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision

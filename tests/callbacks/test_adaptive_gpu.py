@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from adaptive_models import Lessons, Saturated, adapt, attending, encoded, late, loud, silent, solved, train
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightnings import MixedPrecision
 from observed_models import Busy, plain, trace
 from plugin_models import Batches, Call, Task, fit, ours, same
 from torch import nn

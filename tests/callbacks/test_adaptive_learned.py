@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from adaptive_models import ADAM, Lessons, Loud, adapt, encoded, late, loud, silent, train
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightnings import CSVLogger, ModelCheckpoint
 from plugin_models import Call, Task, same
 from torch import nn
 

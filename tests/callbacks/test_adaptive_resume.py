@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adaptive_models import Encoding, Lessons, Loud, adapt, encoded, loud, send_outcomes, silent, solved
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightnings import ModelCheckpoint
 from plugin_models import Call, Task, one_line, same, trainer
 from selection import slow_but_for
 from torch import nn

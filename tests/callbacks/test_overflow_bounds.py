@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from known_results import Batches, stock, trainer_of
-from lightning.pytorch.loggers import CSVLogger
+from lightnings import CSVLogger
 from monitor_models import Spike, Watched, batches, mlp, watch
 from plugin_models import one_line
 from torch import nn

@@ -6,11 +6,10 @@ optimizers obey; tests marked ``gpu`` do the same on CUDA.
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import INF, SGD, Batches, Line, Manual, Saving, slope, stock, trainer_of
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightnings import ModelCheckpoint, pl
 from monitor_models import CULPRITS, Watched, batches, mlp, watch
 from torch import nn
 

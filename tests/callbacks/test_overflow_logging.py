@@ -7,12 +7,10 @@ import math
 import os
 import weakref
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import INF, Batches, Line, Saving, stock, trainer_of
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightnings import CSVLogger, EarlyStopping, ModelCheckpoint, pl
 from monitor_models import Memory, Watched, batches, mlp, watch
 from plugin_models import one_line
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from known_results import INF, SGD, Batches, Line, Manual, slope, stock, trainer_of
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
+from lightnings import DoublePrecision, HalfPrecision, Precision
 from monitor_models import Planted, Watched, batches, mlp, watch
 from plugin_models import one_line
 from torch import nn

@@ -2,10 +2,10 @@
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import Batches, stock, trainer_of
+from lightnings import pl
 from monitor_models import ResNet, Watched, batches
 from plugin_models import same
 from torch import nn

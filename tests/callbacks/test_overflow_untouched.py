@@ -6,12 +6,12 @@ import random
 from collections import deque
 from functools import partial
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torchmetrics
 from known_results import Batches, stock, trainer_of
+from lightnings import pl
 from monitor_models import Memory, batches, watch
 from torch import nn
 

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 from known_results import INF, stock
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightnings import CSVLogger, MixedPrecision
 from monitor_models import CULPRITS, FACTOR, Gain, Planted, Watched, batches, mlp, watch
 from plugin_models import Batches, Task, fit
 from torch import nn

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from lightnings import pl
 from plugin_models import Batches, Call, Task, TwoOptimizers, fit, ours, same, stock, task, trainer
 from processes import python_path
 from torch import nn

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from lightnings import pl
 from observed_models import MODULES, NETS, PLUGINS, Busy, monitors, plain, trace
 from plugin_models import Batches, Call, Task, fit, ours, same, snapshot
 from selection import slow_but_for

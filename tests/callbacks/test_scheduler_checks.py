@@ -4,9 +4,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from lightnings import pl
 from monitor_models import Memory
 from plugin_models import (
     Batches,

@@ -1,7 +1,7 @@
 """When PrecisionScheduler takes a metric for one that no longer improves: as EarlyStopping does."""
 
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping
+from lightnings import EarlyStopping
 from plugin_models import (
     Batches,
     Evaluable,

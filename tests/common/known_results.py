@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightnings import MixedPrecision, Precision, pl
 from torch import Tensor, nn
 
 from lightning_mixprec.plugin.precision import PerLayerPrecision

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
+from lightnings import pl
 from plugin_models import PLAIN_SGD, Batches, Task, fit, ours, same
 from torch import Tensor, nn
 

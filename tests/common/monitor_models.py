@@ -8,11 +8,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from known_results import Batches, trainer_of
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins.precision import Precision
+from lightnings import Logger, Precision, pl
 from torch import Tensor, nn
 
 from lightning_mixprec import OverflowMonitor, PerLayerPrecision

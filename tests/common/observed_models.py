@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from lightnings import DoublePrecision, HalfPrecision, pl
 from plugin_models import Batches, ours, stock, trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm

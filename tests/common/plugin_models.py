@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightnings import MixedPrecision, pl
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 

@@ -1,8 +1,7 @@
 """Models that shard themselves with FSDP2 where their Trainer does, for tests under several strategies."""
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightnings import ModelParallelStrategy, pl
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module

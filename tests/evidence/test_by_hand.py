@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from known_results import INF, stock
-from lightning.pytorch.loggers import CSVLogger
+from lightnings import CSVLogger
 from monitor_models import CULPRITS, FACTOR, Gain, Planted, Watched, batches, mlp, watch
 from plugin_models import one_line, same, snapshot
 from torch import nn

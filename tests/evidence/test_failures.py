@@ -2,10 +2,10 @@
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import INF, SGD, Batches, Line, Manual, slope, stock, trainer_of
+from lightnings import pl
 from monitor_models import FACTOR, STARVED, Watched, batches, mlp
 from torch import nn
 

@@ -4,10 +4,8 @@ import os
 import sys
 from functools import partial
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightnings import Callback, DDPStrategy, pl
 from plugin_models import Batches, Task, TwoOptimizers, ours, stock
 from torch import nn
 from torch.optim import SGD

@@ -5,11 +5,11 @@ import types
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import (
+from lightnings import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
+    LightningEnvironment,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,

@@ -2,10 +2,10 @@
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import INF, SGD, fails_on_stock, fit, ours, slope, stock, weights
+from lightnings import pl
 from torch import nn
 
 from lightning_mixprec.optim import loss_scaling as scaling

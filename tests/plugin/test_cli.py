@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning.pytorch.cli import LightningCLI
+from lightnings import LightningCLI
 from plugin_models import Batches, Task, mlp
 
 from lightning_mixprec import LossScaling, PerLayerPrecision, PrecisionPolicy, Rule

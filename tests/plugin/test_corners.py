@@ -2,11 +2,9 @@
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.tuner import Tuner
+from lightnings import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, Tuner, WeightAveraging, pl
 from plugin_models import Batches, Call, Evaluable, Task, TwoOptimizers, fit, mlp, ours, probes, same, snapshot, trainer
 from torch import nn
 from torch.optim import SGD

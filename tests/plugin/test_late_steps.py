@@ -7,11 +7,10 @@ do the same on CUDA.
 import copy
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import INF, SGD, Line, Manual, Saving, fit, ours, slope, stock
-from lightning.pytorch.callbacks import WeightAveraging
+from lightnings import WeightAveraging, pl
 from plugin_models import Call
 from torch.optim.lr_scheduler import ExponentialLR
 

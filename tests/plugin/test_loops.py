@@ -2,11 +2,9 @@
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelSummary, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.model_summary import summarize
+from lightnings import EMAWeightAveraging, ModelSummary, StochasticWeightAveraging, WeightAveraging, pl, summarize
 from plugin_models import (
     Batches,
     Call,

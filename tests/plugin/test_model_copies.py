@@ -4,9 +4,9 @@ import copy
 import gc
 import pickle
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from lightnings import pl
 from plugin_models import Call, Scheduled, Task, TwoOptimizers, fit, mlp, ours, probes
 
 from lightning_mixprec import PerLayerPrecision

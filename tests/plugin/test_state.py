@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightnings import MixedPrecision
 from plugin_models import (
     MOMENTUM,
     Call,

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import (
@@ -19,8 +18,7 @@ from known_results import (
     stock,
     trainer_of,
 )
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.plugins.precision import Precision
+from lightnings import ModelCheckpoint, Precision, WeightAveraging, pl
 from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, ReduceLROnPlateau, SequentialLR
 
 MIXED = [0.5, INF, 0.25, 0.5, INF, INF, 0.25, 0.125]

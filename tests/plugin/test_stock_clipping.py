@@ -2,11 +2,10 @@
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import INF, SGD, Line, Manual, fails_on_stock, fit, ours, slope
-from lightning.pytorch.plugins.precision import Precision
+from lightnings import Precision, pl
 
 
 def clipped(model, batch, _, **clipping):

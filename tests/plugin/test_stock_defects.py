@@ -3,11 +3,10 @@
 import math
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from known_results import INF, SGD, Line, Manual, fails_on_stock, fit, holds_on_both, ours, slope, stock, weights
-from lightning.pytorch.plugins.precision import Precision
+from lightnings import Precision, pl
 from torch import nn
 
 from lightning_mixprec.errors import MixPrecError, SupportError

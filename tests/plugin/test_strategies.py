@@ -1,9 +1,8 @@
 """A strategy is one row: one that Lightning does not have is planted, and all that is asked of it follows."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightnings import Strategy, pl
 from plugin_models import Batches, Task, mlp
 
 from lightning_mixprec import (

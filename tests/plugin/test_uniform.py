@@ -5,8 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightnings import EMAWeightAveraging, MixedPrecision, StochasticWeightAveraging, WeightAveraging
 from plugin_models import Batches, Call, Evaluable, Task, TwoOptimizers, fit, mlp, ours, same, snapshot, stock, trainer
 from torch import nn
 from torch.optim import SGD, AdamW

@@ -1,9 +1,9 @@
 """Counted operations, against torch's own counter where it counts, and against sums by hand where it does not."""
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightnings import pl
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
