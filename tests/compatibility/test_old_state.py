@@ -125,6 +125,7 @@ def test_a_checkpoint_of_the_plugin_for_fsdp_goes_on_without_it():
     assert differences(expected("fsdp"), plain(outcome(model, trainer, plugin, []))) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_plugin_for_fsdp_goes_on_with_it():
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])

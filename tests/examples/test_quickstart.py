@@ -45,6 +45,7 @@ def test_the_command_is_in_the_readme(arguments):
 
 
 def test_the_monitors_find_what_a_healthy_looking_run_hides(tmp_path):
+    """The seconds of a process that imports Lightning, and of a short run."""
     printed, warned = quickstart(tmp_path)
     told = block("", "OverflowMonitor: 1 of 512").replace("/home/you", str(tmp_path))
     said, told = told.split("OverflowMonitor:")
@@ -57,6 +58,7 @@ def test_the_monitors_find_what_a_healthy_looking_run_hides(tmp_path):
     assert re.search(r"^loss 0\.13\d\d$", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_adaptive_precision_finds_the_layer_and_its_policy_trains_frozen(tmp_path):
     printed, _ = quickstart(tmp_path, "--policy", "fp16", "--adaptive")
     for text in (printed, block("", "AdaptivePrecision: 1 move,")):
@@ -68,6 +70,7 @@ def test_adaptive_precision_finds_the_layer_and_its_policy_trains_frozen(tmp_pat
     assert re.search(r"^loss 0\.010\d$", printed, re.MULTILINE), printed
 
 
+@pytest.mark.slow
 def test_adaptive_needs_a_policy(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--adaptive"]
     done = subprocess.run(
