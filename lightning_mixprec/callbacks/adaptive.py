@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, AdaptiveRun
+from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, AdaptiveRun, Steered
 from lightning_mixprec.callbacks.failure_monitor import FailureMonitor
 from lightning_mixprec.callbacks.monitor import (
     ROWS,
@@ -17,9 +17,7 @@ from lightning_mixprec.callbacks.monitor import (
     check_share,
     is_quiet,
     takes_iterator,
-    written,
 )
-from lightning_mixprec.callbacks.states import Made, Steered
 from lightning_mixprec.errors import MixPrecError, SupportError
 from lightning_mixprec.evidence.failures import FailureWatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
@@ -31,8 +29,9 @@ from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.records.decisions import Decision, quoted
-from lightning_mixprec.records.schema import has_shape
+from lightning_mixprec.records.decisions import Decision, Made
+from lightning_mixprec.records.schema import matches
+from lightning_mixprec.records.words import cell, quoted, written
 
 LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"
 
@@ -167,7 +166,7 @@ class AdaptivePrecision(FailureMonitor):
     @override
     def _contradictions(self, state: Mapping[str, Any]) -> Iterator[str]:
         yield from super()._contradictions(state)
-        if state["steered"] and not has_shape(state["steered"], Steered):
+        if state["steered"] and not matches(state["steered"], Steered):
             yield "steered"
 
     def _go_on(self, run: AdaptiveRun) -> None:
@@ -296,7 +295,7 @@ class AdaptivePrecision(FailureMonitor):
         trainer = self._trainer
         if decision is None or trainer is None or not trainer.is_global_zero or is_quiet(trainer):
             return
-        moves = [f"{quoted([name])} {old} -> {new}" for name, old, new in decision.moves]
+        moves = [f"{quoted(name)} {old} -> {new}" for name, old, new in decision.moves]
         scale = [f"loss scale -> {decision.scale:g}"] if decision.scale is not None else []
         restored = ["wrong steps undone" if moves else "restored"] if decision.restores else []
         step, what = self.decisions[-1]["step"], ", ".join(moves + scale + restored)
@@ -330,7 +329,7 @@ class AdaptivePrecision(FailureMonitor):
         what = ("move" if len(moves) == 1 else "moves") + ("" if self.mode == "act" else " advised")
         title = f"{len(moves)} {what}, {share} of the matrix products' flops in at most 16 bits"
         rows = [["layer", "step", "from", "to", "reason"]]
-        rows += [[name or '""', str(step), old, new, reason] for step, name, old, new, reason in moves[-ROWS:]]
+        rows += [[cell(name), str(step), old, new, reason] for step, name, old, new, reason in moves[-ROWS:]]
         return title, rows if moves else []
 
     @override

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import nn
+from typing_extensions import NotRequired, TypedDict
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import Site, survey
@@ -20,14 +21,16 @@ from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindo
 from lightning_mixprec.evidence.trials import Trials
 from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.planning.controller import Controller
-from lightning_mixprec.planning.controller_state import Options
+from lightning_mixprec.planning.controller_state import ControllerState, Options
 from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.planning.remedies import Candidate
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.records.decisions import Decision, quoted
+from lightning_mixprec.records.decisions import Decision
+from lightning_mixprec.records.schema import Count
+from lightning_mixprec.records.words import listed
 
 NOT_FINITE = "not finite in fp32"
 """The reason that a batch tells nothing of precision: no problem of this callback's."""
@@ -35,8 +38,20 @@ NOT_FINITE = "not finite in fp32"
 _MAX_ELEMENTS = 16384
 _MAX_BYTES = 256 * 2**20
 _ROOM_BITS = 2
+_ACCUSED: tuple[Literal["layer", "direction", "op", "value"], ...] = ("layer", "direction", "op", "value")
 
 Report = Callable[..., None]
+
+
+class Steered(TypedDict):
+    """What the controller of a run goes on from; ``copy`` holds tensors and is checked where they are taken over."""
+
+    base: dict[str, Any]
+    in_force: dict[str, Any] | None
+    flops: dict[str, Count]
+    controller: ControllerState
+    pending: Decision | None
+    copy: NotRequired[Any]
 
 
 class AdaptiveRun:
@@ -191,7 +206,7 @@ class AdaptiveRun:
         found, problems = diagnosed(replay, window, outcome.scale, self._wanted(statistics=True))
         for problem in problems:
             self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
-        verdict = None if found is None else found.diagnosis.verdict
+        verdict = None if found is None else found.diagnosis.cause["verdict"]
         falls = verdict == "scale" and self.controller.scale_keeps_falling
         if found is None or not (verdict == "precision" or falls):
             self.controller.give_up_looking()
@@ -208,7 +223,7 @@ class AdaptiveRun:
         if falls:
             decision = self.controller.decide_on_falling_scale(outcome.scale, trials.run)
         else:
-            told = {key: getattr(found.diagnosis, key) for key in ("layer", "direction", "op", "value")}
+            told: dict[str, Any] = {key: found.diagnosis.cause[key] for key in _ACCUSED}
             decision = self.controller.decide_on_failure(suspects(found), outcome.scale, trials.run, told)
         self._take(decision, found.kept, trials, outcome.scale)
         if decision is None:
@@ -225,7 +240,7 @@ class AdaptiveRun:
         if self.pending is not None:
             self._report(self._now(), decision=self.pending)
         else:
-            self._report(self._now(), problem=f"{quoted(names)} not finite, and there is no good copy to go back to")
+            self._report(self._now(), problem=f"{listed(names)} not finite, and there is no good copy to go back to")
         return True
 
     def _wanted(self, *, statistics: bool) -> Wanted:
@@ -262,7 +277,7 @@ class AdaptiveRun:
         told: dict[str, Any] = {}
         for name in layers:
             if name in found.weights or name in found.gradients:
-                values = describe(name, found, formats.of(name))
+                values: Mapping[str, Any] = describe(name, found, formats.of(name))
                 told[name] = {key: values[key] for key in SHORT}
             if name in found.sqnr_db:
                 told.setdefault(name, {})["sqnr_db"] = found.sqnr_db[name]
@@ -366,7 +381,7 @@ def heights(sites: Sequence[Site]) -> dict[str, int]:
 
 def suspects(found: Found) -> list[str]:
     """The layer that a diagnosis accuses, and those around it, the nearest first."""
-    name = found.diagnosis.layer or ""
+    name = found.diagnosis.cause["layer"] or ""
     names = [name]
     while name:
         name = name.rpartition(".")[0]

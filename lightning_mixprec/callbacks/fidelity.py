@@ -1,28 +1,25 @@
 """``FidelityMonitor``: how far the run's steps are from what they would be in fp32."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share, policy_hint, written
+from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
-from lightning_mixprec.callbacks.states import Fidelity
 from lightning_mixprec.engine.border_plan import survey
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
+from lightning_mixprec.records import advice
+from lightning_mixprec.records.samples import Closeness, Fidelity, LossRow
 from lightning_mixprec.records.schema import Count
-
-_MIN_COSINE, _MIN_COSINE_IN_BF16 = 0.99, 0.9
-
-NOISE_DB = 10.0
-"""Below this signal-to-quantization-noise ratio an output has hardly a digit of fp32's."""
+from lightning_mixprec.records.words import cell, written
 
 
 class FidelityMonitor(SamplingMonitor):
@@ -74,7 +71,7 @@ class FidelityMonitor(SamplingMonitor):
         every_n_steps: int = 1000,
         layers_per_sample: int = 8,
         min_cosine: float | None = None,
-        max_loss_gap: float = 0.05,
+        max_loss_gap: float = advice.MAX_LOSS_GAP,
         max_bytes: int = 256 * 2**20,
     ) -> None:
         name = type(self).__name__
@@ -85,7 +82,7 @@ class FidelityMonitor(SamplingMonitor):
             raise MixPrecError(f"{name}(max_loss_gap=...) is {max_loss_gap!r}; it has to be a positive number.")
         self.max_loss_gap = max_loss_gap
         self.max_bytes = check_count(name, "max_bytes", max_bytes)
-        self.latest: dict[str, Any] = {"loss_gap": math.nan, "layers": {}}
+        self.latest: Fidelity = {"loss_gap": math.nan, "layers": {}}
         self._turn = 0
         self._off: list[str] = []
         self._gap_is_large = False
@@ -111,67 +108,77 @@ class FidelityMonitor(SamplingMonitor):
             layers.setdefault(layer, {"sqnr_db": None, "grad_cosine": None})
         for layer, cosine in cosines.items():
             layers[layer]["grad_cosine"] = cosine
-        for layer, sqnr in found.sqnr_db.items():
-            layers[layer]["sqnr_db"] = sqnr
+        for layer, ratio in found.sqnr_db.items():
+            layers[layer]["sqnr_db"] = ratio
         self.latest["loss_gap"] = gap
         self._log(trainer, {"loss_gap": gap})
         if cosines:
             known = [cosine for cosine in cosines.values() if not math.isnan(cosine)]
             self._log(trainer, {"min_grad_cosine": min(known, default=math.nan)})
-        self._write(found.place, loss_gap=gap, loss_scale=found.scale, too_large=found.too_large)
+        self._write(found.place, **self._row(found, gap))
         for layer in compared:
-            values = {"grad_cosine": cosines.get(layer), "sqnr_db": found.sqnr_db.get(layer)}
-            self._write(found.place, layer=layer, **values)
-        self._warn(found.place["step"], cosines)
+            closeness: Closeness = {"grad_cosine": cosines.get(layer), "sqnr_db": found.sqnr_db.get(layer)}
+            self._write(found.place, layer=layer, **closeness)
+        self._warn(f"step {found.place['step']}", found.sqnr_db, cosines)
 
-    def _warn(self, step: int, cosines: Mapping[str, float]) -> None:
+    def _row(self, found: Findings, gap: float) -> LossRow:
+        row: LossRow = {"loss_gap": gap, "loss_scale": found.scale, "too_large": found.too_large}
+        if self.min_cosine is not None:
+            row["min_cosine"] = self.min_cosine
+        if self.max_loss_gap != advice.MAX_LOSS_GAP:
+            row["max_loss_gap"] = self.max_loss_gap
+        return row
+
+    def _warn(self, at: str, decibels: Mapping[str, float], cosines: Mapping[str, float]) -> None:
         limit = self._limit()
+        noisy = sorted(self._noisy(decibels), key=lambda layer: decibels[layer])
+        for layer, others in self._not_warned_of("noise", noisy):
+            rank_zero_warn(f"{at}: {self._noise(layer, others)}.")
         off = {layer: cosine for layer, cosine in cosines.items() if cosine < limit}
         again = sorted(off.keys() & self._off, key=lambda layer: off[layer])
         self._off = list(off) if cosines else self._off
         for layer, others in self._not_warned_of("cosine", again):
-            rank_zero_warn(
-                f"step {step}: the gradient of layer {layer!r}{others} no longer points where fp32's does "
-                f"(cosine {off[layer]:.3f}, the limit is {limit:g}). {self._way_out(layer)}"
-            )
+            cause = self._noisiest()
+            noise = None if cause is None else self._noise(cause)
+            rank_zero_warn(f"{at}: {advice.gradient(layer, off[layer], limit, others, noise)}.")
         gap, was_large = self.latest["loss_gap"], self._gap_is_large
         self._gap_is_large = self.max_loss_gap < gap < math.inf
         if self._gap_is_large and was_large:
-            self._warn_once(
-                "gap",
-                f"step {step}: the loss differs from fp32's by {gap:.1%} (healthy is below 2 %); "
-                "compute the loss in fp32 (layers: '', recurse: false) and see which layers have a low SQNR.",
-            )
+            self._warn_once("gap", f"{at}: {advice.loss_gap(gap)}.")
 
-    def _way_out(self, layer: str) -> str:
-        measured: dict[str, float] = {
-            name: values["sqnr_db"]
-            for name, values in self.latest["layers"].items()
-            if values["sqnr_db"] is not None and values["sqnr_db"] < NOISE_DB
-        }
-        if not measured:
-            says = "If its SQNR is low compute it in fp32, else the layers between it and the loss"
-            return f"{says}; {policy_hint(layer, 'fp32')}"
-        noisy = min(measured, key=lambda name: measured[name])
-        says = f"The output of {noisy!r} is noise (SQNR {measured[noisy]:.1f} dB)"
-        return f"{says}: compute that in fp32, or in bf16 if fp16's range is too small; {policy_hint(noisy, 'fp32')}"
+    def _noise(self, layer: str, others: Sequence[str] = ()) -> advice.Advice:
+        assert self._formats is not None
+        decibels = self.latest["layers"][layer]["sqnr_db"]
+        assert decibels is not None
+        format = self._formats.of(layer)
+        return advice.noise(layer, decibels, format, get_format(format).use, others)
+
+    def _noisiest(self) -> str | None:
+        """The layer whose output is farthest below the limit, as far as outputs were compared."""
+        ratios = {name: values["sqnr_db"] for name, values in self.latest["layers"].items()}
+        noisy = self._noisy({name: ratio for name, ratio in ratios.items() if ratio is not None})
+        return min(noisy, key=lambda name: _or(ratios[name], math.inf), default=None)
+
+    @staticmethod
+    def _noisy(decibels: Mapping[str, float]) -> list[str]:
+        return [layer for layer, ratio in decibels.items() if ratio < advice.NOISE_DB]
 
     def _limit(self) -> float:
         if self.min_cosine is not None:
             return self.min_cosine
         in_use = () if self._formats is None else self._formats.in_use
-        return _MIN_COSINE_IN_BF16 if any(get_format(format).is_coarse for format in in_use) else _MIN_COSINE
+        return advice.min_cosine(is_coarse=any(get_format(format).is_coarse for format in in_use))
 
     @override
     def _summary(self) -> tuple[str, list[list[str]]]:
-        layers: dict[str, dict[str, float | None]] = self.latest["layers"]
+        layers = self.latest["layers"]
         if not layers:
             return "no step was sampled", []
         ranked = sorted(layers.items(), key=lambda item: _closeness(item[1]))
         title = f"loss gap to fp32 {self.latest['loss_gap']:.2e}; the {min(len(ranked), ROWS)} layers farthest off"
         rows = [["layer", "gradient cosine", "SQNR (dB)"]]
         for layer, values in ranked[:ROWS]:
-            rows.append([layer or '""', written(values["grad_cosine"], ".5f"), written(values["sqnr_db"], ".1f")])
+            rows.append([cell(layer), written(values["grad_cosine"], ".5f"), written(values["sqnr_db"], ".1f")])
         return title, rows
 
     @override
@@ -181,10 +188,10 @@ class FidelityMonitor(SamplingMonitor):
         return draw_layers(cosines, "cosine of the gradient with fp32's", limit=self._limit(), ax=ax)
 
 
-def _closeness(values: dict[str, float | None]) -> tuple[float, float, float]:
+def _closeness(values: Closeness) -> tuple[float, float, float]:
     """Layers whose output is noise first, the others by their gradients."""
     sqnr = _or(values["sqnr_db"], 999.0)
-    return min(sqnr, NOISE_DB), _or(values["grad_cosine"], 2.0), sqnr
+    return min(sqnr, advice.NOISE_DB), _or(values["grad_cosine"], 2.0), sqnr
 
 
 def _or(value: float | None, other: float) -> float:

@@ -16,12 +16,11 @@ from lightning_mixprec.evidence.run_formats import RunFormats, formats_of
 from lightning_mixprec.plugin.lightnings import Callback
 from lightning_mixprec.policy.table import align
 from lightning_mixprec.records.journal import Journal
-from lightning_mixprec.records.schema import Shapes, has_shape
+from lightning_mixprec.records.schema import Place, Shapes
+from lightning_mixprec.records.states import Layout
 
 ROWS = 10
 """How many layers a summary shows."""
-
-_NAMED = 4
 
 
 class RunCallback(Callback):
@@ -98,27 +97,12 @@ class RunCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("version") != 1:
-            raise MixPrecError(
-                f"The checkpoint's {type(self).__name__} state has version {state_dict.get('version')!r}, this release "
-                "of lightning_mixprec reads version 1; upgrade lightning_mixprec, or resume without the callback."
-            )
         shapes = {name.lstrip("_"): shape for name, shape in self._shapes().items()}
-        missing = sorted(shapes.keys() - state_dict.keys())
-        if missing:
-            raise MixPrecError(
-                f"The checkpoint's {type(self).__name__} state lacks {', '.join(missing)}; it was not written whole. "
-                "Resume from another checkpoint, or without the callback."
-            )
-        damaged = [key for key, shape in shapes.items() if not has_shape(state_dict[key], shape)]
-        damaged = damaged or list(self._contradictions(state_dict))
-        if damaged:
-            raise MixPrecError(
-                f"The checkpoint's {type(self).__name__} state is damaged in {', '.join(damaged)}. Resume from another "
-                "checkpoint, or without the callback."
-            )
+        otherwise = "without the callback"
+        layout = Layout(type(self).__name__, shapes, f"resume {otherwise}", otherwise)
+        state = layout.check(state_dict, self._contradictions)
         for name in self._shapes():
-            setattr(self, name, _plain_copy(state_dict[name.lstrip("_")]))
+            setattr(self, name, _plain_copy(state[name.lstrip("_")]))
 
     def _shapes(self) -> Shapes:
         return {"_values": dict[str, float], "_warned": list[str], **self._STATE}
@@ -169,7 +153,7 @@ class RunCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    def _write(self, place: Mapping[str, int], **row: Any) -> None:
+    def _write(self, place: Place | Mapping[str, int], **row: Any) -> None:
         """Writes a row; the place says which step it is about: step, epoch and batch_idx."""
         self._journal.write(monitor=self._NAME, **place, **row)
 
@@ -178,13 +162,12 @@ class RunCallback(Callback):
             self._warned.append(key)
             rank_zero_warn(message)
 
-    def _not_warned_of(self, key: str, layers: list[str]) -> Iterator[tuple[str, str]]:
-        """The first of the layers that were not warned of yet, and words for the others; nothing if there are none."""
+    def _not_warned_of(self, key: str, layers: list[str]) -> Iterator[tuple[str, list[str]]]:
+        """The first of the layers that were not warned of yet, and the others; nothing if there are none."""
         new = [layer for layer in layers if f"{key} {layer}" not in self._warned]
         self._warned += [f"{key} {layer}" for layer in new]
         if new:
-            named = ", ".join(map(repr, new[1:_NAMED])) + (", ..." if len(new) > _NAMED else "")
-            yield new[0], f" (also {len(new) - 1} more: {named})" if new[1:] else ""
+            yield new[0], new[1:]
 
 
 class Monitor(RunCallback):
@@ -246,22 +229,6 @@ def _plain_copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain_copy(item) for key, item in value.items()}
     return [_plain_copy(item) for item in value] if isinstance(value, list) else value
-
-
-def policy_hint(layer: str, format: str) -> str:
-    """How to write it in a policy that a layer computes in a format.
-
-    >>> policy_hint("model.head", "bf16")
-    "for example policy={'default': ..., 'model.head': 'bf16'}"
-    """
-    if layer:
-        return f"for example policy={{'default': ..., {layer!r}: {format!r}}}"
-    return f"for example a rule {{layers: '', compute: {format}, recurse: false}}"
-
-
-def written(value: float | None, spec: str) -> str:
-    """A number for a table; a dash where there is none."""
-    return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
 def takes_iterator(trainer: pl.Trainer) -> bool:

@@ -1,24 +1,25 @@
 """``OverflowMonitor``: overflows, the loss scale and skipped steps, and which layer is to blame."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.failure_monitor import FailureMonitor
-from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator, written
-from lightning_mixprec.callbacks.states import Event
+from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.evidence.diagnosis import LOST_WEIGHTS, Diagnosis
+from lightning_mixprec.evidence.diagnosis import Diagnosis
 from lightning_mixprec.evidence.failures import FailureWatch, diagnosed
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.saved_batches import save_batch
 from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
 from lightning_mixprec.numerics.plots import draw_steps
 from lightning_mixprec.plugin.precision import PerLayerPrecision
-from lightning_mixprec.records.schema import Count
+from lightning_mixprec.records.events import Event
+from lightning_mixprec.records.schema import Count, Place
+from lightning_mixprec.records.words import cell, written
 
 _MOST_SCALES = 1000
 
@@ -80,7 +81,7 @@ class OverflowMonitor(FailureMonitor):
         self.save_batch = save_batch
         self.window = check_count("OverflowMonitor", "window", window)
         self.max_diagnoses = check_count("OverflowMonitor", "max_diagnoses", max_diagnoses)
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.skipped_steps = 0
         self.reasons: dict[str, int] = {}
         self._recent: list[int] = []
@@ -137,42 +138,39 @@ class OverflowMonitor(FailureMonitor):
             self._diagnoses += 1
             found = self._diagnosed(trainer, window, outcome.scale)
         if found is not None:
-            verdict = found["verdict"]
-            self._has_lost_weights = found["detail"].startswith(LOST_WEIGHTS)
+            verdict, self._has_lost_weights = found.cause["verdict"], found.has_lost_weights
         self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
         self._journal.flush()
 
-    def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, scale: float) -> dict[str, Any] | None:
+    def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, scale: float) -> Diagnosis | None:
         replay = StepReplay(trainer.lightning_module, window.formats, window.device)
         found, problems = diagnosed(replay, window, scale)
         for batch_idx, problem in problems:
             self._write(self._where(trainer, window.step, batch_idx), problem=problem)
             self._warn_once("problem", f"step {window.step} failed and could not be replayed ({problem}).")
-        return None if found is None else self._event(trainer, window.step, found.rank, found.kept, found.diagnosis)
+        if found is None:
+            return None
+        self._tell(trainer, window.step, found.rank, found.kept, found.diagnosis)
+        return found.diagnosis
 
-    def _event(
-        self, trainer: pl.Trainer, step: int, rank: int, kept: KeptBatch, diagnosis: Diagnosis
-    ) -> dict[str, Any]:
-        event = {**self._where(trainer, step, kept.batch_idx), **diagnosis.to_dict()}
+    def _tell(self, trainer: pl.Trainer, step: int, rank: int, kept: KeptBatch, diagnosis: Diagnosis) -> None:
+        where = self._where(trainer, step, kept.batch_idx)
+        event = cast(Event, {**where, **diagnosis.cause})
         if ranks.are_many():
             event["rank"] = rank
         _, saved = ranks.first_found(self._save(trainer, kept, event) if rank == trainer.global_rank else None)
-        self._tell(event, diagnosis, saved)
-        return event
-
-    def _where(self, trainer: pl.Trainer, step: int, batch_idx: int) -> dict[str, int]:
-        return {"step": step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
-
-    def _tell(self, event: dict[str, Any], diagnosis: Diagnosis, saved: Path | None) -> None:
         self.events.append(event)
         self._journal.write(monitor=self._NAME, **event, frames=[frame.to_dict() for frame in diagnosis.frames])
-        if diagnosis.verdict == "scale" and diagnosis.is_search:
+        if event["verdict"] == "scale" and diagnosis.is_search:
             return
         replay = f" Replay it with lightning_mixprec.diagnose(model, {str(saved)!r})." if saved is not None else ""
-        key = f"{diagnosis.verdict} {diagnosis.layer} {diagnosis.direction}"
-        self._warn_once(key, f"step {event['step']}, batch {event['batch_idx']}: {diagnosis.message}.{replay}")
+        key = f"{event['verdict']} {event['layer']} {event['direction']}"
+        self._warn_once(key, f"step {step}, batch {kept.batch_idx}: {event['message']}.{replay}")
 
-    def _save(self, trainer: pl.Trainer, kept: KeptBatch, event: dict[str, Any]) -> Path | None:
+    def _where(self, trainer: pl.Trainer, step: int, batch_idx: int) -> Place:
+        return {"step": step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
+
+    def _save(self, trainer: pl.Trainer, kept: KeptBatch, event: Event) -> Path | None:
         if not self.save_batch or event["verdict"] == "scale" or self._folder is None:
             return None
         path = self._folder / f"overflow-step{event['step']}-batch{event['batch_idx']}.pt"
@@ -198,9 +196,8 @@ class OverflowMonitor(FailureMonitor):
         rows = [["layer", "step", "verdict", "direction", "operation", "format", "value", "fits"]]
         for event in accused[:ROWS]:
             cells = (event["step"], event["verdict"], event["direction"], event["op"], event["format"])
-            name = "-" if event["layer"] is None else event["layer"] or '""'
-            shown = ["-" if cell is None else str(cell) for cell in cells]
-            rows.append([name, *shown, written(event["value"], ".3g"), event["fits"] or "-"])
+            shown = ["-" if each is None else str(each) for each in cells]
+            rows.append([cell(event["layer"]), *shown, written(event["value"], ".3g"), event["fits"] or "-"])
         return title, rows
 
     @override

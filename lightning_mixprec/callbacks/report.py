@@ -20,6 +20,8 @@ from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.loss_curve import LossCurve, loss_in
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
+from lightning_mixprec.records import runs
+from lightning_mixprec.records.moves import told_shortly
 from lightning_mixprec.report.writing import write_report
 
 _MAX_ELEMENTS = 16384
@@ -39,11 +41,8 @@ class PrecisionReport(SamplingMonitor):
     skipped steps of every batch are collected without waiting for the device. The loss is that of the first rank; in
     manual optimization it is what ``training_step`` returns, if it does.
 
-    Rows of the JSONL file: ``run`` once (``environment``, ``watched`` and ``layers``, each with name, type, parameters,
-    param, compute, output and rule), ``curve`` (``steps``, ``loss``, ``scale``, ``skipped``: lists of one
-    length), ``change`` after a change of the policy (``layers`` that differ and new entries of the ``history``),
-    ``sample`` (by layer format, underflow rate, subnormal share, headroom, headroom of the output; ``histograms`` and
-    once ``flops``), and ``end`` (``state``, ``message``); see :mod:`lightning_mixprec.report.shapes`.
+    Rows of the JSONL file: ``run`` once, ``curve``, ``change`` after a change of the policy, ``sample`` and ``end``, as
+    :mod:`lightning_mixprec.records.runs` has them.
 
     Args:
         every_n_steps: Sample every n-th batch, the first included.
@@ -81,7 +80,7 @@ class PrecisionReport(SamplingMonitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._curve: LossCurve | None = None
-        self._layers: dict[str, list[Any]] = {}
+        self._layers: dict[str, runs.DescribedLayer] = {}
         self._told_history = 0
         self._chosen: set[str] | None = None
         self._has_flops = False
@@ -113,10 +112,11 @@ class PrecisionReport(SamplingMonitor):
         assert self._formats is not None
         self._curve = LossCurve(self._formats, pl_module.device)
         self._layers = described(trainer.precision_plugin, self._formats, pl_module)
-        run = {
+        run: runs.Run = {
             "environment": environment(trainer, pl_module.device),
-            "layers": [[name, *values] for name, values in self._layers.items()],
+            "layers": list(self._layers.values()),
             "watched": [type(callback).__name__ for callback in monitors(trainer)],
+            "counts_skipped": not isinstance(trainer.precision_plugin, PerLayerPrecision),
         }
         self._write(self._place(trainer), run=run)
         self._tell_history(trainer)
@@ -175,13 +175,14 @@ class PrecisionReport(SamplingMonitor):
         self._tell_changes(trainer, pl_module)
         self._journal.flush()
 
-    def _close(self, trainer: pl.Trainer, state: str, message: str) -> None:
+    def _close(self, trainer: pl.Trainer, state: runs.State, message: str) -> None:
         """Writes what is left and makes the report; a report that cannot be made ends no run."""
         if self._curve is None or self._folder is None or not trainer.is_global_zero:
             return
         try:
             self._write_rest(trainer)
-            self._write(self._place(trainer), end={"state": state, "message": message})
+            end: runs.End = {"state": state, "message": message}
+            self._write(self._place(trainer), end=end)
             self._journal.flush()
             path, alerts = write_report([self._folder], self._folder / self.filename)
         except Exception as error:
@@ -196,9 +197,14 @@ class PrecisionReport(SamplingMonitor):
 
     def _write_curve(self, trainer: pl.Trainer, chunk: dict[str, list[Any]] | None) -> None:
         if chunk is not None:
-            rounded = {key: [short(value) for value in values] for key, values in chunk.items()}
-            bad = [place for place, loss in enumerate(chunk["loss"]) if math.isinf(loss)]
-            self._write(self._place(trainer), curve=rounded | {"infinite": bad})
+            curve: runs.Curve = {
+                "steps": chunk["steps"],
+                "loss": [short(loss) for loss in chunk["loss"]],
+                "scale": [short(scale) for scale in chunk["scale"]],
+                "skipped": chunk["skipped"],
+                "infinite": [place for place, loss in enumerate(chunk["loss"]) if math.isinf(loss)],
+            }
+            self._write(self._place(trainer), curve=curve)
             self._journal.flush()
 
     def _tell_changes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -207,17 +213,17 @@ class PrecisionReport(SamplingMonitor):
             return
         assert self._formats is not None
         now = described(plugin, self._formats, pl_module)
-        changed = [[name, *values] for name, values in now.items() if values != self._layers.get(name)]
+        changed = [layer for name, layer in now.items() if layer != self._layers.get(name)]
         self._layers = now
         self._tell_history(trainer, changed)
 
-    def _tell_history(self, trainer: pl.Trainer, changed: Sequence[list[Any]] = ()) -> None:
+    def _tell_history(self, trainer: pl.Trainer, changed: Sequence[runs.DescribedLayer] = ()) -> None:
         plugin = trainer.precision_plugin
         history = plugin.history if isinstance(plugin, PerLayerPrecision) else []
         new, self._told_history = history[self._told_history :], len(history)
         if new:
-            told = [{key: entry[key] for key in ("step", "layer", "from", "to", "reason")} for entry in new]
-            self._write(self._place(trainer), change={"layers": changed, "history": told})
+            change: runs.Change = {"layers": list(changed), "history": [told_shortly(move) for move in new]}
+            self._write(self._place(trainer), change=change)
 
     @staticmethod
     def _place(trainer: pl.Trainer) -> dict[str, int]:

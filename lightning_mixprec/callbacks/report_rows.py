@@ -1,4 +1,4 @@
-"""What a run's layers and samples are in the rows of ``PrecisionReport``: short and of JSON's types."""
+"""A run's layers and samples as the records of ``PrecisionReport``: short and of JSON's types."""
 
 import math
 import platform
@@ -10,19 +10,21 @@ import lightning.pytorch as pl
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_mixprec.evidence.findings import SHORT, Findings, describe
+from lightning_mixprec.evidence.findings import Findings, describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
 from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.numerics.exponents import LOWEST, Histogram
 from lightning_mixprec.numerics.formats import format_of
 from lightning_mixprec.plugin.lightnings import Precision
 from lightning_mixprec.plugin.precision import PerLayerPrecision
+from lightning_mixprec.records.runs import CountedExponents, DescribedLayer, Histograms, Sample, SampledLayer
+from lightning_mixprec.records.samples import Losses
 
 _CHOSEN = 8
 
 
-def described(plugin: Precision, formats: RunFormats, module: pl.LightningModule) -> dict[str, list[Any]]:
-    """By layer its type, number of own parameters, param, compute and output format, and the rule that decided."""
+def described(plugin: Precision, formats: RunFormats, module: pl.LightningModule) -> dict[str, DescribedLayer]:
+    """The layers as they compute now, in the model's order."""
     layers = layers_of(module)
     assignment = plugin.assignment if isinstance(plugin, PerLayerPrecision) else None
     if assignment is None:
@@ -33,11 +35,12 @@ def described(plugin: Precision, formats: RunFormats, module: pl.LightningModule
             continue
         layer, facts = assignment[name], assignment.facts[name]
         rule = "default" if layer.rule is None else layer.rule.label
-        told[name] = [facts.type_name, facts.parameters, layer.param, layer.compute, layer.output or "", rule]
+        formats_of = (layer.param, layer.compute, layer.output or "")
+        told[name] = DescribedLayer(name, facts.type_name, facts.parameters, *formats_of, rule)
     return told
 
 
-def _described_alike(precision: str, formats: RunFormats, module: pl.LightningModule) -> dict[str, list[Any]]:
+def _described_alike(precision: str, formats: RunFormats, module: pl.LightningModule) -> dict[str, DescribedLayer]:
     """Under a plugin of Lightning's, which has one format for all."""
     layers, parameters, told = layers_of(module), dict(module.named_parameters()), {}
     owned = own_parameters(module, layers)
@@ -45,7 +48,7 @@ def _described_alike(precision: str, formats: RunFormats, module: pl.LightningMo
         own = [parameters[each] for each in owned[name]]
         param = (format_of(own[0].dtype) or str(own[0].dtype)) if own else ""
         count = None if any(map(is_lazy, own)) else sum(each.numel() for each in own)
-        told[name] = [type(layer).__name__, count, param, formats.of(name), "", precision]
+        told[name] = DescribedLayer(name, type(layer).__name__, count, param, formats.of(name), "", precision)
     return told
 
 
@@ -66,35 +69,39 @@ def environment(trainer: pl.Trainer, device: torch.device) -> dict[str, str]:
     } | ({"CUDA": str(torch.version.cuda)} if is_cuda else {})
 
 
-def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Collection[str] | None) -> dict[str, Any]:
+def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Collection[str] | None) -> Sample:
     """A sample.
 
     Args:
         found: What was found with statistics.
         format_by_layer: The format that a layer computes in.
         chosen: The layers whose histograms are kept; None for those that fit their formats worst.
-
-    Returns:
-        ``layers`` (by name format, underflow rate, subnormal share, headroom, headroom of the output, and the loss
-        scale that suits fp16 best), ``histograms``, ``loss_scale`` and, if they were counted, ``flops``.
     """
     measured = [layer for layer in found.layers if layer in found.weights or layer in found.gradients]
     values = {layer: describe(layer, found, format_by_layer(layer)) for layer in measured}
-    rows = {
-        layer: [told["format"], *(short(told[key]) for key in SHORT), short(told["what_if"]["fp16"]["best_scale"])]
-        for layer, told in values.items()
-    }
     kept = [layer for layer in measured if layer in chosen] if chosen is not None else _worst(values)
-    sample: dict[str, Any] = {
-        "layers": rows,
+    sample: Sample = {
+        "layers": {layer: _shortened(losses) for layer, losses in values.items()},
         "histograms": {layer: _histograms(layer, found) for layer in kept},
         "loss_scale": found.scale,
     }
-    flops = {layer: count for layer, count in found.flops.items() if count}
-    return {**sample, "flops": flops} if flops else sample
+    if flops := {layer: count for layer, count in found.flops.items() if count}:
+        sample["flops"] = flops
+    return sample
 
 
-def _worst(values: dict[str, dict[str, Any]]) -> list[str]:
+def _shortened(losses: Losses) -> SampledLayer:
+    return SampledLayer(
+        format=losses["format"],
+        underflow_rate=short(losses["underflow_rate"]),
+        subnormal_share=short(losses["subnormal_share"]),
+        headroom_bits=short(losses["headroom_bits"]),
+        output_headroom_bits=short(losses["output_headroom_bits"]),
+        best_scale=short(losses["what_if"]["fp16"]["best_scale"]),
+    )
+
+
+def _worst(values: dict[str, Losses]) -> list[str]:
     """The layers that lose most of their gradient, then those that are nearest to an overflow; in the model's order."""
 
     def badness(layer: str) -> tuple[float, float]:
@@ -106,12 +113,12 @@ def _worst(values: dict[str, dict[str, Any]]) -> list[str]:
     return [layer for layer in values if layer in worst]
 
 
-def _histograms(layer: str, found: Findings) -> dict[str, Any]:
+def _histograms(layer: str, found: Findings) -> Histograms:
     gradient = found.weights.get(layer, found.gradients.get(layer))
     return {"gradient": _histogram(gradient), "output": _histogram(found.outputs.get(layer))}
 
 
-def _histogram(counted: Histogram | None) -> dict[str, Any] | None:
+def _histogram(counted: Histogram | None) -> CountedExponents | None:
     """Counts by binary exponent from the lowest that occurs to the highest."""
     if counted is None:
         return None

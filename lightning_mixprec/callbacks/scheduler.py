@@ -21,12 +21,12 @@ from lightning_mixprec.callbacks.run_progress import (
     metric,
     share_done,
 )
-from lightning_mixprec.callbacks.states import Came, Looks
 from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.planning.phases import LowRate, Moment, Now, Phase, Plateau, naming, read_phases
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.policy import PrecisionPolicy, describe_difference
+from lightning_mixprec.records.schedule import Came, Looks
 
 
 class PrecisionScheduler(RunCallback):

@@ -1,22 +1,24 @@
 """``UnderflowMonitor``: what the run's formats lose of each layer's gradient."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share, policy_hint, written
+from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
-from lightning_mixprec.callbacks.states import Losses, Stagnation
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings, describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
 from lightning_mixprec.evidence.stagnation import StagnationCheck
-from lightning_mixprec.numerics.formats import REFERENCE, get_format
+from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
+from lightning_mixprec.records import advice
+from lightning_mixprec.records.samples import KnownLosses, KnownStagnation, StagnationRow, UnderflowRow
+from lightning_mixprec.records.words import cell, written
 
 
 class UnderflowMonitor(SamplingMonitor):
@@ -63,13 +65,15 @@ class UnderflowMonitor(SamplingMonitor):
 
     _NAME = "underflow"
     _KEYS = ("underflow_rate",)
-    _STATE = {"latest": dict[str, Losses | Stagnation], **SamplingMonitor._SAMPLING}
+    _STATE = {"latest": dict[str, KnownLosses | KnownStagnation], **SamplingMonitor._SAMPLING}
 
-    def __init__(self, every_n_steps: int = 1000, threshold: float = 0.1, max_elements: int | None = 16384) -> None:
+    def __init__(
+        self, every_n_steps: int = 1000, threshold: float = advice.MAX_UNDERFLOW, max_elements: int | None = 16384
+    ) -> None:
         name = type(self).__name__
         self.threshold = check_share(name, "threshold", threshold)
         self.max_elements = None if max_elements is None else check_count(name, "max_elements", max_elements)
-        self.latest: dict[str, dict[str, Any]] = {}
+        self.latest: dict[str, Any] = {}
         super().__init__(every_n_steps)
 
     @override
@@ -121,7 +125,7 @@ class UnderflowMonitor(SamplingMonitor):
             (watch, place), self._watched = self._watched, None
             for layer, rate in watch.rates().items():
                 self.latest.setdefault(layer, {})["stagnation_rate"] = rate
-                self._write(place, layer=layer, stagnation_rate=rate)
+                self._write(place, **StagnationRow(layer=layer, stagnation_rate=rate))
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
@@ -129,30 +133,20 @@ class UnderflowMonitor(SamplingMonitor):
         measured = [layer for layer in found.layers if layer in found.weights or layer in found.gradients]
         for layer in measured:
             values = describe(layer, found, self._formats.of(layer))
-            self.latest[layer] = {"stagnation_rate": None} | self.latest.get(layer, {}) | values
-            self._write(found.place, layer=layer, loss_scale=found.scale, **values)
+            stagnation = self.latest.get(layer, {}).get("stagnation_rate")
+            latest: KnownLosses = {"stagnation_rate": stagnation, **values}
+            row = cast(UnderflowRow, {"layer": layer, "loss_scale": found.scale, **values})
+            self.latest[layer] = latest
+            if self.threshold != advice.MAX_UNDERFLOW:
+                row["threshold"] = self.threshold
+            self._write(found.place, **row)
         rates = {layer: self.latest[layer]["underflow_rate"] for layer in measured}
         self._log(trainer, {"underflow_rate": max(rates.values(), default=math.nan)})
         lossy = {layer: rate for layer, rate in rates.items() if rate > self.threshold}
         for worst, others in self._not_warned_of("underflow", sorted(lossy, key=lambda layer: -lossy[layer])):
-            rank_zero_warn(self._advice(found.place["step"], worst, others, found.scale))
-
-    def _advice(self, step: int, layer: str, others: str, scale: float) -> str:
-        values = self.latest[layer]
-        rate, format = values["underflow_rate"], values["format"]
-        says = (
-            f"step {step}: {rate:.0%} of the gradient of layer {layer!r}{others} vanish in {format} at a loss scale of "
-            f"{scale:.8g}; "
-        )
-        use = get_format(format).use
-        same, other = values["what_if"].get(format), values["what_if"].get(use.for_range)
-        if use.needs_scaling and same is not None and same["fits"] and same["best_scale"] > scale:
-            best = same["best_scale"]
-            return f"{says}a loss scale of {best:.8g} would keep it: raise init_scale, or compute it in {use.for_range}"
-        wider = REFERENCE
-        if use.for_range is not None and other is not None and other["underflow_rate"] < rate:
-            wider = use.for_range
-        return f"{says}compute it in {wider}, {policy_hint(layer, wider)}"
+            latest = self.latest[worst]
+            told = advice.underflow(worst, latest, found.scale, others, get_format(latest["format"]).use)
+            rank_zero_warn(f"step {found.place['step']}: {told}.")
 
     @override
     def _summary(self) -> tuple[str, list[list[str]]]:
@@ -164,7 +158,7 @@ class UnderflowMonitor(SamplingMonitor):
         for layer, values in ranked[:ROWS]:
             rows.append(
                 [
-                    layer or '""',
+                    cell(layer),
                     values["format"],
                     written(values["underflow_rate"], ".2%"),
                     written(values["subnormal_share"], ".2%"),

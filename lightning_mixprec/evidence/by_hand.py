@@ -78,7 +78,7 @@ def diagnose(
     if found is None:
         nothing = dict.fromkeys(("verdict", "layer", "direction"))
         return {**nothing, "loss_scale": scale, "message": "the step is finite", "frames": []}
-    return {**found.to_dict(), "batch_idx": batch_idx, "frames": [frame.to_dict() for frame in found.frames]}
+    return {**found.cause, "batch_idx": batch_idx, "frames": [frame.to_dict() for frame in found.frames]}
 
 
 def _checked(module: object) -> pl.LightningModule:

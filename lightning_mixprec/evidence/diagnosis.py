@@ -1,10 +1,10 @@
 """Diagnosis of a failed step: the layer that overflowed, in which direction, and if precision is to blame at all."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters, weight_gradients
 from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
-from lightning_mixprec.evidence.instruments.trace import Frame, Origin, Trace
+from lightning_mixprec.evidence.instruments.trace import Origin, Trace
 from lightning_mixprec.evidence.replay import (
     Replayed,
     StepReplay,
@@ -31,18 +31,14 @@ from lightning_mixprec.numerics.finite import all_finite
 from lightning_mixprec.numerics.flat_batches import flatten
 from lightning_mixprec.numerics.formats import FORMATS, compute_formats, get_format, promoted_for_range
 from lightning_mixprec.numerics.rates import underflow_rate
+from lightning_mixprec.records.advice import STARVED, overflow
+from lightning_mixprec.records.events import Cause, Direction, Frame, Verdict
 
 T = TypeVar("T")
-
-Verdict = Literal["precision", "scale", "data", "model"]
 
 _LEAST_POWER = -14
 _USUAL_SCALE = 65536.0
 _TRIES = 6
-_MOST_UNDERFLOW = 0.5
-"""The largest share of a layer's weight gradient that a smaller loss scale may lose for that scale to be right."""
-_NOT_TOLD = ("frames", "is_search")
-LOST_WEIGHTS = "weights that are not finite"
 _HALVED = "on half of the batch, as memory ran out"
 _NOTHING_ELSE = Wanted()
 
@@ -52,66 +48,55 @@ class Diagnosis:
     """The reason that a step failed.
 
     Attributes:
-        verdict: ``"precision"``: finite in fp32; ``"scale"``: a smaller loss scale is enough; ``"data"``: the batch is
-            not finite; ``"model"``: not finite in fp32 either.
-        layer: The layer that made a finite number non-finite, ``""`` for the LightningModule's own operations; None for
-            ``"scale"`` and ``"data"``.
-        direction: In which pass that was; None where there is no layer.
-        op: The operation's name in ATen.
-        format: The format in which it computed.
-        value: The largest magnitude in fp32 of what overflowed, times the loss scale in backward.
-        fits: The narrowest format that holds it.
-        loss_scale: The loss scale of the step.
-        smaller_scale: A loss scale at which the step is finite.
+        cause: The record of it.
+        frames: The operations around the one that failed, with their smallest and largest magnitudes.
         is_search: Whether the run searches for its loss scale.
-        detail: What else is known.
-        frames: The operations around it, with their smallest and largest magnitudes.
+        has_lost_weights: Whether weights are not finite.
     """
 
-    verdict: Verdict
-    loss_scale: float
-    layer: str | None = None
-    direction: Literal["forward", "backward"] | None = None
-    op: str | None = None
-    format: str | None = None
-    value: float | None = None
-    fits: str | None = None
-    smaller_scale: float | None = None
-    is_search: bool = True
-    detail: str = ""
+    cause: Cause
     frames: tuple[Frame, ...] = ()
+    is_search: bool = True
+    has_lost_weights: bool = False
 
-    @property
-    def message(self) -> str:
-        """One line for a person."""
-        if self.verdict == "data":
-            return f"the batch itself is not finite ({self.detail})"
-        if self.verdict == "scale":
-            says = f"the gradients overflow at a loss scale of {self.loss_scale:g} and fit at {self.smaller_scale:g}: "
-            if self.is_search:
-                return f"{says}the search for the scale, which accuses no layer"
-            return f"{says}lower the loss scale, which is fixed"
-        where = f"the {self.direction} of {named(self.layer)} ({self.op})"
-        if self.verdict == "model":
-            detail = f" ({self.detail})" if self.detail else ""
-            return f"{where} is not finite in fp32 either{detail}: not a matter of precision"
-        value = "" if self.value is None else f", where fp32 has {self.value:.3g}"
-        advice = f"; {self.fits} holds it: compute {self.pattern}, and where it goes, in {self.fits}"
-        return f"{where} overflows in {self.format}{value}{advice if self.fits else ''}"
+    @classmethod
+    def of(
+        cls,
+        verdict: Verdict,
+        loss_scale: float,
+        where: tuple[str, Direction, str, str | None] | None = None,
+        *,
+        value: float | None = None,
+        fits: str | None = None,
+        smaller_scale: float | None = None,
+        is_search: bool = True,
+        lost_weights: Sequence[str] = (),
+        detail: str = "",
+        frames: tuple[Frame, ...] = (),
+    ) -> "Diagnosis":
+        """A diagnosis with its record; what failed first is in ``where``: layer, direction, operation and format."""
+        layer, direction, op, format = where or (None, None, None, None)
+        cause: Cause = {
+            "verdict": verdict,
+            "loss_scale": loss_scale,
+            "layer": layer,
+            "direction": direction,
+            "op": op,
+            "format": format,
+            "value": value,
+            "fits": fits,
+            "smaller_scale": smaller_scale,
+            "detail": f"weights that are not finite: {', '.join(lost_weights[:3])}" if lost_weights else detail,
+        }
+        return cls(cause, frames, is_search, bool(lost_weights))._in_words()
 
-    @property
-    def pattern(self) -> str:
-        """The layer as a policy would name it."""
-        return repr(self.layer) if self.layer else "the LightningModule's own operations (layers: '', recurse: false)"
+    def on_half_of_the_batch(self) -> "Diagnosis":
+        """The same diagnosis, with a word that it is of half of the batch."""
+        detail = self.cause["detail"]
+        return replace(self, cause={**self.cause, "detail": f"{detail}; {_HALVED}" if detail else _HALVED})._in_words()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, without the frames."""
-        return {**{key: value for key, value in asdict(self).items() if key not in _NOT_TOLD}, "message": self.message}
-
-
-def named(layer: str | None) -> str:
-    """A layer in a sentence."""
-    return f"layer {layer!r}" if layer else "the LightningModule itself"
+    def _in_words(self) -> "Diagnosis":
+        return replace(self, cause={**self.cause, "message": str(overflow(self.cause, is_search=self.is_search))})
 
 
 @dataclass(frozen=True)
@@ -158,7 +143,7 @@ class Judge:
         broken = self._broken_data(wide)
         if self._on_any_rank(bool(broken)):
             # Through the gradients, or the step's own messages, it spoils the other ranks' steps as well.
-            return self._marked(Diagnosis("data", self._scale, detail=", ".join(broken[:3]))) if broken else None
+            return self._marked(Diagnosis.of("data", self._scale, detail=", ".join(broken[:3]))) if broken else None
         is_backward, smaller, stubborn = wide.is_finite and _is_backward(low.origin), None, self._scale
         if self._is_scaled and self._on_any_rank(is_backward):
             smaller, stubborn = self._smaller_scale(wide)
@@ -171,16 +156,14 @@ class Judge:
         return self._marked(self._tried(partial(self._judged, low, wide, smaller)))
 
     def _marked(self, found: Diagnosis | None) -> Diagnosis | None:
-        if found is None or not self._is_halved:
-            return found
-        return replace(found, detail=f"{found.detail}; {_HALVED}" if found.detail else _HALVED)
+        return found.on_half_of_the_batch() if found is not None and self._is_halved else found
 
     def _judged(self, low: _Traced, wide: _Traced, smaller: float | None) -> Diagnosis | None:
         if not wide.is_finite:
             return self._model(wide)
         if smaller is not None:
             is_search = self._replay.formats.searches_scale
-            return Diagnosis("scale", self._scale, smaller_scale=smaller, is_search=is_search)
+            return Diagnosis.of("scale", self._scale, smaller_scale=smaller, is_search=is_search)
         if low.origin is None or wide.trace is None:
             return None
         return self._precision(low.origin, low.scale, wide.trace)
@@ -292,7 +275,7 @@ class Judge:
                 underflow_rate(rows.select(row), format, each, direction="backward").middle
                 for each in (scale, max(self._scale, _USUAL_SCALE))
             )
-            if lost - before > _MOST_UNDERFLOW:
+            if lost - before > STARVED:
                 return False
         return True
 
@@ -316,13 +299,11 @@ class Judge:
         ]
 
     def _model(self, wide: _Traced) -> Diagnosis:
-        weights = self._nonfinite_weights()
-        detail = f"{LOST_WEIGHTS}: {', '.join(weights[:3])}" if weights else ""
-        origin = wide.origin
+        weights, origin = self._nonfinite_weights(), wide.origin
         if origin is None:
-            return Diagnosis("model", self._scale, layer="", direction="forward", op="unknown", detail=detail)
+            return Diagnosis.of("model", self._scale, ("", "forward", "unknown", None), lost_weights=weights)
         where = (origin.layer, origin.direction, origin.op, origin.format)
-        return Diagnosis("model", self._scale, *where, detail=detail, frames=origin.frames)
+        return Diagnosis.of("model", self._scale, where, lost_weights=weights, frames=origin.frames)
 
     def _precision(self, origin: Origin, scale: float, wide: Trace) -> Diagnosis:
         layer, value = origin.layer, wide.amax_of(origin.layer, origin.direction, origin.op, origin.occurrence)
@@ -337,7 +318,7 @@ class Judge:
         format = min(origin.format, self._replay.formats.of(layer), key=_bits)
         value = None if value is None else value * times
         where, wider = (layer, origin.direction, origin.op, format), promoted_for_range(format, value)
-        return Diagnosis("precision", self._scale, *where, value, wider, frames=origin.frames)
+        return Diagnosis.of("precision", self._scale, where, value=value, fits=wider, frames=origin.frames)
 
     def _on_any_rank(self, claim: bool) -> bool:
         return ranks.is_any(claim, self._replay.device)

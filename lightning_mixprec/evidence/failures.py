@@ -172,15 +172,15 @@ def diagnosed(
     for kept in reversed(window.batches):
         found = found and found._replace(comparison=None)  # its gradients make room for this batch's
         judge = Judge(replay, kept, scale, wanted or Wanted())
-        if found is not None and judge.is_finite_at(found.diagnosis.smaller_scale or scale):
+        if found is not None and judge.is_finite_at(found.diagnosis.cause["smaller_scale"] or scale):
             continue
         rank, diagnosis = ranks.first_found(judge.judge())
         if judge.problem is not None:
             problems.append(Problem(kept.batch_idx, judge.problem))
-        if diagnosis is not None and (found is None or diagnosis.verdict != "scale"):
+        if diagnosis is not None and (found is None or diagnosis.cause["verdict"] != "scale"):
             lacks = wanted is None or ranks.is_any(judge.comparison is None, window.device)
             found = Found(rank, kept, diagnosis, None if lacks else judge.comparison)
-            if diagnosis.verdict != "scale":
+            if diagnosis.cause["verdict"] != "scale":
                 break
     return found, [
         problem._replace(message=ranks.told_by(rank, problem.message))

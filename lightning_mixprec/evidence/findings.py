@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from lightning_mixprec.evidence.comparison import Measured
 from lightning_mixprec.numerics.exponents import Histogram
@@ -10,6 +9,7 @@ from lightning_mixprec.numerics.formats import get_format, low_precision_formats
 from lightning_mixprec.numerics.rates import best_scale, fits, headroom, overflow_rate, subnormal_share, underflow_rate
 from lightning_mixprec.numerics.similarity import decibels
 from lightning_mixprec.planning.agreement import Agreement
+from lightning_mixprec.records.samples import Losses, WhatIf
 
 SHORT = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_bits")
 """The keys of :func:`describe` that a decision and the report show of a layer."""
@@ -73,16 +73,22 @@ class Findings:
         self.sqnr_db = {layer: ratio for layer, ratio, was in ratios if was}
 
 
-def describe(layer: str, found: Findings, format: str) -> dict[str, Any]:
-    """Rates and headroom of a layer that computes in a format, as ``UnderflowMonitor.latest`` has them."""
+def describe(layer: str, found: Findings, format: str) -> Losses:
+    """Rates and headroom of a layer that computes in a format."""
     flow = found.gradients.get(layer)
     own = found.weights.get(layer, flow)
     output = found.outputs.get(layer)
     assert own is not None
+    lost, subnormal, bits = _losses(own, format, found.scale)
+    flow_lost, flow_subnormal, flow_bits = (None,) * 3 if flow is None else _losses(flow, format, found.scale)
     return {
         "format": format,
-        **_losses("", own, format, found.scale),
-        **_losses("flow_", flow, format, found.scale),
+        "underflow_rate": lost,
+        "subnormal_share": subnormal,
+        "headroom_bits": bits,
+        "flow_underflow_rate": flow_lost,
+        "flow_subnormal_share": flow_subnormal,
+        "flow_headroom_bits": flow_bits,
         "output_headroom_bits": None if output is None else headroom(output, format),
         "what_if": {
             name: _what_if(name, [each for each in (own, flow) if each is not None], output, found.scale)
@@ -92,19 +98,16 @@ def describe(layer: str, found: Findings, format: str) -> dict[str, Any]:
     }
 
 
-def _losses(prefix: str, gradient: Histogram | None, format: str, scale: float) -> dict[str, float | None]:
-    keys = (f"{prefix}underflow_rate", f"{prefix}subnormal_share", f"{prefix}headroom_bits")
-    if gradient is None:
-        return dict.fromkeys(keys)
-    rates = (
+def _losses(gradient: Histogram, format: str, scale: float) -> tuple[float, float, float]:
+    """Underflow rate, subnormal share and headroom."""
+    return (
         underflow_rate(gradient, format, scale, direction="backward").middle,
         subnormal_share(gradient, format, scale, direction="backward").middle,
         headroom(gradient, format, scale, direction="backward"),
     )
-    return dict(zip(keys, rates, strict=True))
 
 
-def _what_if(format: str, gradients: Sequence[Histogram], output: Histogram | None, scale: float) -> dict[str, Any]:
+def _what_if(format: str, gradients: Sequence[Histogram], output: Histogram | None, scale: float) -> WhatIf:
     scale = scale if get_format(format).use.needs_scaling else 1.0
     outputs = 0.0 if output is None else overflow_rate(output, format).middle
     overflows = [overflow_rate(each, format, scale, direction="backward").middle for each in gradients]

@@ -11,6 +11,7 @@ from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.replay import one_line
 from lightning_mixprec.evidence.step_window import KeptBatch
+from lightning_mixprec.records.events import Event
 
 
 class Saved(NamedTuple):
@@ -27,7 +28,7 @@ class Saved(NamedTuple):
     policy: Any
 
 
-def save_batch(path: Path, kept: KeptBatch, event: dict[str, Any], policy: Any) -> Path | None:
+def save_batch(path: Path, kept: KeptBatch, event: Event, policy: Any) -> Path | None:
     """Writes a batch and what else :class:`Saved` tells, and the event; None, and a warning, if that fails."""
     random = None if kept.random is None else kept.random.to_dict()
     content = {"batch": kept.batch, "batch_idx": kept.batch_idx, "random": random, "event": event, "policy": policy}

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lightning_mixprec.records import advice
+
 _LARGEST_NOISE = 2.0**-8
 
 
@@ -63,19 +65,17 @@ class Agreement:
 class Limits:
     """Limits within which a step agrees with fp32 well enough to go on, and narrower ones to adopt a change.
 
-    Gradients decide: where they agree the run learns as in fp32, even if the loss that it prints is off by a few
-    percent, as one that has come down to next to nothing is in bf16. What is adopted has to agree twice as well as what
-    is left alone, so that nothing goes to and fro.
+    They are those of :mod:`lightning_mixprec.records.advice` at which is acted. What is adopted has to agree twice as
+    well as what is left alone, so that nothing goes to and fro.
 
     Attributes:
-        min_cosine: Of each layer's gradient with fp32's. Healthy fp16 runs stay above 0.99: small models above 0.999, a
-            ResNet-18 begins at 0.992.
+        min_cosine: Of each layer's gradient with fp32's.
         max_loss_gap: Of the loss to fp32's.
         max_ratio: Of the norms of each layer's gradient in both, either way.
     """
 
-    min_cosine: float = 0.97
-    max_loss_gap: float = 0.5
+    min_cosine: float = advice.MIN_COSINE_TO_ACT
+    max_loss_gap: float = advice.MAX_LOSS_GAP_TO_ACT
     max_ratio: float = 1.25
 
     def failing(self, agreement: Agreement) -> list[str]:
@@ -84,8 +84,8 @@ class Limits:
         return sorted(bad, key=lambda name: bad[name].cosine)
 
     def starved(self, agreement: Agreement) -> list[str]:
-        """The layers that lose more than half of their gradient."""
-        return [name for name in self.failing(agreement) if agreement.layers[name].ratio < 0.5]
+        """The layers that lose so much of their gradient that they do not learn."""
+        return [name for name in self.failing(agreement) if agreement.layers[name].ratio < 1 - advice.STARVED]
 
     def poisoned(self, agreement: Agreement) -> list[str]:
         """The layers whose gradient is more than twice as large as it should be.

@@ -16,7 +16,9 @@ from lightning_mixprec.planning.agreement import Agreement, Limits
 from lightning_mixprec.planning.controller_state import ControllerCounts, ControllerState, Options
 from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.planning.remedies import Candidate, Promotions, Remedies, Remedy, Try
-from lightning_mixprec.records.decisions import Decision, quoted
+from lightning_mixprec.records.advice import min_cosine_to_act
+from lightning_mixprec.records.decisions import Decision
+from lightning_mixprec.records.words import listed
 
 _FIRST_SAMPLES = (0, 10, 30, 100, 300)
 _WINDOW = 100
@@ -26,7 +28,6 @@ _SMALL_SHARE = 0.05
 _MOST_RESTORES = 3
 _MOST_PATIENCE, _MOST_FRUITLESS = 4, 6
 _BF16_TOLERANCE = 0.1
-_MIN_COSINE_IF_COARSE = 0.9
 _APPROVALS = 2
 
 HasRoom = Callable[[Mapping[str, str]], bool]
@@ -89,7 +90,7 @@ class Controller:
     def adapt(self, formats: Mapping[str, str]) -> None:
         """Takes over the formats of the user's policy, which also say how well a step can agree with fp32."""
         is_coarse = any(get_format(format).is_coarse for format in formats.values())
-        self.limits = Limits(min_cosine=_MIN_COSINE_IF_COARSE) if is_coarse else Limits()
+        self.limits = Limits(min_cosine=min_cosine_to_act(is_coarse=is_coarse))
         self.layers = {name: replace(layer, format=formats[name]) for name, layer in self.layers.items()}
 
     def measured(self, flops: Mapping[str, int]) -> None:
@@ -231,8 +232,8 @@ class Controller:
             return None
         self.counts.restores += 1
         self._settle_in()
-        reason = f"{quoted(names)} not finite"
-        return Decision("restore", (), _written(self.promoted), None, reason, {"damaged": list(names[:8])}, True)
+        reason = f"{listed(names)} not finite"
+        return Decision("restore", (), None, True, reason, {"damaged": list(names[:8])}, _written(self.promoted))
 
     # Weighs
 
@@ -289,7 +290,7 @@ class Controller:
         told = {**evidence, **present.summary(), "loss_scale": scale}
         kind: Literal["promote", "scale"] = "promote" if moves else "scale"
         reason = _reason(present, self.limits)
-        return Decision(kind, moves, _written(self.promoted), remedy.scale, reason, told, restores)
+        return Decision(kind, moves, remedy.scale, restores, reason, told, _written(self.promoted))
 
     def _demotion(self, scale: float, attempt: Try, has_room: HasRoom) -> Decision | None:
         """The group of promotions that has stayed longest, taken back if the step agrees without it time and again."""
@@ -319,7 +320,7 @@ class Controller:
         self._note_assignment()
         self._settle_in()
         reason = "agrees with fp32 without it again"
-        return Decision("demote", moves, _written(remaining), None, reason, tried.summary())
+        return Decision("demote", moves, None, False, reason, tried.summary(), _written(remaining))
 
     def _oldest_group(self) -> list[str]:
         counts = self.counts
@@ -370,8 +371,8 @@ def _reason(present: Agreement, limits: Limits) -> str:
         return "overflow"
     starved = limits.starved(present)
     if starved:
-        return f"gradients of {quoted(starved)} vanish"
+        return f"gradients of {listed(starved)} vanish"
     failing = limits.failing(present)
     if failing:
-        return f"gradients of {quoted(failing)} differ from fp32's"
+        return f"gradients of {listed(failing)} differ from fp32's"
     return "loss differs from fp32's"

@@ -29,6 +29,7 @@ from lightning_mixprec.plugin.throughput import tell_throughput_monitors
 from lightning_mixprec.plugin.warnings import warn_of_costs, warn_of_emulation
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
+from lightning_mixprec.records.moves import Move
 
 
 class PerLayerPrecision(Precision):
@@ -75,7 +76,7 @@ class PerLayerPrecision(Precision):
         )
         self._loss_scaling = arguments.as_loss_scaling(loss_scaling)
         self._on_policy_change = on_policy_change
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Move] = []
         self.scaler = LossScaler(guards=skip_nonfinite)
         self._ledger = StepLedger(self.scaler)
         self._forget_run()

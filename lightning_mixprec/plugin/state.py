@@ -8,9 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from lightning_mixprec.errors import MixPrecError, PolicyError
+from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy, describe_difference
+from lightning_mixprec.records.moves import Move
+from lightning_mixprec.records.schema import Shapes, Tally, check_plain, is_plain
+from lightning_mixprec.records.states import Layout
 
 _VERSION = 1
 _STOCK_STATES = ("MixedPrecision", "FSDPPrecision", "native_amp_scaling_state")
@@ -31,7 +34,7 @@ class PluginState:
 
     configured: str | dict[str, Any]
     policy: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: list[Move]
     scaler: dict[str, Any]
     steps: dict[str, Any]
     version: int = _VERSION
@@ -51,15 +54,11 @@ class PluginState:
         Raises:
             MixPrecError: The state is of a later version, not whole, or damaged.
         """
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if not isinstance(version, int) or isinstance(version, bool) or version > _VERSION:
-            raise MixPrecError(
-                f"The checkpoint's PerLayerPrecision state has version {version!r}, this release of lightning_mixprec "
-                f"reads up to {_VERSION}; upgrade lightning_mixprec, or load the weights alone."
-            )
-        names = {field.name for field in fields(cls)}
-        _check_whole(state, whole, names)
-        return cls(**{name: state[name] for name in names})
+        alone = "load the weights alone"
+        shapes = {"configured": str | dict, "policy": Any, "history": list[Move], **_parts(whole)}
+        layout = Layout("PerLayerPrecision", shapes, alone, alone, _VERSION, reads_earlier=True)
+        checked = layout.check(state, lambda state: () if is_plain(state["history"]) else ("history",))
+        return cls(**{field.name: checked[field.name] for field in fields(cls)})
 
     def policy_to_resume(
         self,
@@ -134,7 +133,7 @@ class Resumed(NamedTuple):
 
     policy: PrecisionPolicy
     configured: str | dict[str, Any]
-    history: list[dict[str, Any]]
+    history: list[Move]
 
 
 def saved_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -151,7 +150,7 @@ def stock_scaler_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def history_entries(
     before: Assignment, after: Assignment, step: int, reason: str, evidence: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
+) -> list[Move]:
     """One entry per layer that changed; a subtree that changed as one is one entry, under the name of its top.
 
     Args:
@@ -164,92 +163,34 @@ def history_entries(
     Raises:
         MixPrecError: The evidence is not of plain types.
     """
-    _check_plain(evidence, "evidence")
+    check_plain(evidence, "evidence")
     changes = {
         name: ((old.compute, old.output), (new.compute, new.output))
         for name, (old, new) in before.changes_to(after).items()
         if (old.compute, old.output) != (new.compute, new.output)
     }
     whole = {name: change for name, change in changes.items() if _covers(before[name]) and _covers(after[name])}
-    return [
-        {"step": step, "layer": name, **_told(old, new), "reason": reason}
-        | ({} if evidence is None else {"evidence": deepcopy(dict(evidence))})
-        for name, (old, new) in changes.items()
-        if not name or whole.get(name.rpartition(".")[0]) != (old, new)
-    ]
+    moves: list[Move] = []
+    for name, (old, new) in changes.items():
+        if not name or whole.get(name.rpartition(".")[0]) != (old, new):
+            move: Move = {"step": step, "layer": name, "from": old[0], "to": new[0], "reason": reason}
+            if old[1] != new[1]:
+                move["output"] = new[1] or "as computed"
+            if evidence is not None:
+                move["evidence"] = deepcopy(dict(evidence))
+            moves.append(move)
+    return moves
 
 
-def _check_whole(state: Mapping[str, Any], whole: Mapping[str, Any], names: set[str]) -> None:
-    missing = sorted(names - state.keys()) + [
-        f"{part}.{key}"
-        for part in ("scaler", "steps")
-        for key in whole[part]
-        if not isinstance(held := state.get(part, whole[part]), Mapping) or key not in held
-    ]
-    if missing:
-        raise MixPrecError(
-            f"The checkpoint's PerLayerPrecision state lacks {', '.join(missing)}; it was not written whole. "
-            "Resume from another checkpoint, or load the weights alone."
-        )
-    damaged = [] if isinstance(state["configured"], (str, Mapping)) else ["configured"]
-    damaged += [] if _is_history(state["history"]) else ["history"]
-    damaged += [
-        f"{part}.{key}" for part in ("scaler", "steps") for key in whole[part] if not _is_sound(key, state[part][key])
-    ]
-    if damaged:
-        raise MixPrecError(
-            f"The checkpoint's PerLayerPrecision state is damaged in {', '.join(damaged)}. Resume from another "
-            "checkpoint, or load the weights alone."
-        )
-
-
-def _is_history(value: object) -> bool:
-    try:
-        _check_plain(value, "history")
-    except MixPrecError:
-        return False
-    return isinstance(value, list) and all(
-        isinstance(entry, Mapping)
-        and type(entry.get("step")) is int
-        and all(isinstance(entry.get(key), str) for key in ("layer", "from", "to", "reason"))
-        for entry in value
-    )
-
-
-def _is_sound(key: str, value: object) -> bool:
-    """Whether a part of the scaler's or the ledger's state is a scale, a count, counts, or tallies of schedules."""
-    if key == "scale":
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if key == "in_a_row":
-        return isinstance(value, list) and all(map(_is_count, value))
-    if key == "schedules":
-        return isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
-    return _is_count(value)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31
+def _parts(whole: Mapping[str, Any]) -> dict[str, Shapes]:
+    """The shapes of the scaler's and the ledger's state: what is no scale and no list is a count."""
+    kinds = {"scale": float, "in_a_row": list[Tally], "schedules": list[tuple[Any, Any]]}
+    return {part: {key: kinds.get(key, Tally) for key in whole[part]} for part in ("scaler", "steps")}
 
 
 def _covers(layer: LayerPrecision) -> bool:
     """Whether what decided for a layer decides for those inside it, too."""
     return layer.rule is None or layer.rule.recurse
-
-
-def _check_plain(value: object, path: str) -> None:
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            if type(key) is not str:
-                raise MixPrecError(f"{path} has the key {key!r}; plain mappings have strings as keys.")
-            _check_plain(entry, f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for place, entry in enumerate(value):
-            _check_plain(entry, f"{path}[{place}]")
-    elif value is not None and type(value) not in (bool, int, float, str):
-        raise MixPrecError(
-            f"{path} is a {type(value).__name__}, which a checkpoint could not keep; write plain numbers, strings, "
-            "lists and mappings."
-        )
 
 
 def policy_version(history: Sequence[Mapping[str, Any]]) -> int:
@@ -260,12 +201,6 @@ def policy_version(history: Sequence[Mapping[str, Any]]) -> int:
     2
     """
     return sum(1 for _ in groupby(history, key=lambda entry: (entry["step"], entry["reason"])))
-
-
-def _told(old: tuple[str, str | None], new: tuple[str, str | None]) -> dict[str, str]:
-    """The compute formats, and what the output is handed on in from now on if that changes."""
-    told = {"from": old[0], "to": new[0]}
-    return told if old[1] == new[1] else {**told, "output": new[1] or "as computed"}
 
 
 def _difference(before: str | dict[str, Any], after: str | dict[str, Any]) -> str:

@@ -1,31 +1,54 @@
-"""Decisions of the adaptive controller."""
+"""The record of a decision of ``AdaptivePrecision``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from lightning_mixprec.records.schema import Count
+
 
 @dataclass(frozen=True)
-class Decision:
-    """What is to change.
+class Decided:
+    """A decision as its row tells it.
 
     Attributes:
         kind: Whether layers are promoted or demoted, or only the loss scale is moved or damage undone.
         moves: The layers that change, each with the format until now and from now on.
-        promoted: All layers that compute wider than the user's policy says, from now on, as a policy writes it.
         scale: The loss scale to go on with; None for the present one.
+        restores: Whether weights and optimizers go back to the last good copy, because the steps since then were wrong.
         reason: One line.
         evidence: Plain values for the history.
-        restores: Whether weights and optimizers go back to the last good copy, because the steps since then were wrong.
     """
 
     kind: Literal["promote", "demote", "scale", "restore"]
     moves: tuple[tuple[str, str, str], ...]
-    promoted: Mapping[str, str]
     scale: float | None
+    restores: bool
     reason: str
     evidence: Mapping[str, Any]
-    restores: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, of what every decision says."""
+        row = {each: getattr(self, each) for each in Decided.__dataclass_fields__}
+        return {**row, "moves": [list(move) for move in self.moves], "evidence": dict(self.evidence)}
+
+
+@dataclass(frozen=True)
+class Made(Decided):
+    """A decision that was made, after so many optimizer steps."""
+
+    step: Count
+
+
+@dataclass(frozen=True)
+class Decision(Decided):
+    """A decision, whole.
+
+    Attributes:
+        promoted: All layers that compute wider than the user's policy says, from now on, as a policy writes it.
+    """
+
+    promoted: Mapping[str, str]
 
     def with_evidence(self, **more: Any) -> "Decision":
         """The same decision with more evidence."""
@@ -39,20 +62,3 @@ class Decision:
     def from_state(cls, state: Mapping[str, Any]) -> "Decision":
         """Reads :meth:`state_dict`."""
         return cls(**{**state, "moves": tuple(tuple(move) for move in state["moves"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types; of ``promoted`` only what moves now."""
-        moves = [list(move) for move in self.moves]
-        rest = {"scale": self.scale, "restores": self.restores, "reason": self.reason}
-        return {"kind": self.kind, "moves": moves, **rest, "evidence": dict(self.evidence)}
-
-
-def quoted(names: Sequence[str], most: int = 3) -> str:
-    """A few names in a sentence.
-
-    >>> quoted(["a", "b", "", "c"])
-    "'a', 'b', the module's own operations and 1 more"
-    """
-    shown = [repr(name) if name else "the module's own operations" for name in names[:most]]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

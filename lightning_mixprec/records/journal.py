@@ -1,16 +1,13 @@
 """The file of a run's per-layer rows: one JSON object a line, in the run's log directory.
 
-Every row has ``"monitor"`` (``"report"``, ``"overflow"``, ``"underflow"``, ``"fidelity"``, ``"schedule"`` or
-``"adaptive"``), ``"step"`` (optimizer steps taken), ``"epoch"`` and ``"batch_idx"``; the rest is described by the
-monitor that writes it. A number that is not finite is null. Lines are appended, so a resumed run goes on in the same
-file; a line that a crash cut short is closed first.
+Every row has ``"monitor"`` (a key of :data:`ROWS` or :data:`PARTS`, which name the definitions of what else is in it),
+``"step"`` (optimizer steps taken), ``"epoch"`` and ``"batch_idx"``. A number that is not finite is null. Lines are
+appended, so a resumed run goes on in the same file; a line that a crash cut short is closed first.
 
-A row of ``"schedule"`` is a phase that came: ``phase`` (its number, from 1), ``at`` (its moment in words) and
-``change`` (what differs from the policy before it). A row of ``"adaptive"`` is one of
+A row of ``"adaptive"`` is one of
 
 - a step that was compared with fp32: ``sample`` (``is_finite``, ``loss_gap``, ``min_grad_cosine``) and ``loss_scale``;
-- what is to change: ``decision`` (``kind``, ``moves`` as [layer, from, to], ``scale``, ``restores``, ``reason``,
-  ``evidence``) and, unless it is only to go back to a copy, ``passes``, the steps that were tried for it;
+- what is to change: ``decision`` and, unless it is only to go back to a copy, ``passes``, the steps that were tried;
 - a failed step in which nothing is to be moved: ``verdict`` (as in ``"overflow"``; null if there is none);
 - ``problem``: why a batch could not be tried.
 """
@@ -22,7 +19,27 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning_mixprec.records.decisions import Decided
+from lightning_mixprec.records.events import Event
+from lightning_mixprec.records.runs import Change, Curve, End, Run, Sample
+from lightning_mixprec.records.samples import ClosenessRow, LossRow, StagnationRow, UnderflowRow
+from lightning_mixprec.records.schedule import Came
+
 FILE_NAME = "mixprec.jsonl"
+
+ROWS: dict[str, Any] = {
+    "overflow": Event,
+    "underflow": UnderflowRow | StagnationRow,
+    "fidelity": ClosenessRow | LossRow,
+    "schedule": Came,
+}
+"""The rows of monitors that write one kind, or two that are told apart by their keys."""
+
+PARTS: dict[str, dict[str, Any]] = {
+    "report": {"run": Run, "curve": Curve, "change": Change, "sample": Sample, "end": End},
+    "adaptive": {"decision": Decided},
+}
+"""The rows of those that write several kinds, by the key that holds what a row tells."""
 
 
 class Journal:

@@ -1,67 +1,122 @@
-"""Whether a plain value, read from a file, has the shape that a type says."""
+"""Shapes of plain values, written as types, and the one check of a value that was read against its shape."""
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
-from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from typing_extensions import NotRequired, get_type_hints, is_typeddict
+from typing_extensions import NotRequired, TypedDict, get_type_hints, is_typeddict
 
-_LARGEST = 2**63
-"""What counters and steps stay below; larger ones have no float."""
+from lightning_mixprec.errors import MixPrecError
 
-Count = NewType("Count", int)
-"""How many, or the number of a step: from 0 on."""
+Count = Annotated[int, range(2**63).__contains__]
+"""How many, or the number of a step."""
+
+Tally = Annotated[int, range(2**31).__contains__]
+"""A count that a device holds in 32 bits."""
+
+
+class Place(TypedDict):
+    """The batch that a record is about: optimizer steps taken before it, its epoch, its index."""
+
+    step: Count
+    epoch: NotRequired[Count]
+    batch_idx: NotRequired[Count]
+
 
 Shapes = Mapping[str, Any]
 """Shapes by name."""
 
+_WHOLE = range(1 - 2**63, 2**63)
+"""Larger numbers have no place in a tensor."""
 
-def has_shape(value: object, shape: Any) -> bool:
+
+def matches(value: object, shape: Any, *, in_json: bool = False) -> bool:
     """Whether a plain value is what a type says; numbers may be whole, and tuples may be lists.
 
     Args:
         value: Anything.
-        shape: A plain type, a list, mapping or tuple of shapes, a union, a ``Literal``, an
-            ``Annotated`` with a test, a ``TypedDict``, or a dataclass for a mapping that has its fields.
+        shape: A plain type, a list, mapping or tuple of shapes, a union, a ``Literal``, an ``Annotated`` with a test, a
+            ``TypedDict`` or a dataclass for a mapping that has its fields, or a ``NamedTuple`` for a list of its
+            fields' values.
+        in_json: Whether null stands for a number that is not finite.
 
-    >>> has_shape([("a", 2)], list[tuple[str, Count]]), has_shape([("a", -2)], list[tuple[str, Count]])
+    >>> matches([("a", 2)], list[tuple[str, Count]]), matches([("a", -2)], list[tuple[str, Count]])
     (True, False)
     """
+    annotated: Any = Annotated
+
+    def all_match(values: Iterable[object], shapes: Iterable[Any]) -> bool:
+        return all(matches(each, part, in_json=in_json) for each, part in zip(values, shapes, strict=True))
+
     kind, parts = get_origin(shape), get_args(shape)
-    if kind is NotRequired:
-        return has_shape(value, parts[0])
-    if kind is Annotated:
-        return has_shape(value, parts[0]) and parts[1](value)
+    if kind is annotated:
+        return matches(value, parts[0], in_json=in_json) and bool(parts[1](value))
     if kind in (Union, types.UnionType):
-        return any(has_shape(value, part) for part in parts)
+        return any(matches(value, part, in_json=in_json) for part in parts)
     if kind is Literal:
         return isinstance(value, str) and value in parts
     if kind is list:
-        return isinstance(value, list) and all(has_shape(each, parts[0]) for each in value)
-    if kind is tuple:
-        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(has_shape, value, parts))
-    if kind is dict:
-        named, held = parts
-        return isinstance(value, dict) and all(has_shape(key, named) and has_shape(value[key], held) for key in value)
-    return _is_record(value, shape) if is_typeddict(shape) or is_dataclass(shape) else _is_scalar(value, shape)
+        return isinstance(value, list) and all_match(value, [parts[0]] * len(value))
+    if kind in (dict, Mapping):
+        return isinstance(value, dict) and all(all_match(pair, parts) for pair in value.items())
+    if kind is tuple or hasattr(shape, "_fields"):
+        parts = parts or tuple(_hints(shape).values())
+        parts = parts[:1] * len(value) if parts[-1] is ... and isinstance(value, (list, tuple)) else parts
+        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all_match(value, parts)
+    if is_typeddict(shape) or is_dataclass(shape):
+        hints = _hints(shape)
+        needed = shape.__required_keys__ if is_typeddict(shape) else hints.keys()
+        if not isinstance(value, dict) or not needed <= value.keys():
+            return False
+        known = [key for key in hints if key in value]
+        return all_match([value[key] for key in known], [hints[key] for key in known])
+    return _is_scalar(value, shape) or (in_json and shape is float and value is None)
 
 
-def _is_record(value: object, shape: Any) -> bool:
+def _hints(shape: Any) -> dict[str, Any]:
     hints = get_type_hints(shape, include_extras=True)
-    needed = shape.__required_keys__ if is_typeddict(shape) else hints.keys()
-    return (
-        isinstance(value, dict)
-        and needed <= value.keys()
-        and all(has_shape(value[key], hint) for key, hint in hints.items() if key in value)
-    )
+    optional: Any = NotRequired
+    return {key: get_args(hint)[0] if get_origin(hint) is optional else hint for key, hint in hints.items()}
 
 
 def _is_scalar(value: object, shape: Any) -> bool:
-    if shape is Count:
-        return _is_scalar(value, int) and value >= 0  # type: ignore[operator]
     if shape is int:
-        return type(value) is int and -_LARGEST < value < _LARGEST
+        return type(value) is int and value in _WHOLE
     if shape is float:
         return type(value) is float or _is_scalar(value, int)
     return shape is Any or type(value) is shape
+
+
+def check_plain(value: object, path: str) -> None:
+    """Checks that a checkpoint can keep a value: numbers, strings, None, and lists and mappings of them.
+
+    Args:
+        value: Anything.
+        path: Where it stands, for the error.
+
+    Raises:
+        MixPrecError: It is something else; one line that says where.
+    """
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            if type(key) is not str:
+                raise MixPrecError(f"{path} has the key {key!r}; plain mappings have strings as keys.")
+            check_plain(entry, f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for place, entry in enumerate(value):
+            check_plain(entry, f"{path}[{place}]")
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise MixPrecError(
+            f"{path} is a {type(value).__name__}, which a checkpoint could not keep; write plain numbers, strings, "
+            "lists and mappings."
+        )
+
+
+def is_plain(value: object) -> bool:
+    """Whether a checkpoint can keep a value, as :func:`check_plain` says."""
+    try:
+        check_plain(value, "value")
+    except MixPrecError:
+        return False
+    return True

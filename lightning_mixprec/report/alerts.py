@@ -1,25 +1,76 @@
-"""What went wrong in a run, or may: in plain words, with the layer and what to do. The most severe come first."""
+"""Alerts: what went wrong in a run, or may, and what to do. Symptoms are told in the words of ``records.advice``.
+
+Of single layers the latest sample counts. A layer that has moved since is passed over: what was seen of it is past.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from lightning_mixprec.report.alert import LEVELS, Alert, Level, counted, quoted
-from lightning_mixprec.report.alerts_of_layers import layer_alerts
-from lightning_mixprec.report.layers import Layer
+from lightning_mixprec.numerics.formats import FORMATS, Use, get_format
+from lightning_mixprec.records import advice
+from lightning_mixprec.records.advice import Advice
+from lightning_mixprec.records.runs import SampledLayer
+from lightning_mixprec.records.words import counted, listed, quoted, sentence
+from lightning_mixprec.report.layers import LayerLife
 from lightning_mixprec.report.reading import Records, Row
 from lightning_mixprec.report.timeline import skipped_steps, steps_taken
+
+Level = Literal["error", "warning", "note"]
+
+LEVELS: Sequence[Level] = ("error", "warning", "note")
+"""The most severe first."""
 
 _MANY_SKIPS, _SOME_SKIPS = 0.1, 0.02
 _FEW = 2
 _LOW_SCALE = 1.0
-_NAMED = 4
 
 
-def alerts(records: Records, layers: dict[str, Layer]) -> list[Alert]:
+@dataclass(frozen=True)
+class Alert:
+    """One thing to know.
+
+    Attributes:
+        level: ``"error"``: the run is damaged by it; ``"warning"``: it may be; ``"note"``: worth knowing.
+        title: What happened, in a few words.
+        text: What was seen, with numbers.
+        advice: What to do.
+        layer: The layer it is about, or the worst of several.
+        step: The optimizer step at which it was seen.
+        count: How many times it was seen, or how many layers it is seen of.
+        of: What is counted, ``"times"`` or ``"layers"``.
+        line: All of it in one line, for a terminal.
+    """
+
+    level: Level
+    title: str
+    text: str
+    advice: str = ""
+    layer: str | None = None
+    step: int | None = None
+    count: int = 1
+    of: Literal["times", "layers"] = "times"
+    line: str = ""
+
+    @classmethod
+    def of_layers(cls, level: Level, title: str, told: Advice, layer: str, step: int, count: int) -> "Alert":
+        """A symptom of so many layers, the worst of which is named."""
+        return cls(level, title, sentence(told.seen), sentence(told.do), layer, step, count, "layers", f"{told}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {**asdict(self), "line": self.line or f"{self.title}. {self.advice}".rstrip()}
+
+
+def alerts(records: Records, layers: dict[str, LayerLife]) -> list[Alert]:
     """All alerts of a run, the most severe first."""
     found = [alert for look in _LOOKS for alert in look(records)]
-    return sorted([*found, *layer_alerts(records, layers)], key=lambda alert: LEVELS.index(alert.level))
+    found += [alert for look in _LOOKS_AT_LAYERS for alert in look(records, layers)]
+    return sorted(found, key=lambda alert: LEVELS.index(alert.level))
+
+
+# The run
 
 
 def _ending(records: Records) -> Iterator[Alert]:
@@ -39,18 +90,14 @@ def _overflows(records: Records) -> Iterator[Alert]:
         if row["verdict"] != "scale":
             groups.setdefault((row["verdict"], row["layer"], row["direction"]), []).append(row)
     for (verdict, layer, direction), rows in groups.items():
-        first = rows[0]
+        first, told = rows[0], advice.overflow(rows[0])
         level: Level = "warning" if verdict == "precision" and len(rows) == 1 else "error"
-        advice = _FIXES[verdict](first)
+        what_to_do = sentence(told.do)
         if (moved := _moved_since(records, layer, rows[-1])) is not None:
-            level, advice = "note", f"Since step {moved['step']} it computes in {moved['to']} and has not failed."
+            level, what_to_do = "note", f"Since step {moved['step']} it computes in {moved['to']} and has not failed."
         title = _TITLES[verdict].format(layer=quoted(layer), format=first["format"], direction=direction)
-        text = first["message"].split(";")[0]
-        yield Alert(level, _capital(title), f"{_capital(text)}.", advice, layer, first["step"], len(rows))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+        where = (layer, first["step"], len(rows))
+        yield Alert(level, sentence(title)[:-1], sentence(told.seen), what_to_do, *where, line=f"{told}.")
 
 
 def _moved_since(records: Records, layer: str | None, event: Row) -> Row | None:
@@ -59,19 +106,10 @@ def _moved_since(records: Records, layer: str | None, event: Row) -> Row | None:
     return moves[-1] if moves and moves[-1]["to"] != event["format"] else None
 
 
-def _move(row: Row) -> str:
-    return f"Compute it, and what takes its result, in {row['fits'] or 'fp32'}; AdaptivePrecision does so by itself."
-
-
 _TITLES = {
     "precision": "{layer} overflows in {format} ({direction})",
     "data": "A batch is not finite itself",
     "model": "{layer} is not finite in fp32 either",
-}
-_FIXES: dict[str, Callable[[Row], str]] = {
-    "precision": _move,
-    "data": lambda row: "Clean the data; no format helps.",
-    "model": lambda row: "Look for a division by zero, a logarithm of zero or weights that diverged; no format helps.",
 }
 
 
@@ -82,8 +120,9 @@ def _lost_loss(records: Records) -> Iterator[Alert]:
         level: Level = "error" if not is_skipped else "warning" if count > _FEW else "note"
         text = f"{counted(count, 'batch', 'batches')} had a loss that is not finite, the first at step {first}."
         text += " Such steps were skipped." if is_skipped else ""
-        advice = "The alerts on overflows name the layer." if records.overflow else "OverflowMonitor() finds the layer."
-        yield Alert(level, "The loss was not finite", text, advice, step=first, count=count)
+        what_to_do = "The alerts on overflows name the layer."
+        what_to_do = what_to_do if records.overflow else "OverflowMonitor() finds the layer."
+        yield Alert(level, "The loss was not finite", text, what_to_do, step=first, count=count)
 
 
 def _scale(records: Records) -> Iterator[Alert]:
@@ -92,8 +131,8 @@ def _scale(records: Records) -> Iterator[Alert]:
     if scales and was_scaled and scales[-1][1] <= _LOW_SCALE:
         first = next(step for step, scale in scales if scale <= _LOW_SCALE)
         text = f"It was {scales[-1][1]:g} at the end; at so small a scale fp16 gradients vanish."
-        advice = "A layer overflows whatever the scale: move it to bf16 or fp32."
-        yield Alert("error", "The loss scale collapsed", text, advice, step=first)
+        what_to_do = "A layer overflows whatever the scale: move it to bf16 or fp32."
+        yield Alert("error", "The loss scale collapsed", text, what_to_do, step=first)
 
 
 def _skips(records: Records) -> Iterator[Alert]:
@@ -102,19 +141,19 @@ def _skips(records: Records) -> Iterator[Alert]:
     if len(skipped) > _FEW and share >= _SOME_SKIPS:
         level: Level = "error" if share >= _MANY_SKIPS else "warning"
         text = f"{len(skipped)} optimizer steps were skipped for gradients that are not finite ({share:.1%} of all)."
-        advice = "A few at the start are the search for the loss scale; more than that is a layer that overflows."
-        yield Alert(level, "Many steps were skipped", text, advice, step=skipped[0], count=len(skipped))
+        what_to_do = "A few at the start are the search for the loss scale; more than that is a layer that overflows."
+        yield Alert(level, "Many steps were skipped", text, what_to_do, step=skipped[0], count=len(skipped))
 
 
 def _moves(records: Records) -> Iterator[Alert]:
-    moved = [row for row in records.history if row["reason"].startswith("adaptive: ")]
+    decided = {(layer, to) for row in records.decided for layer, _, to in row["decision"]["moves"]}
+    moved = [row for row in records.history if (row["layer"], row["to"]) in decided]
     if moved:
         names = list(dict.fromkeys(row["layer"] for row in moved))
-        shown = ", ".join(map(quoted, names[:_NAMED]))
-        shown += f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        text = f"AdaptivePrecision moved {shown}; reasons stand in the history."
-        advice = "Take learned_policy.yaml as the policy of later runs."
-        yield Alert("note", "Layers were moved", text, advice, names[0], moved[0]["step"], len(names), "layers")
+        text = f"AdaptivePrecision moved {listed(names, most=4)}; reasons stand in the history."
+        what_to_do = "Take learned_policy.yaml as the policy of later runs."
+        where = (names[0], moved[0]["step"], len(names))
+        yield Alert("note", "Layers were moved", text, what_to_do, *where, "layers")
 
 
 def _unseen(records: Records) -> Iterator[Alert]:
@@ -135,4 +174,152 @@ _LOOKS: Sequence[Callable[[Records], Iterator[Alert]]] = (
     _skips,
     _moves,
     _unseen,
+)
+
+
+# Single layers
+
+Lives = dict[str, LayerLife]
+Known = list[tuple[int, float]]
+
+
+def _measured(records: Records, layers: Lives, kind: str, *, after_all_moves: bool = False) -> dict[str, Known]:
+    """By layer the steps after its last move, or after that of any layer, and what was measured there."""
+    last_move = _last_move(records) if after_all_moves else -1
+    found = {}
+    for name, layer in layers.items():
+        since = max(last_move, layer.last_move)
+        known = [(step, value) for step, value in layer.values[kind] if value is not None and step > since]
+        if known:
+            found[name] = known
+    return found
+
+
+def _last_move(records: Records) -> int:
+    return max((entry["step"] for entry in records.history), default=-1)
+
+
+def _worst_first(latest: dict[str, tuple[int, float]], *, largest: bool = False) -> list[str]:
+    return sorted(latest, key=lambda name: -latest[name][1] if largest else latest[name][1])
+
+
+def _use(layer: LayerLife) -> Use:
+    return _use_of(layer.compute)
+
+
+def _use_of(format: str) -> Use:
+    return get_format(format).use if format in FORMATS else Use()
+
+
+def _noisy(records: Records, layers: Lives) -> tuple[list[str], dict[str, tuple[int, float]]]:
+    """The layers whose outputs are noise, the worst first, and their latest samples."""
+    measured = _measured(records, layers, "sqnr_db", after_all_moves=True)
+    latest = {name: known[-1] for name, known in measured.items() if known[-1][1] < advice.NOISE_DB}
+    return _worst_first(latest), latest
+
+
+def _noise(records: Records, layers: Lives) -> Iterator[Alert]:
+    """What goes wrong without a sound has its cause there."""
+    names, latest = _noisy(records, layers)
+    if names:
+        worst, *others = names
+        step, ratio = latest[worst]
+        told = advice.noise(worst, ratio, layers[worst].compute, _use(layers[worst]), others)
+        yield Alert.of_layers("error", "An output is not fp32's", told, worst, step, len(names))
+
+
+def _underflow(records: Records, layers: Lives) -> Iterator[Alert]:
+    rows = [row for row in records.underflow if "format" in row]
+    limit = rows[-1].get("threshold", advice.MAX_UNDERFLOW) if rows else advice.MAX_UNDERFLOW
+    measured = _measured(records, layers, "underflow_rate")
+    latest = {name: known[-1] for name, known in measured.items() if known[-1][1] > limit}
+    if latest:
+        worst, *others = _worst_first(latest, largest=True)
+        step, rate = latest[worst]
+        told = _vanishing(records, worst, step, others)
+        level: Level = "error" if rate > advice.STARVED else "warning"
+        yield Alert.of_layers(level, "Gradients vanish", told, worst, step, len(latest))
+
+
+def _vanishing(records: Records, layer: str, step: int, others: Sequence[str]) -> Advice:
+    """As ``UnderflowMonitor`` told of it, or ``PrecisionReport``, which knows less."""
+    for row in records.underflow:
+        if row["layer"] == layer and row["step"] == step and "format" in row:
+            return advice.underflow(layer, row, row["loss_scale"], others, _use_of(row["format"]))
+    sample = next(row["sample"] for row in records.samples if row["step"] == step and layer in row["sample"]["layers"])
+    told: SampledLayer = sample["layers"][layer]
+    use = _use_of(told.format)
+    what_if = {told.format: {"best_scale": told.best_scale, "fits": told.best_scale is not None}}
+    what_if |= {use.for_range: {"underflow_rate": 0.0}} if use.for_range else {}
+    losses = {"format": told.format, "underflow_rate": told.underflow_rate, "what_if": what_if}
+    return advice.underflow(layer, losses, sample["loss_scale"], others, use)
+
+
+def _gradients(records: Records, layers: Lives) -> Iterator[Alert]:
+    formats = {layer.compute for layer in layers.values()} & FORMATS.keys()
+    is_coarse = any(get_format(format).is_coarse for format in formats)
+    limit = _latest_loss(records).get("min_cosine", advice.min_cosine(is_coarse=is_coarse))
+    measured = _measured(records, layers, "grad_cosine", after_all_moves=True)
+    latest = {
+        name: known[-1]
+        for name, known in measured.items()
+        if len(known) > 1 and max(cosine for _, cosine in known[-2:]) < limit
+    }
+    if latest:
+        worst, *others = _worst_first(latest)
+        step, cosine = latest[worst]
+        noisy, samples = _noisy(records, layers)
+        noise = None
+        if noisy:
+            cause = layers[noisy[0]]
+            noise = advice.noise(noisy[0], samples[noisy[0]][1], cause.compute, _use(cause))
+        told = advice.gradient(worst, cosine, limit, others, noise)
+        yield Alert.of_layers("warning", "Gradients point elsewhere than fp32's", told, worst, step, len(latest))
+
+
+def _latest_loss(records: Records) -> Row:
+    return next((row for row in reversed(records.fidelity) if "loss_gap" in row), {})
+
+
+def _loss_gap(records: Records, layers: Lives) -> Iterator[Alert]:
+    last_move, limit = _last_move(records), _latest_loss(records).get("max_loss_gap", advice.MAX_LOSS_GAP)
+    gaps = [(row["step"], row["loss_gap"]) for row in records.fidelity if row.get("loss_gap") is not None]
+    gaps = [(step, gap) for step, gap in gaps if step > last_move]
+    if len(gaps) > 1 and min(gap for _, gap in gaps[-2:]) > limit:
+        step, gap = gaps[-1]
+        told = advice.loss_gap(gap)
+        text, what_to_do = sentence(told.seen), sentence(told.do)
+        yield Alert("warning", "The loss is not fp32's", text, what_to_do, step=step, line=f"{told}.")
+
+
+def _headroom(records: Records, layers: Lives) -> Iterator[Alert]:
+    measured = _measured(records, layers, "headroom_bits")
+    latest = {name: known[-1] for name, known in measured.items() if known[-1][1] < advice.MIN_HEADROOM_BITS}
+    if latest:
+        worst = _worst_first(latest)[0]
+        step, bits = latest[worst]
+        level: Level = "error" if bits < 0 else "warning"
+        title = "Values overflow" if bits < 0 else "Close to an overflow"
+        told = advice.headroom(worst, bits, layers[worst].compute, _use(layers[worst]))
+        yield Alert.of_layers(level, title, told, worst, step, len(latest))
+
+
+def _stagnation(records: Records, layers: Lives) -> Iterator[Alert]:
+    known = {row["layer"]: row for row in records.underflow if row.get("stagnation_rate") is not None}
+    latest = {name: (row["step"], row["stagnation_rate"]) for name, row in known.items()}
+    latest = {name: told for name, told in latest.items() if told[1] > advice.MAX_STAGNATION}
+    if latest:
+        worst = _worst_first(latest, largest=True)[0]
+        step, rate = latest[worst]
+        told = advice.stagnation(worst, rate)
+        yield Alert.of_layers("warning", "Weights do not move", told, worst, step, len(latest))
+
+
+_LOOKS_AT_LAYERS: Sequence[Callable[[Records, Lives], Iterator[Alert]]] = (
+    _noise,
+    _underflow,
+    _gradients,
+    _loss_gap,
+    _headroom,
+    _stagnation,
 )

@@ -5,7 +5,7 @@ and the ``largest`` number) and ``runs``; of each run
 
 - ``name``, ``status`` (``state``: finished, failed, stopped or unfinished; ``message``), ``facts`` (``label``,
   ``value``, ``hint``), ``watched`` (callbacks), ``span`` (first step, and the one after the last);
-- ``alerts``: see :class:`lightning_mixprec.report.alert.Alert`;
+- ``alerts``: see :class:`lightning_mixprec.report.alerts.Alert`;
 - ``curve``: ``edges`` of cells in optimizer steps, and by cell ``loss``, ``loss_min``, ``loss_max``, ``scale``,
   ``skipped``;
 - ``moves``: ``step``, ``from``, ``to``, ``layers``, ``reason``;
@@ -25,10 +25,10 @@ from datetime import datetime, timezone
 from itertools import groupby
 from typing import Any
 
-from lightning_mixprec.numerics.formats import get_format, low_precision_formats
-from lightning_mixprec.report.alert import counted
+from lightning_mixprec.numerics.formats import FORMATS, get_format, low_precision_formats
+from lightning_mixprec.records.words import counted
 from lightning_mixprec.report.alerts import alerts
-from lightning_mixprec.report.layers import Layer, layers_of, rows
+from lightning_mixprec.report.layers import LayerLife, layers_of, rows
 from lightning_mixprec.report.reading import Records, Row
 from lightning_mixprec.report.timeline import curve, skipped_steps, steps_taken
 
@@ -78,7 +78,7 @@ def _run(records: Records, runs: int) -> dict[str, Any]:
 
 
 def _facts(
-    records: Records, layers: dict[str, Layer], moves: Sequence[Row], arithmetic: Sequence[Row]
+    records: Records, layers: dict[str, LayerLife], moves: Sequence[Row], arithmetic: Sequence[Row]
 ) -> list[dict[str, str]]:
     losses = [loss for _, loss, _, _ in records.curve if loss is not None][-_LAST:]
     scales = [scale for _, _, scale, _ in records.curve if scale is not None]
@@ -90,7 +90,8 @@ def _facts(
     formats = sorted({layer.compute for layer in layers.values() if layer.compute})
     facts.append(_fact("layers", f"{len(layers):,}", f"in {', '.join(formats)}" if formats else ""))
     if arithmetic:
-        low = sum(row["share"] for row in arithmetic if get_format(row["format"]).is_low_precision)
+        known = [row for row in arithmetic if row["format"] in FORMATS]
+        low = sum(row["share"] for row in known if get_format(row["format"]).is_low_precision)
         facts.append(_fact("arithmetic in 16 bits", f"{low:.1%}", "share of the matrix products' flops"))
     moved = sum(len(move["layers"]) for move in moves)
     facts.append(
@@ -130,7 +131,7 @@ def _flops(records: Records) -> dict[str, float]:
     return {name: flops / total for name, flops in counted[-1].items()} if total else {}
 
 
-def _arithmetic(layers: dict[str, Layer], shares: dict[str, float]) -> list[Row]:
+def _arithmetic(layers: dict[str, LayerLife], shares: dict[str, float]) -> list[Row]:
     by_format: dict[str, float] = {}
     for name, share in shares.items():
         if name in layers:
@@ -148,7 +149,7 @@ def _histograms(records: Records) -> list[Row]:
     return [
         {
             "layer": name,
-            "format": sample["layers"][name][0],
+            "format": sample["layers"][name].format,
             "step": told["step"],
             "loss_scale": sample["loss_scale"],
             **kinds,
@@ -163,7 +164,7 @@ def _range(name: str) -> dict[str, int]:
     return {"smallest": smallest, "normal": format.min_exponent, "largest": format.max_exponent}
 
 
-def _assigned(name: str, layer: Layer, shares: dict[str, float]) -> Row:
+def _assigned(name: str, layer: LayerLife, shares: dict[str, float]) -> Row:
     return {
         "layer": name,
         "type": layer.type_name,

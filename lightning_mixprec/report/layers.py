@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_mixprec.records.words import cell
 from lightning_mixprec.report.reading import Records
 from lightning_mixprec.report.timeline import MAX_CELLS, sample_edges, spread
 
@@ -16,7 +17,7 @@ Span = tuple[int, int, str]
 
 
 @dataclass
-class Layer:
+class LayerLife:
     """A layer's life.
 
     Attributes:
@@ -45,19 +46,19 @@ class Layer:
         return self.spans[-1][0] if len(self.spans) > 1 else -1
 
 
-def layers_of(records: Records, first: int, end: int) -> dict[str, Layer]:
+def layers_of(records: Records, first: int, end: int) -> dict[str, LayerLife]:
     """All layers that are known of, in the model's order as far as that is known."""
-    layers: dict[str, Layer] = {}
-    for name, type_name, parameters, param, compute, output, rule in records.run.get("layers", ()):
-        layers[name] = Layer(type_name, parameters, param, compute, output, rule)
+    layers: dict[str, LayerLife] = {}
+    for told in records.run.get("layers", ()):
+        layers[told.name] = LayerLife(*told[1:])
     formats: dict[str, list[tuple[int, str]]] = {name: [(first, layer.compute)] for name, layer in layers.items()}
     for change in records.changes:
-        for name, _type, _parameters, param, compute, output, rule in change["layers"]:
-            layer = layers.setdefault(name, Layer())
-            layer.param, layer.compute, layer.output, layer.rule = param, compute, output, rule
-            formats.setdefault(name, []).append((change["step"], compute))
+        for told in change["layers"]:
+            layer = layers.setdefault(told.name, LayerLife())
+            layer.param, layer.compute, layer.output, layer.rule = told.param, told.compute, told.output, told.rule
+            formats.setdefault(told.name, []).append((change["step"], told.compute))
     for step, name, kind, value in _measured(records):
-        layer = layers.setdefault(name, Layer())
+        layer = layers.setdefault(name, LayerLife())
         if kind == "format":
             if not records.run:
                 layer.compute = value
@@ -73,10 +74,10 @@ def layers_of(records: Records, first: int, end: int) -> dict[str, Layer]:
 
 def _measured(records: Records) -> Iterable[tuple[int, str, str, Any]]:
     for row in records.samples:
-        for name, (format, underflow, _subnormal, headroom, output, *_) in row["sample"]["layers"].items():
-            yield row["step"], name, "format", format
-            yield row["step"], name, "underflow_rate", underflow
-            yield row["step"], name, "headroom_bits", _least(headroom, output)
+        for name, told in row["sample"]["layers"].items():
+            yield row["step"], name, "format", told.format
+            yield row["step"], name, "underflow_rate", told.underflow_rate
+            yield row["step"], name, "headroom_bits", _least(told.headroom_bits, told.output_headroom_bits)
     for row in records.underflow:
         if "format" in row:
             yield row["step"], row["layer"], "format", row["format"]
@@ -107,7 +108,7 @@ def _spans(formats: Sequence[tuple[int, str]], first: int, end: int) -> list[Spa
     return [span for span in spans if span[1] > span[0]]
 
 
-def rows(layers: dict[str, Layer], first: int, end: int, runs: int = 1) -> tuple[list[int], list[dict[str, Any]]]:
+def rows(layers: dict[str, LayerLife], first: int, end: int, runs: int = 1) -> tuple[list[int], list[dict[str, Any]]]:
     """The borders of the cells, and one row a layer, or a group of neighbours that lived alike.
 
     Args:
@@ -133,7 +134,7 @@ def rows(layers: dict[str, Layer], first: int, end: int, runs: int = 1) -> tuple
     return edges, drawn
 
 
-def _grouped(layers: dict[str, Layer], most: int) -> list[tuple[str, list[tuple[str, Layer]]]]:
+def _grouped(layers: dict[str, LayerLife], most: int) -> list[tuple[str, list[tuple[str, LayerLife]]]]:
     """At most ``most`` groups: neighbours whose names begin alike, as deep as rows suffice.
 
     Layers whose format changed stay apart from those whose did not while that is possible.
@@ -146,22 +147,22 @@ def _grouped(layers: dict[str, Layer], most: int) -> list[tuple[str, list[tuple[
             if len(groups) <= most:
                 return [(_label(members, depth), members) for members in groups]
     if len(layers) <= most:
-        return [(name or '""', [(name, layer)]) for name, layer in layers.items()]
+        return [(cell(name), [(name, layer)]) for name, layer in layers.items()]
     return [(f"all layers ({len(layers)})", list(layers.items()))]
 
 
-def _at_depth(layers: dict[str, Layer], depth: int, split_moved: bool) -> list[list[tuple[str, Layer]]]:
-    groups: dict[Any, list[tuple[str, Layer]]] = {}
+def _at_depth(layers: dict[str, LayerLife], depth: int, split_moved: bool) -> list[list[tuple[str, LayerLife]]]:
+    groups: dict[Any, list[tuple[str, LayerLife]]] = {}
     for name, layer in layers.items():
         prefix = ".".join(name.split(".")[:depth])
         groups.setdefault((prefix, tuple(layer.spans) if split_moved else ()), []).append((name, layer))
     return list(groups.values())
 
 
-def _label(members: list[tuple[str, Layer]], depth: int) -> str:
+def _label(members: list[tuple[str, LayerLife]], depth: int) -> str:
     name = members[0][0]
     if len(members) == 1:
-        return name or '""'
+        return cell(name)
     prefix = ".".join(name.split(".")[:depth])
     return f"{prefix}.* ({len(members)} layers)" if prefix else f"* ({len(members)} layers)"
 

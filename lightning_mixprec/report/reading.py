@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.records.schema import Count, has_shape
-from lightning_mixprec.report.shapes import MONITORS, REPORT
+from lightning_mixprec.records.journal import FILE_NAME, PARTS, ROWS
+from lightning_mixprec.records.runs import DescribedLayer, SampledLayer
+from lightning_mixprec.records.schema import Count, matches
 
-ROWS = "mixprec.jsonl"
 _METRICS = "metrics.csv"
 
 Row = dict[str, Any]
@@ -36,6 +36,7 @@ class Records:
         overflow: Events of ``OverflowMonitor``.
         underflow: Rows of ``UnderflowMonitor``, by layer and step.
         fidelity: Rows of ``FidelityMonitor``.
+        decided: Rows of ``AdaptivePrecision`` with a ``decision``.
         problems: Why steps could not be looked at.
         end: How it ended, and after how many steps; empty if nobody wrote that.
         monitors: Who watched: who left rows, and whom ``PrecisionReport`` has seen among the callbacks.
@@ -52,6 +53,7 @@ class Records:
     overflow: list[Row] = field(default_factory=list)
     underflow: list[Row] = field(default_factory=list)
     fidelity: list[Row] = field(default_factory=list)
+    decided: list[Row] = field(default_factory=list)
     problems: list[Row] = field(default_factory=list)
     end: Row = field(default_factory=dict)
     monitors: list[str] = field(default_factory=list)
@@ -66,6 +68,7 @@ _MONITORS = {
     "schedule": "PrecisionScheduler",
     "adaptive": "AdaptivePrecision",
 }
+_KEPT = ("overflow", "underflow", "fidelity")
 
 
 def read_records(folder: str | Path) -> Records:
@@ -75,7 +78,7 @@ def read_records(folder: str | Path) -> Records:
         MixPrecError: There is no such folder, or no rows in it.
     """
     folder = Path(folder)
-    path = folder / ROWS
+    path = folder / FILE_NAME
     if not path.is_file():
         raise MixPrecError(_missing(folder))
     records = Records(folder.resolve().name)
@@ -88,17 +91,17 @@ def read_records(folder: str | Path) -> Records:
 
 
 def _missing(folder: Path) -> str:
-    runs = sorted({path.parent for path in folder.glob(f"*/{ROWS}")} if folder.is_dir() else (), key=_age)
+    runs = sorted({path.parent for path in folder.glob(f"*/{FILE_NAME}")} if folder.is_dir() else (), key=_age)
     if runs:
-        return f"no {ROWS} in {str(folder)!r}; give one run's folder, such as {str(runs[-1])!r}."
+        return f"no {FILE_NAME} in {str(folder)!r}; give one run's folder, such as {str(runs[-1])!r}."
     return (
-        f"no {ROWS} in {str(folder)!r}; give the log directory of a run with PrecisionReport or one of the monitors, "
-        "such as 'lightning_logs/version_0'."
+        f"no {FILE_NAME} in {str(folder)!r}; give the log directory of a run with PrecisionReport or one of the "
+        "monitors, such as 'lightning_logs/version_0'."
     )
 
 
 def _age(folder: Path) -> float:
-    return (folder / ROWS).stat().st_mtime
+    return (folder / FILE_NAME).stat().st_mtime
 
 
 def _rows(path: Path) -> Iterator[Row]:
@@ -106,7 +109,7 @@ def _rows(path: Path) -> Iterator[Row]:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
-                if isinstance(row, dict) and has_shape(row.get("step"), Count):
+                if isinstance(row, dict) and matches(row.get("step"), Count):
                     yield row
 
 
@@ -120,17 +123,20 @@ def _take_in(records: Records, row: Row) -> None:
     records.last_step = max(records.last_step, row["step"])
     if isinstance(row.get("problem"), str):
         records.problems.append(row)
-    elif kind == "report":
-        for part in REPORT.keys() & row.keys():
-            if has_shape(row[part], REPORT[part]):
+    elif kind in PARTS:
+        for part in PARTS[kind].keys() & row.keys():
+            if matches(row[part], PARTS[kind][part], in_json=True):
                 _TAKE_IN[part](records, row)
-    elif kind in MONITORS and has_shape(row, MONITORS[kind]):
+    elif kind in _KEPT and matches(row, ROWS[kind], in_json=True):
         getattr(records, kind).append(row)
 
 
 def _begin(records: Records, row: Row) -> None:
     """A run that begins, or goes on from a checkpoint: what an earlier one in this folder did later is undone."""
-    step, run = row["step"], row["run"]
+    step, run = row["step"], {**row["run"], "layers": _described(row["run"]["layers"])}
+    # 0.1.0 did not say whether skipped steps are counted; its own plugins were those called so.
+    plugin = run["environment"].get("plugin", "PerLayer")
+    run.setdefault("counts_skipped", not plugin.startswith("PerLayer"))
     _forget_from(records, step)
     if records.run and step:  # the formats that the layers have now, they have from here on
         records.changes.append({"step": step, "layers": run["layers"]})
@@ -143,7 +149,7 @@ def _begin(records: Records, row: Row) -> None:
 def _forget_from(records: Records, step: int) -> None:
     records.curve = [point for point in records.curve if point[0] < step]
     records.infinite = [each for each in records.infinite if each < step]
-    for name in ("changes", "samples", "overflow", "underflow", "fidelity", "problems"):
+    for name in ("changes", "samples", "overflow", "underflow", "fidelity", "decided", "problems"):
         setattr(records, name, [row for row in getattr(records, name) if row["step"] < step])
     records.last_step = step
 
@@ -157,11 +163,20 @@ def _add_batches(records: Records, row: Row) -> None:
 
 def _add_change(records: Records, row: Row) -> None:
     records.history += row["change"]["history"]
-    records.changes.append({"step": row["step"], "layers": row["change"]["layers"]})
+    records.changes.append({"step": row["step"], "layers": _described(row["change"]["layers"])})
+
+
+def _described(rows: Iterable[Sequence[Any]]) -> list[DescribedLayer]:
+    return [DescribedLayer(*row) for row in rows]
 
 
 def _add_sample(records: Records, row: Row) -> None:
-    records.samples.append(row)
+    layers = {name: SampledLayer(*values) for name, values in row["sample"]["layers"].items()}
+    records.samples.append({**row, "sample": {**row["sample"], "layers": layers}})
+
+
+def _add_decision(records: Records, row: Row) -> None:
+    records.decided.append(row)
 
 
 def _end(records: Records, row: Row) -> None:
@@ -174,6 +189,7 @@ _TAKE_IN: dict[str, Callable[[Records, Row], None]] = {
     "change": _add_change,
     "sample": _add_sample,
     "end": _end,
+    "decision": _add_decision,
 }
 
 

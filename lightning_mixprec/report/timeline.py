@@ -55,7 +55,7 @@ def steps_taken(records: Records) -> int:
     """How many optimizer steps were taken. Lightning's own plugins count those that were skipped among them."""
     first = min((step for step, *_ in records.curve), default=0)
     passed: int = records.end.get("step", records.last_step + 1) - first
-    counts_skipped = not records.run.get("environment", {}).get("plugin", "PerLayer").startswith("PerLayer")
+    counts_skipped: bool = records.run.get("counts_skipped", False)
     return max(passed - counts_skipped * len(skipped_steps(records)), 0)
 
 

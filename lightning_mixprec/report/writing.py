@@ -38,11 +38,5 @@ def write_report(folders: Sequence[str | Path], path: str | Path) -> tuple[Path,
 
 def _lines(content: dict[str, Any]) -> list[str]:
     alerts = [alert for run in content["runs"] for alert in run["alerts"] if alert["level"] != "note"]
-    lines = [_line(alert) for alert in alerts]
+    lines = [f"{alert['level']}: {alert['line']}" for alert in alerts]
     return [*lines[:_TOLD], *([f"... and {len(lines) - _TOLD} more"] if len(lines) > _TOLD else [])]
-
-
-def _line(alert: dict[str, Any]) -> str:
-    layer, title = alert["layer"], alert["title"]
-    where = f" ({layer!r})" if layer and repr(layer) not in title else ""
-    return f"{alert['level']}: {title}{where}. {alert['advice']}".rstrip()

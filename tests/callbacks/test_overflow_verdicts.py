@@ -64,7 +64,9 @@ def test_a_batch_that_is_not_finite_is_the_datas_fault(make, take, detail, value
     (event,) = seen.events
     assert accused(event) == ("data", None, None)
     assert event["detail"] == detail
-    assert seen.warned == [f"step 0, batch 0: the batch itself is not finite ({detail})."]
+    assert seen.warned == [
+        f"step 0, batch 0: the batch itself is not finite ({detail}); clean the data: no format helps."
+    ]
 
 
 @FORMATS

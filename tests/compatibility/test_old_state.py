@@ -86,7 +86,17 @@ def test_the_scale_of_lightnings_own_plugin_is_taken_over():
 def test_it_goes_on_as_under_the_release_that_wrote_it(name):
     """What is counted and decided exactly; what 16-bit kernels compute, as near as other CPUs come."""
     old, (new, _, _) = expected(name), resumed(name)
-    assert differences(old, plain(new), RUNS[name].is_exact) == []
+    assert differences(old, without_additions(plain(new)), RUNS[name].is_exact) == []
+
+
+def without_additions(new):
+    """Without what later releases say besides: of outputs that are noise, and whether skipped steps are counted."""
+    fidelity = new["callbacks"].get("FidelityMonitor")
+    if fidelity is not None:
+        fidelity["warned"] = [each for each in fidelity["warned"] if not each.startswith("noise ")]
+    for row in new.get("rows", ()):
+        row.get("run", {}).pop("counts_skipped", None)
+    return new
 
 
 @pytest.mark.parametrize("name", [name for name, run in RUNS.items() if not run.is_exact])

@@ -215,7 +215,7 @@ def search(net, values, weight=STARVED):
     for batch_idx, batch in enumerate(values):
         window.add_batch(batch, batch_idx, None)
     found, problems = diagnosed(StepReplay(model, formats, CPU), window, 65536.0)
-    verdict = None if found is None else (found.rank, found.kept.batch_idx, found.diagnosis.verdict)
+    verdict = None if found is None else (found.rank, found.kept.batch_idx, found.diagnosis.cause["verdict"])
     return verdict, [tuple(problem) for problem in problems]
 
 

@@ -80,7 +80,8 @@ def test_a_healthy_run_has_none(tmp_path):
 
 def overflow(verdict: str, name: str | None, step: int = 3, fits: str | None = "bf16") -> dict[str, Any]:
     where = {"monitor": "overflow", "step": step, "epoch": 0, "batch_idx": step, "direction": "forward"}
-    return {**where, "verdict": verdict, "layer": name, "format": "fp16", "fits": fits, "message": "it overflows"}
+    cause = {"verdict": verdict, "layer": name, "op": "addmm", "format": "fp16", "value": 1e5, "fits": fits}
+    return {**where, **cause, "detail": "", "message": "it overflows"}
 
 
 def test_an_overflow_names_the_layer_and_what_holds_it(tmp_path):
@@ -118,8 +119,7 @@ def test_what_was_seen_of_a_layer_before_it_moved_is_past(tmp_path):
 
 
 def test_the_latest_sample_is_that_of_the_latest_step_whoever_took_it(tmp_path):
-    row = {"monitor": "underflow", "step": 0, "epoch": 0, "batch_idx": 0, "layer": "a", "format": "fp16"}
-    row |= {"underflow_rate": 0.9, "headroom_bits": 5.0, "output_headroom_bits": 5.0}
+    row = underflow(0, 0.9)
     assert alerts_of(tmp_path, began(layer("a")), curve(range(9)), row, sample(8, a=values(0.0))) == {}
 
 
@@ -170,9 +170,10 @@ def test_gradients_that_vanish(tmp_path, rate, level):
 def test_a_larger_scale_is_advised_where_it_helps(tmp_path):
     start = [began(layer("a")), curve(range(9))]
     found = alerts_of(tmp_path, *start, sample(0, a=values(0.2, best=65536.0)))["Gradients vanish"]
-    assert "A loss scale of 65536 would suit it (it was 1024)" in found["advice"]
+    assert "at a loss scale of 1024" in found["text"]
+    assert "loss scale of 65536 would keep it: raise init_scale" in found["advice"]
     found = alerts_of(tmp_path, *start, sample(0, a=values(0.2, best=512.0)))["Gradients vanish"]
-    assert found["advice"] == "Compute it in bf16."
+    assert found["advice"] == "Compute it in bf16, for example policy={'default': ..., 'a': 'bf16'}."
 
 
 def test_headroom_is_the_smaller_of_gradient_and_output(tmp_path):
@@ -183,7 +184,17 @@ def test_headroom_is_the_smaller_of_gradient_and_output(tmp_path):
 
 
 def fidelity(step: int, **row: Any) -> dict[str, Any]:
-    return {"monitor": "fidelity", "step": step, "epoch": 0, "batch_idx": step, **row}
+    rest = {"loss_scale": 1.0, "too_large": []} if "loss_gap" in row else {}
+    return {"monitor": "fidelity", "step": step, "epoch": 0, "batch_idx": step, **row, **rest}
+
+
+def underflow(step: int, rate: float, output: float | None = 5.0, **more: Any) -> dict[str, Any]:
+    place = {"monitor": "underflow", "step": step, "epoch": 0, "batch_idx": step, "layer": "a", "loss_scale": 1024.0}
+    losses = {"format": "fp16", "underflow_rate": rate, "subnormal_share": 0.0, "headroom_bits": 5.0}
+    losses |= {f"flow_{key}": None for key in ("underflow_rate", "subnormal_share", "headroom_bits")}
+    what_if = {"underflow_rate": 0.0, "overflow_rate": 0.0, "best_scale": 1024.0, "fits": True}
+    losses |= {"output_headroom_bits": output, "what_if": {"fp16": what_if, "bf16": what_if}}
+    return {**place, **losses, **more}
 
 
 def test_gradients_that_point_elsewhere_twice(tmp_path):
@@ -229,8 +240,14 @@ def test_a_loss_that_is_not_finite(tmp_path, skipped, level):
 def test_moves_of_the_controller_are_told(tmp_path):
     told = {"step": 4, "layer": "a", "from": "fp16", "to": "bf16", "reason": "adaptive: gradients of 'a' vanish"}
     change = report(4, change={"layers": [layer("a", "bf16", "a")], "history": [told]})
-    found = alerts_of(tmp_path, began(layer("a")), curve(range(9)), change)["Layers were moved"]
+    decision = {"kind": "promote", "moves": [["a", "fp16", "bf16"]], "scale": None, "restores": False}
+    decision |= {"reason": "gradients of 'a' vanish", "evidence": {}}
+    decided = {"monitor": "adaptive", "step": 4, "epoch": 0, "batch_idx": 4, "decision": decision, "passes": 3}
+    start = [began(layer("a")), curve(range(9))]
+    found = alerts_of(tmp_path, *start, decided, change)["Layers were moved"]
     assert (found["level"], found["layer"]) == ("note", "a")
+    assert alerts_of(tmp_path, *start, decided) == {}  # advice that was not carried out
+    assert alerts_of(tmp_path, *start, change) == {}  # by hand, whatever the reason says
 
 
 def test_the_worst_come_first_and_nobody_watching_is_said(tmp_path):
@@ -263,9 +280,7 @@ def test_without_a_report_in_the_run_the_loss_is_csv_logger_s(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "epoch,mixprec/loss_scale,step,train_loss_step,val_loss\n0,,4,0.5,\n,1024.0,4,,\n0,,9,0.25,\n0,,9,,7.0\n"
     )
-    row = {"monitor": "underflow", "step": 0, "epoch": 0, "batch_idx": 0, "layer": "a", "format": "fp16"}
-    row |= {"underflow_rate": 0.5, "headroom_bits": 3.0, "output_headroom_bits": None}
-    run = run_of(tmp_path, row)
+    run = run_of(tmp_path, underflow(0, 0.5, output=None))
     assert run["span"] == [4, 10]
     assert [each for each in run["curve"]["loss"] if each is not None] == [0.5, 0.25]
     assert run["rows"][0]["spans"] == [[4, 10, "fp16"]]
@@ -382,15 +397,7 @@ WHOLE = [
     fidelity(0, layer="a", grad_cosine=0.5, sqnr_db=3.0),
     fidelity(1, loss_gap=0.2),
     {"monitor": "underflow", "step": 1, "epoch": 0, "batch_idx": 1, "layer": "a", "stagnation_rate": 0.7},
-    {
-        "monitor": "underflow",
-        "step": 1,
-        "epoch": 0,
-        "batch_idx": 1,
-        "layer": "a",
-        "format": "fp16",
-        "underflow_rate": 0.5,
-    },
+    underflow(1, 0.5, threshold=0.2),
     {"monitor": "overflow", "step": 1, "epoch": 0, "batch_idx": 1, "problem": "out of memory"},
     report(3, end={"state": "finished", "message": ""}),
 ]

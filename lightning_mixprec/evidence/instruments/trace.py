@@ -1,11 +1,9 @@
 """Replays a training step to find the operation that first made a finite number infinite or NaN."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,38 +12,10 @@ from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer, D
 from lightning_mixprec.evidence.instruments.origins import find_origin, is_given
 from lightning_mixprec.evidence.instruments.recording import CAST, Call, Recorder, Value
 from lightning_mixprec.numerics.formats import format_of
+from lightning_mixprec.records.events import Frame
 
 _FRAMES, _FRAMES_AFTER = 24, 4
 """The operations that an origin shows: those up to and including it, and those that follow."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One operation that ran.
-
-    Attributes:
-        layer: the innermost module that ran it, by its canonical name.
-        direction: in which pass.
-        op: its name in ATen (``"addmm"``); a cast is ``"_to_copy"``.
-        format: the format of what it made, the dtype's name where that is none.
-        amin: the smallest finite magnitude it made, 0 if there is none.
-        amax: the largest.
-        infs: whether it made infinities.
-        nans: whether it made NaNs.
-    """
-
-    layer: str
-    direction: Direction
-    op: str
-    format: str
-    amin: float
-    amax: float
-    infs: bool
-    nans: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types only."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

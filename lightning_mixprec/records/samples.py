@@ -1,0 +1,91 @@
+"""The records of sampled steps: rows of ``UnderflowMonitor`` and ``FidelityMonitor``, and their ``latest``."""
+
+from typing_extensions import Never, NotRequired, TypedDict
+
+# Underflow
+
+
+class WhatIf(TypedDict):
+    """What another format would do to a layer."""
+
+    underflow_rate: float
+    overflow_rate: float
+    best_scale: float
+    fits: bool
+
+
+class Losses(TypedDict):
+    """What a layer's format loses of its gradient; ``UnderflowMonitor`` says what each is."""
+
+    format: str
+    underflow_rate: float
+    subnormal_share: float
+    headroom_bits: float
+    flow_underflow_rate: float | None
+    flow_subnormal_share: float | None
+    flow_headroom_bits: float | None
+    output_headroom_bits: float | None
+    what_if: dict[str, WhatIf]
+
+
+class Stagnation(TypedDict):
+    """How much of a layer's weights an optimizer step did not change."""
+
+    stagnation_rate: float | None
+
+
+class KnownLosses(Losses, Stagnation):
+    """The latest of a layer."""
+
+
+class KnownStagnation(Stagnation):
+    """The latest of a layer of which only the optimizer's step is known."""
+
+    underflow_rate: NotRequired[Never]
+
+
+class UnderflowRow(Losses):
+    """A layer at a sampled step; ``threshold`` if it is not :data:`~lightning_mixprec.records.advice.UNDERFLOW`."""
+
+    layer: str
+    loss_scale: float
+    threshold: NotRequired[float]
+
+
+class StagnationRow(Stagnation):
+    """A layer after a sampled step."""
+
+    layer: str
+
+
+# Fidelity
+
+
+class Closeness(TypedDict):
+    """How far a layer is from fp32: its output's SQNR and its gradient's cosine, as far as they were measured."""
+
+    sqnr_db: float | None
+    grad_cosine: float | None
+
+
+class Fidelity(TypedDict):
+    """The latest of a run: how far its loss and its layers are from fp32."""
+
+    loss_gap: float
+    layers: dict[str, Closeness]
+
+
+class ClosenessRow(Closeness):
+    """A layer at a sampled step."""
+
+    layer: str
+
+
+class LossRow(TypedDict):
+    """The loss at a sampled step; ``min_cosine`` and ``max_loss_gap`` where the user has set them."""
+
+    loss_gap: float
+    loss_scale: float
+    too_large: list[str]
+    min_cosine: NotRequired[float]
+    max_loss_gap: NotRequired[float]
