@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_mixprec import OverflowMonitor, PerLayerPrecision
 from lightning_mixprec.engine.transfer import Transfer
-from lightning_mixprec.evidence import outcomes as evidence_module
+from lightning_mixprec.evidence import step_window as evidence_module
 from lightning_mixprec.evidence.step_window import StepWindow
 from lightning_mixprec.optim import loss_scaling as scaling
 

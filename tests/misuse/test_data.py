@@ -69,7 +69,9 @@ class Words(Task):
         return super().training_step((x, torch.ones(len(batch), 2)), batch_idx)
 
 
-@pytest.mark.parametrize("batches", [[["a", "bb"], ["ccc", "d"]], [{"a", "bb"}], [("a",)] * 3], ids=str)
+@pytest.mark.parametrize(
+    "batches", [[["a", "bb"], ["ccc", "d"]], [{"a", "bb"}], [("a",)] * 3], ids=["lists", "a set", "tuples"]
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_batches_without_tensors(batches, format):
     check_healthy(lambda: Words(around(nn.Tanh())), mixed(format), Given(batches))
