@@ -21,7 +21,7 @@ from lightning_mixprec.callbacks.underflow import UnderflowMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.by_hand import diagnose
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.plugin.fsdp import PerLayerFSDPPrecision
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy

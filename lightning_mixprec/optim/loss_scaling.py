@@ -33,7 +33,7 @@ from lightning_mixprec.optim.gradients import (
     tell_found_inf,
     untell_found_inf,
 )
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 
 _INT32 = torch.iinfo(torch.int32)
 

@@ -11,7 +11,7 @@ from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, Su
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.numerics.formats import is_scaling_needed
 from lightning_mixprec.optim.gradients import needs_closure
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.policy import as_policy
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.numerics.formats import REFERENCE, format_of, get_format, half_dtypes, is_wider
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.plugin.lightnings import FSDPPrecision, check_lightning_module
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.assignment import Assignment

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.optim.loss_scaling import LossScaler
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.optim.skipped_buffers import BufferGuard
 from lightning_mixprec.plugin import arguments
 from lightning_mixprec.plugin.formats_in_force import FormatsInForce, attributes_of_copy

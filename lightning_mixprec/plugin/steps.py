@@ -23,7 +23,7 @@ from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.numerics.finite import are_nonfinite
 from lightning_mixprec.optim.gradients import grads_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.plugin.strategies import forget_communication_errors
 from lightning_mixprec.policy.module_names import walk
 

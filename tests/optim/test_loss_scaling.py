@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.optim import loss_scaling as scaling
 from lightning_mixprec.optim.loss_scaling import LossScaler
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 
 EVERY_OPTION_OFF_ITS_DEFAULT = LossScaling(
     init_scale=8.0,

@@ -18,7 +18,7 @@ from lightning_mixprec import (
     UnderflowMonitor,
 )
 from lightning_mixprec.optim.loss_scaling import LossScaler
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 
 ODD = st.sampled_from(
     [None, True, -1, 0, 2**70, 1.5, math.nan, math.inf, "", "fp16", "x\ny", [], [1], {}, {"a": 1}, b"x"]

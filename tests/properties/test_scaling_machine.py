@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from lightning_mixprec.errors import ScalingError
 from lightning_mixprec.optim.loss_scaling import LossScaler
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 
 SLOPES = (0.25, -0.5, 1.0, 3.0)
 WHICH = st.integers(0, 2)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.optim.options import LossScaling
+from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 from lightning_mixprec.policy.rules import Rule
