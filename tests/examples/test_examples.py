@@ -69,6 +69,7 @@ def monitors(examples: None) -> ModuleType:
 
 
 def test_the_command_runs_from_anywhere_and_says_what_it_wrote(tmp_path: Path) -> None:
+    """The seconds of a process that imports Lightning and torchvision, and of two steps of a ResNet-18."""
     limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     done = run(SCRIPT, "fit", MAIN_CONFIG, *limits, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -85,6 +86,7 @@ def test_the_command_runs_from_anywhere_and_says_what_it_wrote(tmp_path: Path) -
     assert Path(checkpoint[1]).is_file()
 
 
+@pytest.mark.slow
 def test_a_missing_folder_of_data_is_one_line(tmp_path: Path) -> None:
     config = f"--config={CONFIGS / 'cifar10.yaml'}"
     done = run(SCRIPT, "fit", MAIN_CONFIG, config, "--data.path=/nowhere/at all", cwd=tmp_path)
