@@ -73,6 +73,7 @@ def test_all_errors_are_one_family():
 
 
 def test_importing_warns_nobody_and_configures_nothing():
+    """The seconds of a process that imports Lightning."""
     script = """
 import logging, sys, torch, lightning
 def state():
