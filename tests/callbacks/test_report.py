@@ -275,6 +275,7 @@ def test_a_healthy_watched_run_has_no_alerts(tmp_path):
 
 
 def test_a_process_that_dies_leaves_its_curve(tmp_path):
+    """The seconds of a process that imports Lightning."""
     dying = (
         "import os, lightning.pytorch as pl\n"
         "from plugin_models import Call, fit, ours, task\n"

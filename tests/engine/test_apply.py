@@ -229,8 +229,8 @@ def test_a_big_model_is_changed_quickly(attached):
     model = nn.Sequential(*(block() for _ in range(1000)))
     low, high = (as_policy({"default": "bf16", "*.1": f}).resolve(model) for f in ("fp32", "fp16"))
     with attached(model, "bf16") as attachment:
-        began = time.perf_counter()
+        began = time.process_time()
         attachment.change(low)
         attachment.change(high)
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
         assert len(borders(model)) == 1000

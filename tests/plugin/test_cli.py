@@ -8,6 +8,7 @@ import pytest
 import yaml
 from lightnings import LightningCLI
 from plugin_models import Batches, Task, mlp
+from selection import slow_but_for
 
 from lightning_mixprec import LossScaling, PerLayerPrecision, PrecisionPolicy, Rule
 
@@ -138,7 +139,7 @@ IN_A_FILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["mapping", "list"])
+@pytest.mark.parametrize("form", slow_but_for({"list"}, ["mapping", "list"]))
 @pytest.mark.parametrize(("policy", "expected"), IN_A_FILE.values(), ids=IN_A_FILE)
 def test_a_policy_in_a_config_file(policy, expected, form):
     entry = {"class_path": CLASS, "init_args": {"policy": policy}}
@@ -200,7 +201,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("as_list", [False, True], ids=["mapping", "list"])
+@pytest.mark.parametrize("as_list", slow_but_for({True}, [False, True]), ids=["mapping", "list"])
 @pytest.mark.parametrize("arguments", SAVED.values(), ids=SAVED)
 def test_a_saved_config_runs_again(arguments, as_list):
     entry = {"class_path": CLASS, "init_args": arguments}
@@ -248,7 +249,7 @@ def complaint(capsys, *arguments, config=None):
     return capsys.readouterr().err + str(caught.value)
 
 
-@pytest.mark.parametrize("form", ["mapping", "list"])
+@pytest.mark.parametrize("form", slow_but_for({"list"}, ["mapping", "list"]))
 @pytest.mark.parametrize(("arguments", "says"), WRONG.values(), ids=WRONG)
 def test_a_mistake_in_a_config_file_shows_our_line(arguments, says, form, capsys):
     entry = {"class_path": CLASS, "init_args": arguments}

@@ -350,10 +350,10 @@ def hundred_rules():
 def test_ten_thousand_layers_against_a_hundred_rules():
     model, rules = big_model(), hundred_rules()
     assert len(list(model.modules())) > 10_000
-    start = time.perf_counter()
+    start = time.process_time()
     PrecisionPolicy("bf16", rules).resolve(model)
-    # Measured at 0.2 s; the bound allows for a machine shared with others.
-    assert time.perf_counter() - start < 5
+    # Measured at 0.2 s of this process; the bound allows for slow machines.
+    assert time.process_time() - start < 5
 
 
 # An independent model of matching and deciding: slow, recursive, by name alone.
