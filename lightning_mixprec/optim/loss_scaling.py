@@ -59,12 +59,11 @@ class LossScaler:
         self.guards = guards
         self.shared_on: torch.device | None = None
         self._start_at(options.init_scale if options else 1.0)
-        self._unscaled: dict[Optimizer, Tensor] = {}
+        self._unscaled: dict[Optimizer, Tensor | None] = {}  # since the last backward; None once it stepped
         self._found_before: dict[Optimizer, Tensor] = {}
         self._flags: list[Tensor] = []
         self._stepped: list[Optimizer] = []
         self._marks: dict[int, GradMark] = {}
-        self._unscaled_since_backward: dict[Optimizer, None] = {}
 
     @property
     def is_active(self) -> bool:
@@ -84,7 +83,7 @@ class LossScaler:
         No host synchronisation. Returns the flag that :meth:`step` obeys (fp32 scalar, 1 if any gradient is not
         finite), or None if this scaler neither scales nor guards.
         """
-        if optimizer in self._unscaled or not (self.is_active or self.guards):
+        if self._is_prepared(optimizer) or not (self.is_active or self.guards):
             return self._unscaled.get(optimizer)
         fresh, done = self._gradients(optimizer)
         device = self._scale.device if self._scale is not None else next(iter(fresh + done), torch.zeros(())).device
@@ -100,7 +99,6 @@ class LossScaler:
             found_inf = found_inf.to(self.shared_on, non_blocking=True)
             torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX)
         self._unscaled[optimizer] = found_inf
-        self._unscaled_since_backward[optimizer] = None
         if fresh or done or self.shared_on is not None:
             self._flags.append(found_inf)
         return found_inf
@@ -166,7 +164,8 @@ class LossScaler:
 
     def _decide(self, optimizer: Optimizer) -> bool | Tensor:
         found_inf = self.unscale_(optimizer)
-        self._unscaled.pop(optimizer, None)
+        if optimizer in self._unscaled:
+            self._unscaled[optimizer] = None
         self._stepped.append(optimizer)
         for param in params_of(optimizer) if self._marks else ():
             self._marks.pop(id(param), None)
@@ -187,7 +186,7 @@ class LossScaler:
             return
         scale = self._tensors(flags[0].device)[0]
         found_inf = flags[0] if len(flags) == 1 else torch.stack([flag.to(scale.device) for flag in flags]).amax()
-        waiting = [optimizer for optimizer in waiting if optimizer not in self._unscaled]
+        waiting = [optimizer for optimizer in waiting if not self._is_prepared(optimizer)]
         if not marks:
             waiting = [optimizer for optimizer in waiting if optimizer not in stepped]
         before = scale.clone() if waiting else scale
@@ -209,7 +208,7 @@ class LossScaler:
         self._start_at(after)
         ratio = after / before
         if ratio != 1:
-            self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio)
+            self._rescale([optimizer for optimizer in waiting if not self._is_prepared(optimizer)], ratio)
 
     def move_to(self, scale: float, waiting: Iterable[Optimizer] = ()) -> None:
         """Moves the scale between two steps, within the bounds, and counts anew. No host synchronisation.
@@ -237,13 +236,12 @@ class LossScaler:
             self._scale.fill_(after)
             self._growth_tracker.zero_()
             self._overflows.zero_()
-        self._rescale([optimizer for optimizer in waiting if optimizer not in self._unscaled], ratio)
+        self._rescale([optimizer for optimizer in waiting if not self._is_prepared(optimizer)], ratio)
 
     def forget_steps(self) -> None:
         """Drops what is left of a step that an exception cut short."""
-        for steps in (self._unscaled, self._found_before, self._flags, self._stepped, self._unscaled_since_backward):
+        for steps in (self._unscaled, self._found_before, self._flags, self._stepped, self._marks):
             steps.clear()
-        self._marks.clear()
 
     @property
     def present_scale(self) -> float | Tensor:
@@ -326,29 +324,34 @@ class LossScaler:
 
     def _scale_waiting(self) -> None:
         """Scales anew what was unscaled, to be clipped, and not stepped yet: the coming backward may add to it."""
-        self._unscaled_since_backward.clear()
+        prepared = {optimizer: flag for optimizer, flag in self._unscaled.items() if flag is not None}
+        self._unscaled.clear()
         for param in (param for optimizer in self._stepped if self.is_active for param in params_of(optimizer)):
             self._marks.setdefault(id(param), GradMark(param.grad))
-        if self._unscaled or self._found_before:
-            found = self._found_before | self._unscaled
+        if prepared or self._found_before:
+            found = self._found_before | prepared
             self._found_before = {
                 optimizer: flag for optimizer, flag in found.items() if grads_of(params_of(optimizer))
             }
-            waiting, self._unscaled = [optimizer for optimizer in self._unscaled if optimizer in self._found_before], {}
             if self.is_active:
+                waiting = [optimizer for optimizer in prepared if optimizer in self._found_before]
                 self._rescale(waiting, self.present_scale)
+
+    def _is_prepared(self, optimizer: Optimizer) -> bool:
+        """Whether its gradients are unscaled for a step that it has not taken."""
+        return self._unscaled.get(optimizer) is not None
 
     def _gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """Those to unscale, and those of parameters that another optimizer shares and has unscaled."""
         params = params_of(optimizer)
-        if not self._unscaled_since_backward:
+        if not self._unscaled:
             return grads_of(params), []
         unscaled = self._unscaled_params()
         fresh = [param for param in params if id(param) not in unscaled]
         return grads_of(fresh), grads_of([param for param in params if id(param) in unscaled])
 
     def _unscaled_params(self) -> set[int]:
-        return {id(param) for optimizer in self._unscaled_since_backward for param in params_of(optimizer)}
+        return {id(param) for optimizer in self._unscaled for param in params_of(optimizer)}
 
     def _rescale(self, optimizers: Iterable[Optimizer], ratio: Tensor | float, spent: Set[int] = frozenset()) -> None:
         done = self._unscaled_params() | spent
