@@ -120,7 +120,7 @@ class Attachment:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are gathered for each use (FSDP2)."""
+        """True if weights are gathered for each use (FSDP2)."""
         return bool(self._groups)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Where the borders of an assignment run in a model, and what each one does."""
+"""The plan of borders: the modules of a model that get one under an assignment, and the work of each."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,7 +77,7 @@ def _has_no_forward(module: nn.Module) -> bool:
 
 
 class Plan(NamedTuple):
-    """What an assignment does to a model.
+    """The borders and formats that an assignment gives to a model.
 
     Attributes:
         crossings: by site, what its border does; sites without a border are missing.
@@ -90,7 +90,7 @@ class Plan(NamedTuple):
     is_mixed: bool
 
     def is_meeting(self, site: Site) -> bool:
-        """Whether a site's own format, or what it hands on, differs from what a caller computes in."""
+        """True if a site's own format, or what it hands on, differs from what a caller computes in."""
         crossing = self.crossings.get(site)
         if crossing is None:
             return False

@@ -30,7 +30,7 @@ any region, unless the region sees casts of both.
 
 
 def _into(dtype: torch.dtype, comes_from: torch.dtype) -> Casts:
-    """What is cast on the way into own operations, from surroundings of another format.
+    """The casts on the way into own operations, from surroundings of another format.
 
     fp32 is left to autocast in a 16-bit region, but autocast leaves fp64 alone.
     """
@@ -48,7 +48,7 @@ _CASTS = {
 
 
 class Crossing(NamedTuple):
-    """What a border does.
+    """The work of one border.
 
     Attributes:
         format: in what the module's own operations compute.
@@ -220,5 +220,5 @@ def _arrived(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | Non
 
 
 def _wide_caller(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
-    """What a caller computes in if some of them compute in fp64: what it passes tells which one it is."""
+    """The dtype of the caller if some callers compute in fp64: the tensors it passes tell which one it is."""
     return torch.float64 if holds_dtype((args, kwargs), torch.float64) else torch.float32

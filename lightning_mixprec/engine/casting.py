@@ -12,13 +12,13 @@ from torch import Tensor
 from lightning_mixprec.numerics.formats import stored_dtypes
 
 Casts = Mapping[torch.dtype, torch.dtype]
-"""Which dtype becomes which; a dtype that is no key is left alone."""
+"""Casts by dtype: a key becomes its value; any other dtype is left alone."""
 
 FLOATING = (*stored_dtypes(), torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 """The dtypes whose values a cast keeps; block scales and packed formats mean nothing by themselves."""
 
 Done = list[tuple[Tensor, Tensor]]
-"""What has been cast, and to what."""
+"""Pairs of a tensor that was cast and its cast."""
 
 _ATOMS = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 
@@ -102,7 +102,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def holds_dtype(value: Any, dtype: torch.dtype) -> bool:
-    """Whether a tensor in nested containers has this dtype."""
+    """True if a tensor in nested containers has this dtype."""
     if isinstance(value, Tensor):
         return value.dtype == dtype
     return any(holds_dtype(item, dtype) for item in _items(value))

@@ -1,4 +1,4 @@
-"""What torch.compile is told while a model with formats runs.
+"""The settings of torch.compile while a model with formats runs.
 
 Two of its defaults do not fit such a model. Compiled code computes backward under the autocast that surrounds its
 forward (pytorch issue 179804), which would compute the gradients of an fp32 layer in the 16 bits of the layers around
@@ -91,7 +91,7 @@ def compiled_parts(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _formats(sites: list[Site], plan: Plan) -> tuple[Any, ...]:
-    """What a plan gives to a part of a model and what calls it, comparable with other parts of the same class."""
+    """The formats of a part of a model and of its callers, comparable with other parts of the same class."""
     callers = frozenset(plan.formats[parent] for parent in sites[0].parents) if sites else frozenset()
     return callers, *((plan.formats[site], _crossed(plan.crossings.get(site))) for site in sites)
 

@@ -63,7 +63,7 @@ class Group(NamedTuple):
         return self.leader._get_fsdp_state()._mp_policy
 
     def format(self, assignment: Mapping[str, LayerPrecision]) -> torch.dtype | None:
-        """What they are gathered in; None for as they are stored."""
+        """The dtype that they are gathered in; None for as they are stored."""
         formats = {_format(module, assignment[name]) for name, module in zip(self.layers, self.modules, strict=True)}
         return formats.pop() if len(formats) == 1 else None
 
@@ -171,7 +171,7 @@ def bypassed(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is spread over ranks (a DTensor)."""
+    """True if a tensor is spread over ranks (a DTensor)."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -233,7 +233,7 @@ def _half_dtype(format: str) -> torch.dtype | None:
 
 
 def _is_ours(given: Any) -> bool:
-    """Whether a policy may be replaced: the user has said nothing with it."""
+    """True if a policy may be replaced: the user has said nothing with it."""
     return isinstance(given, _Gathered) or given == MixedPrecisionPolicy()
 
 

@@ -23,7 +23,7 @@ class Transfer:
 
     @property
     def is_ready(self) -> bool:
-        """Whether :meth:`get` returns at once."""
+        """True if :meth:`get` returns at once."""
         return self._arrived is None or self._arrived.query()
 
     def get(self) -> list[Tensor]:

@@ -31,7 +31,7 @@ class Slot(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:
-        """Where the module keeps it."""
+        """The module's own mapping that holds it."""
         return self.module._buffers if self.is_buffer else self.module._parameters  # type: ignore[return-value]
 
 
@@ -144,7 +144,7 @@ def _seen_by_rnn(module: nn.RNNBase, swaps: list[_Swap]) -> list[Any]:
 
 
 class Storage:
-    """What was converted in place, and what it was stored in before.
+    """Tensors that were converted in place, and the dtypes they were stored in before.
 
     Tensors are listed once however many modules share them.
     """

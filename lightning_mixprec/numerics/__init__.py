@@ -1,1 +1,1 @@
-"""What a format does to numbers: formats, rounding, statistics. Torch only; knows no layer, no policy, no trainer."""
+"""Number formats, rounding and statistics of numbers. Torch only; knows no layer, no policy, no trainer."""

@@ -1,4 +1,4 @@
-"""Which formats a device computes in with arithmetic of its own.
+"""The formats that a device computes in with arithmetic of its own.
 
 >>> native_support("bf16", "cpu").native, native_support("fp8", "cpu").native
 (True, False)
@@ -14,14 +14,14 @@ from lightning_mixprec.numerics.formats import get_format
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a device computes in a format by itself, and why or why not."""
+    """The support of a device for a format: arithmetic of its own or none, and the reason."""
 
     native: bool
     reason: str
 
 
 def native_support(format: str, device: str | torch.device) -> Support:
-    """Whether a device computes in a format with arithmetic of its own, without emulation.
+    """The support of a device for a format: whether it computes in it with arithmetic of its own, without emulation.
 
     Raises:
         FormatError: the format is unknown.

@@ -120,7 +120,7 @@ class Histogram:
         return Histogram(**{name: getattr(self, name)[index] for name in _FIELDS})
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """What to sum and what to take the maximum of, over ranks: fp64 [..., BINS + 6] and fp64 [...].
+        """The numbers to sum over ranks and those to take the maximum of: fp64 [..., BINS + 6] and fp64 [...].
 
         Counts are exact in fp64 up to 2**53. After the reductions :meth:`from_tensors` makes a histogram of the two.
         """
@@ -184,7 +184,7 @@ def histograms(groups: Sequence[Sequence[Tensor]], max_elements: int | None = No
 
 
 class _Layout(NamedTuple):
-    """How a float that holds every number of a dtype is laid out in bits, which as integers sort by magnitude."""
+    """The layout in bits of a float that holds every number of a dtype; as integers these sort by magnitude."""
 
     float_dtype: torch.dtype
     int_dtype: torch.dtype
@@ -286,7 +286,7 @@ def _log2(bits: Tensor, layout: _Layout, has_subnormals: bool) -> Tensor:
 
 
 def _tally(column: Tensor, batch: Batch) -> Tensor:
-    """How often each column occurs in each stretch of a batch, [stretches, _COLUMNS]."""
+    """Counts of each column in each stretch of a batch, [stretches, _COLUMNS]."""
     stretches = len(batch.sizes)
     if stretches > 1:
         torch._foreach_add_(column.split(batch.sizes), [index * _COLUMNS for index in range(stretches)])

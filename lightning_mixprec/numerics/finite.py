@@ -1,4 +1,4 @@
-"""Which of many tensors hold a NaN or an infinity.
+"""The search for NaN and infinities in many tensors at once.
 
 >>> tensors = [torch.ones(2), torch.tensor([1.0, torch.inf]), torch.arange(3)]
 >>> are_nonfinite(tensors), all_finite(tensors[:1]).item()
@@ -14,7 +14,7 @@ from lightning_mixprec.numerics.flat_batches import local_part
 
 
 def are_nonfinite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Which tensors hold a NaN or an infinity; one read from each device."""
+    """For each tensor, True if it holds a NaN or an infinity; one read from each device."""
     parts: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
     for places, flags in _nonfinite_flags(tensors):
         parts.setdefault(flags.device, []).append((places, flags))
@@ -27,7 +27,7 @@ def are_nonfinite(tensors: Sequence[Tensor]) -> list[bool]:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether no tensor holds a NaN or an infinity: a bool on the device of the first one. Waits for nothing there."""
+    """True if no tensor holds a NaN or an infinity: a bool on the device of the first one. Waits for nothing there."""
     bad = [flags.any() for _, flags in _nonfinite_flags(tensors)]
     return ~torch.stack([flag.to(bad[0].device) for flag in bad]).any() if bad else torch.tensor(True)
 

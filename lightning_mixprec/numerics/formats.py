@@ -28,7 +28,7 @@ REFERENCE = "fp32"
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """What a format is used for in training.
+    """The use of a format in training.
 
     Attributes:
         is_computed_in: Whether layers compute in it.
@@ -77,17 +77,17 @@ class Format:
 
     @property
     def is_low_precision(self) -> bool:
-        """Whether a number takes 16 bits or fewer."""
+        """True if a number takes 16 bits or fewer."""
         return self.bits <= 16
 
     @property
     def is_half(self) -> bool:
-        """Whether a number takes 16 bits: operations are cast to it one by one, by autocast."""
+        """True if a number takes 16 bits: operations are cast to it one by one, by autocast."""
         return self.bits == 16
 
     @property
     def is_coarse(self) -> bool:
-        """Whether it keeps fewer digits than fp16, so that gradients of a healthy model differ visibly from fp32's."""
+        """True if it keeps fewer digits than fp16, so that gradients of a healthy model differ visibly from fp32's."""
         return self.mantissa_bits < 10
 
     @cached_property
@@ -132,7 +132,7 @@ class Format:
         return self
 
     def contains(self, other: "Format") -> bool:
-        """Whether every number of ``other``, infinities included, is one of this format's.
+        """True if every number of ``other``, infinities included, is one of this format's.
 
         >>> get_format("fp32").contains(get_format("bf16")), get_format("bf16").contains(get_format("fp16"))
         (True, False)
@@ -168,17 +168,17 @@ class FormatPair:
 
     @property
     def is_low_precision(self) -> bool:
-        """Whether a number takes 16 bits or fewer."""
+        """True if a number takes 16 bits or fewer."""
         return self.forward.is_low_precision
 
     @property
     def is_half(self) -> bool:
-        """Whether a number takes 16 bits."""
+        """True if a number takes 16 bits."""
         return self.forward.is_half
 
     @property
     def is_coarse(self) -> bool:
-        """Whether it keeps fewer digits than fp16."""
+        """True if it keeps fewer digits than fp16."""
         return self.forward.is_coarse
 
 
@@ -271,7 +271,7 @@ def half_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def is_scaling_needed(formats: Iterable[str]) -> bool:
-    """Whether gradients need a loss scale to be kept in one of these formats.
+    """True if gradients need a loss scale to be kept in one of these formats.
 
     >>> is_scaling_needed(["bf16", "fp32"]), is_scaling_needed(["fp16", "fp32"])
     (False, True)
@@ -280,7 +280,7 @@ def is_scaling_needed(formats: Iterable[str]) -> bool:
 
 
 def is_wider(format: str, other: str) -> bool:
-    """Whether a format keeps what another one loses: more bits, or of equally many more range.
+    """True if a format keeps what another one loses: more bits, or of equally many more range.
 
     >>> is_wider("bf16", "fp16"), is_wider("bf16", "bf16"), is_wider("fp32", "bf16")
     (True, False, True)

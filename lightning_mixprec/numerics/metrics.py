@@ -1,4 +1,4 @@
-"""What happens to numbers, as torchmetrics: they sum over batches and processes, log, and draw themselves.
+"""Statistics of numbers as torchmetrics: they sum over batches and processes, log, and draw themselves.
 
 >>> import lightning.pytorch as pl
 >>> class Watched(pl.LightningModule):
@@ -54,7 +54,7 @@ class _Counter(Metric):
 
 
 class ExponentHistogram(_Counter):
-    """How many numbers there are of each binary exponent, before any cast.
+    """Counts of numbers by their binary exponent, before any cast.
 
     Args:
         **kwargs: options of every ``torchmetrics.Metric``.
@@ -197,12 +197,12 @@ class _Rate(_Scalar):
     @staticmethod
     @abstractmethod
     def _limit(target: Format, scale: float, dtype: torch.dtype) -> float:
-        """Where counting starts or ends: the largest number of a dtype on the lower side."""
+        """The limit where counting starts or ends: the largest number of a dtype on the lower side."""
 
     @staticmethod
     @abstractmethod
     def _count(magnitudes: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-        """How many count, and out of how many, given the limit."""
+        """The number of elements that count, and that of all, given the limit."""
 
     def _add(self, part: Tensor, whole: Tensor) -> None:
         setattr(self, self._state, self._counts + torch.stack([part, whole]).to(self._counts.device))

@@ -1,4 +1,4 @@
-"""What a cast to a format would do to numbers, told from their histogram alone, for any format and any scale.
+"""The losses of a cast to a format, told from a histogram of the numbers alone, for any format and any scale.
 
 With a scale, the numbers are those of the histogram times the scale. Rates refer to the counted elements; where the
 histogram cannot tell, because a limit falls inside a bin, a rate is two bounds. With a power of two as scale, no limit
@@ -25,7 +25,7 @@ from lightning_mixprec.numerics.exponents import BINS, LOWEST, Histogram
 from lightning_mixprec.numerics.formats import Format, get_format
 
 Direction = Literal["forward", "backward"]
-"""Which of the formats of "fp8" is meant; the others have only one."""
+"""The one of the two formats of "fp8" that is meant; the others have only one."""
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 2.0**24
 
@@ -38,7 +38,7 @@ class Bounds(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Whether both are the same."""
+        """True if both are the same."""
         return self.low == self.high
 
     @property
@@ -125,7 +125,7 @@ def best_scale(h: Histogram, format: str, margin: int = 1, direction: Direction 
 
 
 def fits(h: Histogram, format: str, max_underflow: float = 0.01, direction: Direction = "forward") -> bool:
-    """Whether some scale keeps everything finite and lets at most ``max_underflow`` of the numbers round to zero.
+    """True if some scale keeps everything finite and lets at most ``max_underflow`` of the numbers round to zero.
 
     Scales are the powers of two in ``[SMALLEST_SCALE, LARGEST_SCALE]``, of which the largest without overflow is best.
     False where something is infinite or NaN already. Other arguments and errors are those of :func:`underflow_rate`.
@@ -186,7 +186,7 @@ def _checked(scale: float) -> float:
 
 
 def _boundary(exponent: int, scale: float, inclusive: bool) -> tuple[int, int]:
-    """How many bins lie below ``|x| * scale == 2**exponent``, at least and at most; with the limit itself if inclusive.
+    """The number of bins below ``|x| * scale == 2**exponent``, at least and at most, that limit included if inclusive.
 
     The two differ by the bin in which the limit falls, and by the first and the last bin, which have no outer limit.
     """

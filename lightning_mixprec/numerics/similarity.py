@@ -1,4 +1,4 @@
-"""How much of the numbers survives: signal to noise, direction, and updates that change nothing.
+"""Similarity of numbers before and after: signal to noise, direction, and updates that change nothing.
 
 Results stay on the device of the data and nothing waits for it.
 
@@ -162,7 +162,7 @@ def _pairs(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _is_lost(stored: Tensor, added: Tensor, target: Format) -> Tensor:
-    """Whether numbers of a format stay what they are when something is added; all in fp64, exactly."""
+    """True if numbers of a format stay what they are when something is added; all in fp64, exactly."""
     mantissa, exponent = torch.frexp(stored.abs())
     is_power = mantissa == 0.5
     exponent = torch.where(stored == 0, target.min_exponent, exponent.long() - 1).clamp(min=target.min_exponent)

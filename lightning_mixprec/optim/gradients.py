@@ -1,4 +1,4 @@
-"""What optimizers hold: their gradients, unscaled and checked in place, and how their step is skipped on the device."""
+"""The gradients of an optimizer, unscaled and checked in place, and the flag that skips its step on the device."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether the optimizer evaluates the loss itself, several times per step (LBFGS)."""
+    """True if the optimizer evaluates the loss itself, several times per step (LBFGS)."""
     return _requires_closure(type(optimizer).step)
 
 
@@ -34,7 +34,7 @@ def scalar(value: float, device: torch.device) -> Tensor:
 
 
 def obeys_found_inf(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's own kernel leaves weights and state alone when told of a non-finite gradient.
+    """True if the optimizer's own kernel leaves weights and state alone when told of a non-finite gradient.
 
     Fused SGD is the exception on its first step: it allocates its momentum and, told to skip, leaves it uninitialised.
     """
@@ -109,7 +109,7 @@ class GradMark:
         self._version = None if grad is None else grad._version
 
     def fits(self, grad: Tensor | None) -> bool:
-        """Whether this is still the gradient it was."""
+        """True if this is still the gradient it was."""
         return self._grad is not None and grad is not None and self._grad() is grad and self._version == grad._version
 
 

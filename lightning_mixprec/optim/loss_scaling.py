@@ -67,7 +67,7 @@ class LossScaler:
 
     @property
     def is_active(self) -> bool:
-        """Whether losses are scaled."""
+        """True if losses are scaled."""
         return self.options is not None
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class LossScaler:
         return float(self._state("scale", self._scale))
 
     def is_at_minimum(self) -> bool | Tensor:
-        """Whether the scale can fall no further; on the device, once the scale is there."""
+        """True if the scale can fall no further; on the device, once the scale is there."""
         if self.options is None or self.options.is_static:
             return False
         return self.present_scale <= self.options.min_scale
@@ -338,7 +338,7 @@ class LossScaler:
                 self._rescale(waiting, self.present_scale)
 
     def _is_prepared(self, optimizer: Optimizer) -> bool:
-        """Whether its gradients are unscaled for a step that it has not taken."""
+        """True if its gradients are unscaled for a step that it has not taken."""
         return self._unscaled.get(optimizer) is not None
 
     def _gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:

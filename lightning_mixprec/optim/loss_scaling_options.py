@@ -63,7 +63,7 @@ class LossScaling:
 
     @property
     def is_static(self) -> bool:
-        """Whether the scale can never change."""
+        """True if the scale can never change."""
         return self.min_scale == self.max_scale
 
     def bounded(self, scale: float) -> float:

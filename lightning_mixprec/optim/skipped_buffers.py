@@ -158,7 +158,7 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 def _is_written_in_place(tensor: Tensor) -> bool:
-    """Whether kernels copy into a tensor as it is: not into a sparse one, nor into one that was expanded."""
+    """True if kernels copy into a tensor as it is: not into a sparse one, nor into one that was expanded."""
     return tensor.layout == torch.strided and torch._debug_has_internal_overlap(tensor) != 1
 
 

@@ -46,16 +46,16 @@ class Backend(Protocol):
     """One way to compute in some formats."""
 
     def computes(self, format: str) -> bool:
-        """Whether it computes in a format, quickly or not."""
+        """True if it computes in a format, quickly or not."""
 
     def support(self, format: str, device: torch.device) -> Support:
-        """Whether a device has arithmetic of its own for a format that it computes, and why or why not."""
+        """The support of a device for a format that it computes: native arithmetic or none, and the reason."""
 
     def cost(self, format: str, device: torch.device) -> float | None:
-        """How many times as long as in fp32 a product takes; None where nobody measured it."""
+        """The time of a product as a multiple of its time in fp32; None where nobody measured it."""
 
     def region(self, format: str, device_type: str, caches: bool) -> Region:
-        """What a part of a model computes in.
+        """The state for a part of a model.
 
         Args:
             format: A format that it computes.
