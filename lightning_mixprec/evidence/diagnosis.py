@@ -40,7 +40,6 @@ _LEAST_POWER = -14
 _USUAL_SCALE = 65536.0
 _TRIES = 6
 _HALVED = "on half of the batch, as memory ran out"
-_NOTHING_ELSE = Wanted()
 
 
 @dataclass(frozen=True)
@@ -117,15 +116,15 @@ class Judge:
         replay: How to replay the step.
         kept: The batch, on the device.
         scale: The loss scale of the step.
-        wanted: What else is to be asked of the step in fp32.
+        wanted: What else is to be asked of the step in fp32; None for nothing.
 
     Attributes:
         problem: What went wrong on this rank, if something did.
         comparison: The batch with its step in fp32, once it was run; None where that took half of the batch.
     """
 
-    def __init__(self, replay: StepReplay, kept: KeptBatch, scale: float, wanted: Wanted = _NOTHING_ELSE) -> None:
-        self._replay, self._scale, self._wanted = replay, scale, wanted
+    def __init__(self, replay: StepReplay, kept: KeptBatch, scale: float, wanted: Wanted | None = None) -> None:
+        self._replay, self._scale, self._wanted = replay, scale, wanted or Wanted()
         self._batch, self._batch_idx, self._random = kept
         self._is_halved = False
         self.problem: str | None = None

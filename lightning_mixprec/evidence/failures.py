@@ -171,7 +171,7 @@ def diagnosed(
     problems: list[Problem] = []
     for kept in reversed(window.batches):
         found = found and found._replace(comparison=None)  # its gradients make room for this batch's
-        judge = Judge(replay, kept, scale, wanted or Wanted())
+        judge = Judge(replay, kept, scale, wanted)
         if found is not None and judge.is_finite_at(found.diagnosis.cause["smaller_scale"] or scale):
             continue
         rank, diagnosis = ranks.first_found(judge.judge())
