@@ -131,15 +131,14 @@ class FidelityMonitor(SamplingMonitor):
 
     def _warn(self, at: str, decibels: Mapping[str, float], cosines: Mapping[str, float]) -> None:
         limit = self._limit()
-        noisy = sorted(self._noisy(decibels), key=lambda layer: decibels[layer])
-        for layer, others in self._not_warned_of("noise", noisy):
+        noisy = self._noisy()
+        for layer, others in self._not_warned_of("noise", [layer for layer in noisy if layer in decibels]):
             rank_zero_warn(f"{at}: {self._noise(layer, others)}.")
         off = {layer: cosine for layer, cosine in cosines.items() if cosine < limit}
         again = sorted(off.keys() & self._off, key=lambda layer: off[layer])
         self._off = list(off) if cosines else self._off
         for layer, others in self._not_warned_of("cosine", again):
-            cause = self._noisiest()
-            noise = None if cause is None else self._noise(cause)
+            noise = self._noise(noisy[0]) if noisy else None
             rank_zero_warn(f"{at}: {advice.gradient(layer, off[layer], limit, others, noise)}.")
         gap, was_large = self.latest["loss_gap"], self._gap_is_large
         self._gap_is_large = self.max_loss_gap < gap < math.inf
@@ -153,15 +152,11 @@ class FidelityMonitor(SamplingMonitor):
         format = self._formats.of(layer)
         return advice.noise(layer, decibels, format, get_format(format).use, others)
 
-    def _noisiest(self) -> str | None:
-        """The layer whose output is farthest below the limit, as far as outputs were compared."""
-        ratios = {name: values["sqnr_db"] for name, values in self.latest["layers"].items()}
-        noisy = self._noisy({name: ratio for name, ratio in ratios.items() if ratio is not None})
-        return min(noisy, key=lambda name: _or(ratios[name], math.inf), default=None)
-
-    @staticmethod
-    def _noisy(decibels: Mapping[str, float]) -> list[str]:
-        return [layer for layer, ratio in decibels.items() if ratio < advice.NOISE_DB]
+    def _noisy(self) -> list[str]:
+        """The layers whose outputs are noise, as far as they were compared and none inside them is; the worst first."""
+        known = {name: values["sqnr_db"] for name, values in self.latest["layers"].items()}
+        noisy = {name: ratio for name, ratio in known.items() if ratio is not None and ratio < advice.NOISE_DB}
+        return advice.causes(sorted(noisy, key=lambda name: noisy[name]))
 
     def _limit(self) -> float:
         if self.min_cosine is not None:

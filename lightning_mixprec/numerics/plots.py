@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_mixprec.errors import SupportError
+from lightning_mixprec.numerics.colors import COLORS
 from lightning_mixprec.numerics.formats import Format, get_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import FigureBase as FigureBase
 
-# The palette of Okabe and Ito (2008), which readers with any of the common colour blindnesses tell apart. Each format
-# is named next to its colour, so that none has to.
-_COLORS = {"bf16": "#0072B2", "fp16": "#D55E00", "e5m2": "#009E73", "e4m3": "#CC79A7"}
+_DRAWN = ("bf16", "fp16", "e5m2", "e4m3")
 _BARS = "#8C8C8C"
 # The view shows all that fp16 holds, whatever the data; and of wider formats as much as the data asks for.
 _LEAST_VIEW = (-26, 18)
@@ -42,7 +41,7 @@ def draw_exponents(result: Mapping[str, Tensor], ax: "Axes | None" = None) -> "t
     high = max([_LEAST_VIEW[1], *(exponent + 1 + _MARGIN for exponent, _ in seen)])
     _draw_bars(ax, seen)
     ax.set_xlim(low, high)
-    for place, name in enumerate(_COLORS):
+    for place, name in enumerate(_DRAWN):
         _draw_range(ax, get_format(name).forward, place)
     ax.set_xlabel("log2 of the magnitude; on top what each format holds, thin where subnormal")
     ax.set_ylabel("elements")
@@ -71,7 +70,7 @@ def draw_layers(
     ax.set_yticks(places, [_label(name) for name in shown], fontsize="small", parse_math=False)
     ax.set_ylim(len(shown) - 0.4, -0.6)
     if limit is not None:
-        ax.axvline(limit, color=_COLORS["fp16"], linestyle="--")
+        ax.axvline(limit, color=COLORS["fp16"], linestyle="--")
     ax.set_xlabel(label)
     if len(shown) < len(values):
         ax.set_title(f"{len(shown)} of {len(values)} layers", fontsize="medium")
@@ -103,8 +102,8 @@ def _draw_range(ax: "Axes", format: Format, place: int) -> None:
     subnormal, normal, largest = (
         math.log2(value) for value in (format.smallest_subnormal, format.smallest_normal, format.max)
     )
-    height = _LANES_TO - (_LANES_TO - _LANES_FROM) * (place + 0.5) / len(_COLORS)
-    color, where = _COLORS[format.name], ax.get_xaxis_transform()
+    height = _LANES_TO - (_LANES_TO - _LANES_FROM) * (place + 0.5) / len(_DRAWN)
+    color, where = COLORS[format.name], ax.get_xaxis_transform()
     for start, end, width in ((subnormal, normal, 1.5), (normal, largest, 5.0)):
         ax.plot([start, end], [height] * 2, color=color, linewidth=width, solid_capstyle="butt", transform=where)
     for end in (subnormal, normal, largest):
@@ -140,7 +139,7 @@ def draw_steps(
     ax.step([*at, steps], [*values, *values[-1:]], where="post", color=_BARS, linewidth=2)
     for place, kind in enumerate(dict.fromkeys(kind for _, kind in marks)):
         where = [step for step, each in marks if each == kind]
-        color = list(_COLORS.values())[place % len(_COLORS)]
+        color = COLORS[_DRAWN[place % len(_DRAWN)]]
         ax.plot(where, [0.03] * len(where), "^", color=color, label=kind, transform=ax.get_xaxis_transform())
     ax.set_yscale("log", base=2)
     ax.set_xlabel("optimizer step")

@@ -109,6 +109,15 @@ def noise(layer: str, decibels: float, format: str, use: Use, others: Sequence[s
     return Advice(seen, f"compute that in fp32{wider}; {policy_hint(layer, 'fp32')}", ": ")
 
 
+def causes(noisy: Sequence[str]) -> list[str]:
+    """The layers among those whose outputs are noise that hold none of the others: a container's is that of its parts.
+
+    >>> causes(["model.1", "model", "model.10"])
+    ['model.1', 'model.10']
+    """
+    return [layer for layer in noisy if not any(other.startswith(f"{layer}.") for other in noisy)]
+
+
 # Losses that are not fp32's
 
 MAX_LOSS_GAP = 0.05

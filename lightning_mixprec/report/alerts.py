@@ -215,7 +215,7 @@ def _noisy(records: Records, layers: Lives) -> tuple[list[str], dict[str, tuple[
     """The layers whose outputs are noise, the worst first, and their latest samples."""
     measured = _measured(records, layers, "sqnr_db", after_all_moves=True)
     latest = {name: known[-1] for name, known in measured.items() if known[-1][1] < advice.NOISE_DB}
-    return _worst_first(latest), latest
+    return advice.causes(_worst_first(latest)), latest
 
 
 def _noise(records: Records, layers: Lives) -> Iterator[Alert]:

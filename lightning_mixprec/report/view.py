@@ -11,6 +11,7 @@ from lightning_mixprec.report import charts, histograms
 # The classes of formats in the style sheet; any other format is drawn in grey.
 FORMAT_CLASSES = {"fp64": "f64", "fp32": "f32", "bf16": "fbf", "fp16": "f16", "e4m3": "f43", "e5m2": "f52"}
 SEVERAL_CLASS = {"several": "fsv"}
+OTHER_CLASS = "fot"
 LEVEL_WORDS = {"error": "Error", "warning": "Warning", "note": "Note"}
 STATE_WORDS = {"finished": "finished", "failed": "failed", "stopped": "was stopped", "unfinished": "did not finish"}
 MAX_NAMED_LAYERS = 3
@@ -26,7 +27,7 @@ def format_class(name: str) -> str:
     >>> format_class("bf16"), format_class("int3")
     ('fbf', 'fot')
     """
-    return {**FORMAT_CLASSES, **SEVERAL_CLASS}.get(name, "fot")
+    return {**FORMAT_CLASSES, **SEVERAL_CLASS}.get(name, OTHER_CLASS)
 
 
 def view(content: dict[str, Any]) -> dict[str, Any]:

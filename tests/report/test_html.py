@@ -13,6 +13,7 @@ import pytest
 from report import samples
 
 from lightning_mixprec import MixPrecError
+from lightning_mixprec.numerics.colors import COLORS, tint
 from lightning_mixprec.report import charts, histograms, view
 from lightning_mixprec.report.html import render
 
@@ -285,3 +286,15 @@ def test_shares_of_a_histogram_against_counting_by_hand():
         "Of the nonzero elements in fp16 at loss scale 65,536: 15 % below 2⁻⁴⁰ and vanish, 20 % subnormal, below 2⁻³⁰. "
         "50 % of all elements are exact zeros."
     )
+
+
+def test_formats_have_the_colours_of_the_plots_and_are_written_on_in_black():
+    style = page_of(samples.sample()).raw["style", None]
+    for name, color in COLORS.items():
+        fill = re.search(rf"--{view.format_class(name)}: (#\w+);", style).group(1)
+        assert fill == tint(color)
+        shares = [int(fill[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        light = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+        luminance = sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), light, strict=True))
+        assert (luminance + 0.05) / 0.05 >= 4.5
+    assert "--onformat: #000000" in style
