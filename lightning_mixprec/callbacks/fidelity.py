@@ -35,6 +35,9 @@ class FidelityMonitor(SamplingMonitor):
     says whether half of the batch could. With several ranks the cosine is that of all ranks' gradients side by side,
     and the loss gap is the largest.
 
+    Warns of gradients, losses and outputs that are off, at the limits and in the sentences that the report has, too
+    (:mod:`lightning_mixprec.records.advice`): of an output below 10 dB once, of the others in two samples in a row.
+
     ``plot()`` draws the cosine of each layer's gradient with fp32's, the worst first.
 
     Args:
