@@ -228,7 +228,8 @@ class PrecisionReport(SamplingMonitor):
     @staticmethod
     def _place(trainer: pl.Trainer) -> dict[str, int]:
         batch_idx = trainer.fit_loop.epoch_loop.batch_idx
-        return {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
+        step = max(trainer.global_step, 0)  # a first step that was skipped, and then ended the run, leaves it at -1
+        return {"step": step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
 
     @override
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:

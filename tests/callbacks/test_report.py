@@ -344,3 +344,18 @@ def test_no_folder_is_said(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="PrecisionReport has no folder to write to"):
         fit(task(), ours("bf16"), callbacks=[PrecisionReport()], logger=logger)
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_run_that_fails_in_its_first_step_is_told_to_have_failed(tmp_path):
+    """Its step is none, and leaves Lightning's count below zero."""
+
+    class Hopeless(Task):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * math.inf
+
+    plugin = PerLayerPrecision("fp16", loss_scaling={"init_scale": 1.0, "min_scale": 1.0})
+    with pytest.raises(MixPrecError, match="loss scale is at its minimum"):
+        watched(tmp_path, task(Hopeless), plugin)
+    run = run_in(tmp_path)
+    assert run["status"]["state"] == "failed"
+    assert "The run ended by an exception" in {alert["title"] for alert in run["alerts"]}
