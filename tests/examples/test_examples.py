@@ -352,6 +352,7 @@ def test_a_scheduled_phase_comes_when_the_readme_says(
         assert [int(number) for number in example.groups()] == [22 * epoch, epoch]
 
 
+@pytest.mark.slow
 def test_a_healthy_run_moves_nothing_and_learns_the_policy_it_began_with(
     classification: ModuleType, capsys: pytest.CaptureFixture
 ) -> None:
@@ -475,6 +476,7 @@ def test_what_the_monitors_benchmark_trains(monitors: ModuleType, monkeypatch: p
     assert setting.targets() == {"defaults": 1.02, "report": 1.02, "statistics": 1.15}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_measured_beside_its_own_plain_steps(monitors: ModuleType) -> None:
     bench = quick_bench(monitors, "bf16", compiled=True)
     bench.inspect()

@@ -232,6 +232,7 @@ def test_the_question_s_answer_is_the_value_of_its_key() -> None:
 SHORT = ["--trainer.limit_train_batches=40", "--trainer.limit_val_batches=2", "--trainer.max_epochs=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*overflows in fp16")
 def test_fp16_dies_with_one_line_that_names_the_attention() -> None:
     with pytest.raises(MixPrecError, match="loss scale is at its minimum.*attention") as caught:
@@ -260,6 +261,7 @@ def test_lightning_s_own_fp16_learns_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*overflows in fp16")
 def test_two_lines_rescue_it() -> None:
+    """The seconds of a run of the size at which fp16 fails."""
     added = yaml.safe_load((CONFIGS / "rescue_adaptive.yaml").read_text())
     assert added == {"trainer": {"callbacks+": [{"class_path": "lightning_mixprec.AdaptivePrecision"}]}}
     cli = fit("adaptive_rescue", *SHORT, configs=("rescue_fp16", "rescue_adaptive"))

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from policy_models import Box
+from selection import slow
 from torch import nn
 
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
@@ -139,8 +140,8 @@ def big_model():
 @pytest.mark.parametrize(
     "rules",
     [
-        [],
-        [Rule(types="LayerNorm", compute="fp32")],
+        slow([]),
+        slow([Rule(types="LayerNorm", compute="fp32")]),
         [Rule("model.blocks.[::2]", compute="fp32")],
         [Rule("re:.*[02357].*(norm|act)", compute="fp32"), Rule("re:.*[149].*fc", compute="fp16")],
         [Rule(f"model.blocks.{number * number}", compute="fp32" if number % 3 else "fp16") for number in range(50)],
