@@ -62,6 +62,14 @@ def _fixed_seeds():
 
 
 @pytest.fixture(autouse=True)
+def _determinism_as_before():
+    """``Trainer(deterministic=True)`` sets it for the process, and the next test in it may need what is not."""
+    mode = torch.get_deterministic_debug_mode()
+    yield
+    torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.fixture(autouse=True)
 def _own_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
