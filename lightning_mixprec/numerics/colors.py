@@ -12,7 +12,7 @@ COLORS = {
 bf16, which have one range, are a light and a dark blue. Formats are named next to their colours all the same."""
 
 OTHER = "#979FA6"
-"""What has no colour of its own."""
+"""The colour of a format that has none of its own."""
 
 
 def tint(color: str, white: float = 0.3) -> str:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_mixprec.errors import SupportError
-from lightning_mixprec.numerics.colors import COLORS
-from lightning_mixprec.numerics.formats import Format, get_format
+from lightning_mixprec.numerics.colors import COLORS, OTHER
+from lightning_mixprec.numerics.formats import Format, get_format, low_precision_formats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import FigureBase as FigureBase
 
-_DRAWN = ("bf16", "fp16", "e5m2", "e4m3")
 _BARS = "#8C8C8C"
 # The view shows all that fp16 holds, whatever the data; and of wider formats as much as the data asks for.
 _LEAST_VIEW = (-26, 18)
@@ -41,8 +40,10 @@ def draw_exponents(result: Mapping[str, Tensor], ax: "Axes | None" = None) -> "t
     high = max([_LEAST_VIEW[1], *(exponent + 1 + _MARGIN for exponent, _ in seen)])
     _draw_bars(ax, seen)
     ax.set_xlim(low, high)
-    for place, name in enumerate(_DRAWN):
-        _draw_range(ax, get_format(name).forward, place)
+    formats = [get_format(name).forward for name in low_precision_formats(in_parts=True)]
+    formats.sort(key=lambda format: -format.max)
+    for place, format in enumerate(formats):
+        _draw_range(ax, format, (place + 0.5) / len(formats))
     ax.set_xlabel("log2 of the magnitude; on top what each format holds, thin where subnormal")
     ax.set_ylabel("elements")
     ax.set_title(_title(result), fontsize="medium")
@@ -97,13 +98,13 @@ def _draw_bars(ax: "Axes", seen: list[tuple[int, int]]) -> None:
     ax.set_ylim(bottom, bottom * 10 ** (decades / (_LANES_FROM - 0.04)))
 
 
-def _draw_range(ax: "Axes", format: Format, place: int) -> None:
+def _draw_range(ax: "Axes", format: Format, place: float) -> None:
     low, high = ax.get_xlim()
     subnormal, normal, largest = (
         math.log2(value) for value in (format.smallest_subnormal, format.smallest_normal, format.max)
     )
-    height = _LANES_TO - (_LANES_TO - _LANES_FROM) * (place + 0.5) / len(_DRAWN)
-    color, where = COLORS[format.name], ax.get_xaxis_transform()
+    height = _LANES_TO - (_LANES_TO - _LANES_FROM) * place
+    color, where = COLORS.get(format.name, OTHER), ax.get_xaxis_transform()
     for start, end, width in ((subnormal, normal, 1.5), (normal, largest, 5.0)):
         ax.plot([start, end], [height] * 2, color=color, linewidth=width, solid_capstyle="butt", transform=where)
     for end in (subnormal, normal, largest):
@@ -137,9 +138,10 @@ def draw_steps(
     figure, ax = _axes(ax, height=4.5)
     at, values = [step for step, _ in scales], [scale for _, scale in scales]
     ax.step([*at, steps], [*values, *values[-1:]], where="post", color=_BARS, linewidth=2)
+    colors = list(COLORS.values())[::-1]
     for place, kind in enumerate(dict.fromkeys(kind for _, kind in marks)):
         where = [step for step, each in marks if each == kind]
-        color = COLORS[_DRAWN[place % len(_DRAWN)]]
+        color = colors[place % len(colors)]
         ax.plot(where, [0.03] * len(where), "^", color=color, label=kind, transform=ax.get_xaxis_transform())
     ax.set_yscale("log", base=2)
     ax.set_xlabel("optimizer step")
