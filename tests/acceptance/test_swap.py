@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 TESTS = """
@@ -87,6 +89,7 @@ def run(*arguments, folder):
     )
 
 
+@pytest.mark.slow
 def test_lightnings_tests_get_our_plugin_and_can_fail(tmp_path):
     (tmp_path / "test_boring.py").write_text(TESTS)
     options = ["--mixprec-policy", "fp16", "--mixprec-plain", "scaled", "-p", "no:cacheprovider", "-q", "-rA"]
