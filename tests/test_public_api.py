@@ -72,16 +72,21 @@ def test_all_errors_are_one_family():
     assert issubclass(lightning_mixprec.MixPrecError, ValueError)
 
 
-def test_importing_warns_nobody_and_configures_nothing():
-    """The seconds of a process that imports Lightning."""
-    script = """
-import logging, sys, torch, lightning
+@pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
+def test_importing_warns_nobody_and_configures_nothing(first):
+    """Takes some ten seconds, in which a fresh process imports torch and Lightning."""
+    script = f"""
+import logging, os, sys, torch, warnings, {first}
+from lightning_utilities.core import rank_zero
 def state():
-    return torch.get_default_dtype(), list(logging.root.handlers), torch.no_grad, torch.autocast
+    loggers = [logging.root, *map(logging.getLogger, ("lightning_mixprec", "{first}"))]
+    logs = [(logger.level, list(logger.handlers), logger.propagate) for logger in loggers]
+    defaults = torch.get_default_dtype(), torch.no_grad, torch.autocast, dict(os.environ)
+    return logs, defaults, rank_zero.log, rank_zero.rank_zero_deprecation_category
 before, loaded = state(), set(sys.modules)
 import lightning_mixprec
 assert state() == before
-optional = {"sklearn", "torchvision", "jsonargparse", "rich", "matplotlib", "hypothesis"}
+optional = {{"sklearn", "torchvision", "jsonargparse", "rich", "matplotlib", "hypothesis"}}
 assert not (set(sys.modules) - loaded) & optional
 """
     command = [sys.executable, "-W", "error", "-c", script]
