@@ -1,4 +1,4 @@
-"""What the callbacks share that are told how every optimizer step went."""
+"""Base class of the callbacks that are told the outcome of every optimizer step."""
 
 import math
 from functools import partial
@@ -79,4 +79,4 @@ class FailureMonitor(Monitor):
             self._follow_up()
 
     def _follow_up(self) -> None:
-        """What outcomes lead to; between steps."""
+        """Acts on outcomes that have come in; between steps."""

@@ -1,4 +1,4 @@
-"""What the monitors share: when they look, what they log, where they write, and how they survive a resume."""
+"""Base classes of the callbacks: logged values, rows of the run's file, state and summary; and of those that replay."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from lightning_mixprec.records.schema import Place, Shapes
 from lightning_mixprec.records.states import Layout
 
 ROWS = 10
-"""How many layers a summary shows."""
+"""Layers that a summary shows."""
 
 
 class RunCallback(Callback):
@@ -130,7 +130,7 @@ class RunCallback(Callback):
         raise NotImplementedError
 
     def _summary(self) -> tuple[str, list[list[str]]]:
-        """What is printed when fit ends: a line, and a table that may be empty."""
+        """The line that is printed when fit ends, and a table that may be empty."""
         raise NotImplementedError
 
     def _log(self, trainer: pl.Trainer, values: Mapping[str, float]) -> None:
@@ -199,7 +199,7 @@ def monitors(trainer: pl.Trainer) -> list[RunCallback]:
 
 
 def is_quiet(trainer: pl.Trainer) -> bool:
-    """Whether a run is to leave neither files nor lines: a trial of a few batches, or one measured bare."""
+    """True for a run that leaves neither files nor lines: a trial of a few batches, or one measured bare."""
     return trainer.barebones or bool(getattr(trainer, "fast_dev_run", False))
 
 
@@ -232,12 +232,12 @@ def _plain_copy(value: Any) -> Any:
 
 
 def takes_iterator(trainer: pl.Trainer) -> bool:
-    """Whether the training_step takes an iterator over batches, so that nobody else sees them."""
+    """True if the training_step takes an iterator over batches, so that nobody else sees them."""
     return type(trainer.fit_loop._data_fetcher).__name__ == "_DataLoaderIterDataFetcher"
 
 
 def is_validated_next(trainer: pl.Trainer) -> bool:
-    """Whether Lightning may validate after this training batch; the same on all ranks."""
+    """True if Lightning may validate after this training batch; the same on all ranks."""
     # By the clock, it decides on each rank for itself.
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         return True

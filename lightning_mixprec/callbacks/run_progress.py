@@ -1,4 +1,4 @@
-"""How far a run is, and what it has logged: what phases wait for."""
+"""Progress of a run and the metrics that it logged, for phases that wait for them."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def share_done(trainer: pl.Trainer) -> Fraction:
 
 
 def follows_epochs(trainer: pl.Trainer, phase: Phase) -> bool:
-    """Whether it depends on the lengths of epochs at which step a phase comes."""
+    """True if the step at which a phase comes depends on the lengths of epochs."""
     when = phase.when
     if isinstance(when, Moment):
         ends = trainer.max_epochs not in (None, -1)
@@ -49,7 +49,7 @@ def follows_epochs(trainer: pl.Trainer, phase: Phase) -> bool:
 
 
 def looks_once_per_epoch(trainer: pl.Trainer) -> bool:
-    """Whether metrics are looked at when an epoch ends, where those of training and of validation are both there."""
+    """True if metrics are looked at when an epoch ends, where those of training and of validation are both there."""
     interval = trainer.val_check_interval
     is_usual = isinstance(interval, float) and interval == 1.0 and trainer.check_val_every_n_epoch == 1
     return is_usual or not trainer.enable_validation

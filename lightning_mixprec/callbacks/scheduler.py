@@ -119,7 +119,7 @@ class PrecisionScheduler(RunCallback):
     def _target(
         self, plugin: PerLayerPrecision, phase: Phase, policy: PrecisionPolicy, model: pl.LightningModule
     ) -> PrecisionPolicy:
-        """What a phase makes of a policy."""
+        """The policy that a phase makes of another one."""
         if phase.edit is not None:
             return policy.amend(phase.edit, model)
         wanted = phase.policy if isinstance(phase.policy, PrecisionPolicy) else plugin.configured_policy

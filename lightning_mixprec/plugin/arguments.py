@@ -1,4 +1,4 @@
-"""What a user may pass, to a new run or to a running one: what it means, or one line that says what is allowed."""
+"""Arguments, of a new run or of a change to a running one: their meaning, or one line that says what is allowed."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -25,7 +25,7 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def as_loss_scaling(value: Any) -> LossScaling | Literal["auto"] | None:
-    """What the argument ``loss_scaling`` means: options, ``"auto"``, or None for never."""
+    """Meaning of the argument ``loss_scaling``: options, ``"auto"``, or None for never."""
     if value is True:
         raise ScalingError("loss_scaling is True; write 'auto' (on when some layer computes in fp16) or a number.")
     if isinstance(value, str) and value == "auto":
@@ -34,19 +34,19 @@ def as_loss_scaling(value: Any) -> LossScaling | Literal["auto"] | None:
 
 
 def scaling_for(asked: LossScaling | Literal["auto"] | None, assignment: Assignment) -> LossScaling | None:
-    """How the loss is scaled under an assignment; None for not at all."""
+    """Options of loss scaling under an assignment; None if the loss is not scaled."""
     if asked != "auto":
         return asked
     return LossScaling() if is_scaling_needed(assignment.compute_formats) else None
 
 
 def configured_form(policy: object) -> str | dict[str, Any]:
-    """What is kept in a checkpoint of the policy that the user configured."""
+    """The policy that the user configured, in the form that a checkpoint keeps."""
     return "auto" if isinstance(policy, str) and policy == "auto" else as_policy(policy).to_dict()
 
 
 def choose_format(device: torch.device) -> tuple[str, str]:
-    """What ``policy="auto"`` means on a device, and why."""
+    """The format that ``policy="auto"`` stands for on a device, and the reason."""
     bf16 = native_support("bf16", device)
     if bf16.native:
         return "bf16", f"bf16, which {device_name(device)} computes natively ({bf16.reason})"
@@ -87,7 +87,7 @@ def check_storage_unchanged(before: Assignment, after: Assignment) -> None:
 def check_change(
     before: Assignment, after: Assignment, asked: LossScaling | Literal["auto"] | None, optimizers: Iterable[Optimizer]
 ) -> LossScaling | None:
-    """How the loss is scaled once another assignment holds for a running model.
+    """Options of loss scaling once another assignment holds for a running model; None if the loss is not scaled.
 
     Args:
         before: The assignment in force.

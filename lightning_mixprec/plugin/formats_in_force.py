@@ -1,4 +1,4 @@
-"""Which policy holds when: the one of training and the one of evaluation, brought in force on the model that runs."""
+"""The policies of training and of evaluation, each brought in force on the running model when it is to hold."""
 
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
@@ -78,7 +78,7 @@ class FormatsInForce:
 
     @property
     def is_attached(self) -> bool:
-        """Whether a model runs."""
+        """True while a model runs."""
         return self._attachment is not None
 
     def between_steps(self, model: pl.LightningModule | None, what: str) -> pl.LightningModule:
@@ -254,12 +254,12 @@ class FormatsInForce:
 
 
 def in_fp32(layer: LayerPrecision) -> LayerPrecision:
-    """What a layer computes in where everything is fp32; fp64 stays."""
+    """The layer where everything computes in fp32; fp64 stays."""
     return replace(layer, compute=layer.compute if is_wider(layer.compute, REFERENCE) else REFERENCE, output=None)
 
 
 def attributes_of_copy(owner: Any) -> dict[str, Any]:
-    """What a copy of the plugin or of a part of it holds: all, with the run forgotten (``_forget_run``)."""
+    """Attributes of a copy of the plugin or of a part of it: all, with the run forgotten (``_forget_run``)."""
     copy: Any = object.__new__(type(owner))
     vars(copy).update(vars(owner))
     copy._forget_run()

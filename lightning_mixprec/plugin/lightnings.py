@@ -88,7 +88,7 @@ _OPTIMIZERS = both("core.optimizer", "LightningOptimizer")
 
 
 def is_lightning_module(module: object) -> "TypeIs[pl.LightningModule]":
-    """Whether an object is a LightningModule of either package."""
+    """True for a LightningModule of either package."""
     return isinstance(module, _MODULES)
 
 

@@ -119,7 +119,7 @@ class PerLayerPrecision(Precision):
         return self._ledger.skipped_steps
 
     def step_was_skipped(self, optimizer: Optimizer | LightningOptimizer) -> bool:
-        """Whether the optimizer's latest step was skipped. May wait for the device.
+        """True if the optimizer's latest step was skipped. May wait for the device.
 
         In manual optimization, ask this before calling ``scheduler.step()``; under DDP on every rank, because
         ``global_step`` is put right when the outcome is asked for.

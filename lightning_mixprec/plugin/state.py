@@ -21,7 +21,7 @@ _STOCK_STATES = ("MixedPrecision", "FSDPPrecision", "native_amp_scaling_state")
 
 @dataclass(frozen=True)
 class PluginState:
-    """What a checkpoint keeps of the plugin.
+    """The plugin's part of a checkpoint.
 
     Args:
         configured: The policy as the user configured it, in mapping form, or ``"auto"``.
@@ -96,7 +96,7 @@ class PluginState:
         model: nn.Module,
         step: int,
     ) -> "Resumed":
-        """What training goes on with. Nothing is changed by asking.
+        """The policy and history that training goes on with. Nothing is changed by asking.
 
         Args:
             policy: The policy configured now, without moves that an earlier run made.
@@ -123,7 +123,7 @@ class PluginState:
 
 
 class Resumed(NamedTuple):
-    """What a resumed run goes on with.
+    """Policy and history of a resumed run.
 
     Attributes:
         policy: The policy to bring in force.
@@ -189,12 +189,12 @@ def _parts(whole: Mapping[str, Any]) -> dict[str, Shapes]:
 
 
 def _covers(layer: LayerPrecision) -> bool:
-    """Whether what decided for a layer decides for those inside it, too."""
+    """True if the rule that decided for a layer decides for those inside it, too."""
     return layer.rule is None or layer.rule.recurse
 
 
 def policy_version(history: Sequence[Mapping[str, Any]]) -> int:
-    """How often the policy changed so far; layers that moved at one step for one reason are one change.
+    """Number of changes of the policy so far; layers that moved at one step for one reason are one change.
 
     >>> moves = [("net.0", 10, "schedule"), ("net.2", 10, "schedule"), ("net.0", 10, "set_policy")]
     >>> policy_version([{"layer": layer, "step": step, "reason": reason} for layer, step, reason in moves])

@@ -1,4 +1,4 @@
-"""What a skipped optimizer step must not move: counters, learning rates, ``global_step``; and when to give up.
+"""Skipped optimizer steps: counters, learning rates and ``global_step`` do not move; many of them end the run.
 
 On the CPU, and with optimizers that are not fused, the outcome of a step is known at once. A fused optimizer on an
 accelerator is never waited for: its outcome is copied to the host in the background and taken in at the first
@@ -44,7 +44,7 @@ class _Tally:
     taken: int = 0
 
     def spend(self) -> bool:
-        """Whether the schedule moves: as many steps were taken as were tried for it."""
+        """True if the schedule moves: as many steps were taken as were tried for it."""
         moves = self.taken >= self.tried
         if moves:
             self.taken -= self.tried
@@ -53,7 +53,7 @@ class _Tally:
 
 
 class StepLedger:
-    """Which optimizer steps were skipped, and what follows from it.
+    """Counts of the optimizer steps that were skipped, and the consequences of each.
 
     Args:
         scaler: Decides about the steps.
@@ -154,12 +154,12 @@ class StepLedger:
         return self._skipped_steps
 
     def was_skipped(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer's latest step was skipped."""
+        """True if the optimizer's latest step was skipped."""
         self.settle()
         return self._last_skipped.get(optimizer, False)
 
     def lets_step(self, scheduler: Any) -> bool:
-        """Whether a learning-rate schedule that is due may move: per epoch always, per step after real steps only."""
+        """True if a learning-rate schedule that is due may move: per epoch always, per step after real steps only."""
         tallies = zip(self._schedulers, self._tallies, strict=False)
         mine = (tally for config, tally in tallies if config.scheduler is scheduler and config.interval == "step")
         return all(tally.spend() for tally in mine)

@@ -110,7 +110,7 @@ _UNKNOWN = StrategyRow("", (), plugin=None)
 
 
 def row_of(strategy: Strategy) -> StrategyRow:
-    """What is known of a strategy; a row without a plugin if nothing is."""
+    """The row of a strategy; a strategy of no row gets one without a plugin."""
     return next((row for row in STRATEGIES if isinstance(strategy, row.classes)), _UNKNOWN)
 
 

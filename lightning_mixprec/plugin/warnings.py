@@ -1,4 +1,4 @@
-"""What costs speed or accuracy although it is allowed: one warning each, that says what to do instead."""
+"""Warnings of costs in speed or accuracy, where something is allowed: one each, with what to do instead."""
 
 from typing import Any
 

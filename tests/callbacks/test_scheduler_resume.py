@@ -41,9 +41,9 @@ def go(phases=PHASES, path=None, epochs=EPOCHS, callbacks=(), **options):
 
 
 @pytest.fixture(scope="module")
-def whole():
-    """The run that nothing interrupted."""
-    return go()
+def whole(tmp_path_factory):
+    """The run that nothing interrupted; its folder is named, a test's own one is not yet entered here."""
+    return go(default_root_dir=tmp_path_factory.mktemp("whole"))
 
 
 def test_the_uninterrupted_run_has_every_kind_of_moment(whole):
