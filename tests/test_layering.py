@@ -1,6 +1,7 @@
 """The layout's rules, read from the sources with `ast`, and shown to catch a planted violation of each kind."""
 
 import ast
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ PACKAGE = "lightning_mixprec"
 ROOT = Path(__file__).parents[1]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
+MAX_FILES_IN_A_ROOM = 16
+MAX_PAGE_LINES = 60
 
 # Each step sees those before it and itself; the rooms of one step do not see one another.
 STEPS = [
@@ -57,7 +60,10 @@ REQUIRED = {"torch", "yaml", "torchmetrics", "typing_extensions", *LIGHTNING}
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, by its absolute name; deferred if it is only imported when a function runs, or for types."""
+    """One imported module, by its absolute name; deferred if it is only imported when a function runs, or for types.
+
+    For circles and directions deferred imports count as any other; only optional packages have to be deferred.
+    """
 
     module: str
     line: int
@@ -123,7 +129,7 @@ def module_file(module, files):
 
 
 def check_places(files):
-    for path in files:
+    for path in files.sources:
         folder = path.rpartition("/")[0]
         if layer_of(path) is None:
             yield f"{path}: the layout has no place for it"
@@ -131,11 +137,33 @@ def check_places(files):
             yield f"{path}: deeper than the house has rooms"
 
 
+def check_rooms(files):
+    """Every folder has a page that says what it is for, and no more files than a newcomer takes in at once."""
+    rooms = {}
+    for path in files.sources:
+        folder, _, name = path.rpartition("/")
+        if folder:
+            rooms.setdefault(folder, []).append(name)
+    for folder, names in rooms.items():
+        if len(names) > MAX_FILES_IN_A_ROOM:
+            yield f"{folder}: {len(names)} files, at most {MAX_FILES_IN_A_ROOM}"
+        page = files.pages.get(folder)
+        if page is None:
+            yield f"{folder}: has no README.md that says what it is for"
+            continue
+        if len(page.splitlines()) > MAX_PAGE_LINES:
+            yield f"{folder}: its README.md is longer than a page of {MAX_PAGE_LINES} lines"
+        told = set(re.findall(r"`(\w+\.py)`", page)) - {"__init__.py"}
+        for name in sorted(told ^ (set(names) - {"__init__.py"})):
+            says = "names a file that is not there" if name in told else "does not name a file of the room"
+            yield f"{folder}: its README.md {says}, {name}"
+
+
 def check_directions(files):
-    for path, source in files.items():
+    for path, source in files.sources.items():
         layer = layer_of(path)
         for imported in imports_of(path, source):
-            target = module_file(imported.module, files)
+            target = module_file(imported.module, files.sources)
             if layer == "errors":
                 yield f"{path}:{imported.line}: errors import nothing, here {imported.module}"
             elif target and layer and layer_of(target) not in MAY_IMPORT[layer]:
@@ -144,8 +172,8 @@ def check_directions(files):
 
 def check_cycles(files):
     edges = {
-        path: {module_file(each.module, files) for each in imports_of(path, source) if not each.deferred} - {None, path}
-        for path, source in files.items()
+        path: {module_file(each.module, files.sources) for each in imports_of(path, source)} - {None, path}
+        for path, source in files.sources.items()
     }
     done = set()
 
@@ -162,7 +190,7 @@ def check_cycles(files):
 
 
 def check_frameworks(files):
-    for path, source in files.items():
+    for path, source in files.sources.items():
         for imported in imports_of(path, source):
             if imported.top in LIGHTNING and layer_of(path) not in KNOWS_LIGHTNING:
                 yield f"{path}:{imported.line}: {imported.top} has no place in {layer_of(path)}"
@@ -172,7 +200,7 @@ def check_frameworks(files):
 
 def check_optional_packages(files):
     homes = {}
-    for path, source in files.items():
+    for path, source in files.sources.items():
         for imported in imports_of(path, source):
             if imported.top in REQUIRED | {PACKAGE, "__future__"} or imported.top in sys.stdlib_module_names:
                 continue
@@ -184,7 +212,7 @@ def check_optional_packages(files):
 
 
 def check_sizes(files):
-    for path, source in files.items():
+    for path, source in files.sources.items():
         lines = len(source.splitlines())
         if lines > MAX_FILE_LINES:
             yield f"{path}: {lines} lines, at most {MAX_FILE_LINES}"
@@ -201,17 +229,37 @@ def _length_without_docstring(node):
     return node.end_lineno - node.lineno + 1 - spared
 
 
-CHECKS = [check_places, check_directions, check_cycles, check_frameworks, check_optional_packages, check_sizes]
+CHECKS = [
+    check_places,
+    check_rooms,
+    check_directions,
+    check_cycles,
+    check_frameworks,
+    check_optional_packages,
+    check_sizes,
+]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The Python files of a folder by their paths, and the README.md of each folder in it by its path."""
+
+    sources: dict[str, str]
+    pages: dict[str, str]
 
 
 def read_tree(folder):
-    return {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
+    def read(pattern):
+        return {path.relative_to(folder): path.read_text("utf-8") for path in sorted(folder.rglob(pattern))}
+
+    pages = {path.parent.as_posix(): text for path, text in read("README.md").items()}
+    return Tree({path.as_posix(): source for path, source in read("*.py").items()}, pages)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_package_keeps_its_layout(check):
     files = read_tree(ROOT / PACKAGE)
-    assert {"__init__.py", "errors.py"} <= set(files)
+    assert {"__init__.py", "errors.py"} <= set(files.sources)
     assert list(check(files)) == []
 
 
@@ -227,6 +275,12 @@ GOOD = {
     "numerics/metrics.py": "import torchmetrics",
     "policy/rules.py": "import yaml\nfrom ..numerics import formats",
     "policy/table.py": "def show():\n    import rich.table",
+    "records/journal.py": "from lightning_mixprec.ranks import count",
+    "ranks.py": "import torch",
+    "optim/options.py": "from lightning_mixprec.numerics.formats import A",
+    "planning/controller.py": "from lightning_mixprec.records.journal import A",
+    "evidence/instruments/sandbox.py": "from lightning_mixprec.engine.apply import attach",
+    "evidence/replay.py": "from lightning_mixprec.evidence.instruments.sandbox import A\nimport lightning",
     "engine/apply.py": "from lightning_mixprec.policy.rules import Rule",
     "engine/backends/native.py": "from lightning_mixprec.errors import MixPrecError",
     "plugin/precision.py": "import lightning.pytorch as pl\nfrom lightning_mixprec.plugin.steps import A",
@@ -241,9 +295,15 @@ DOCUMENTED = 'def long():\n    """One.\n\n' + "    Two.\n" * 30 + '    """\n' + 
 
 
 def write_tree(folder, files):
+    """Writes files, and for each folder a page that names them unless there is one."""
     for path, source in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(source)
+    for room in {(folder / path).parent for path in files} - {folder}:
+        if not (room / "README.md").exists():
+            (room / "README.md").write_text("".join(f"- `{path.name}`\n" for path in room.glob("*.py")))
+        elif not (room / "README.md").read_text():
+            (room / "README.md").unlink()
 
 
 def violations(folder, files):
@@ -282,6 +342,36 @@ PLANTED = [
         "from lightning_mixprec.policy.table import show",
         "import cycle: policy/rules.py -> policy/table",
     ),
+    (
+        "policy/rules.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lightning_mixprec.policy.table import Table",
+        "import cycle: policy/rules.py -> policy/table",
+    ),
+    (
+        "policy/rules.py",
+        "def show():\n    from lightning_mixprec.policy.table import show",
+        "import cycle: policy/rules.py -> policy/table",
+    ),
+    ("policy/README.md", "", "policy: has no README.md"),
+    ("policy/README.md", "- `rules.py`\n", "policy: its README.md does not name a file of the room, table.py"),
+    (
+        "policy/README.md",
+        "- `rules.py`\n- `table.py`\n- `gone.py`\n",
+        "policy: its README.md names a file that is not there, gone.py",
+    ),
+    ("policy/README.md", "`rules.py` `table.py`\n" + "More.\n" * 60, "policy: its README.md is longer than a page"),
+    ("planning/a.py", "from lightning_mixprec.engine.apply import attach", "planning must not import engine"),
+    ("planning/a.py", "from lightning_mixprec.optim.options import A", "planning must not import optim"),
+    ("engine/a.py", "from lightning_mixprec.optim.options import A", "engine must not import optim"),
+    ("records/a.py", "from lightning_mixprec.numerics.formats import A", "records must not import numerics"),
+    ("plugin/more.py", "from lightning_mixprec.evidence.replay import A", "plugin must not import evidence"),
+    (
+        "evidence/instruments/a.py",
+        "from lightning_mixprec.plugin.steps import A",
+        "evidence/instruments must not import plugin",
+    ),
+    ("evidence/instruments/a.py", "import lightning", "lightning has no place in evidence/instruments"),
+    ("report/a.py", "from lightning_mixprec.evidence.replay import A", "report must not import evidence"),
     ("numerics/a.py", "import lightning", "lightning has no place in"),
     (
         "policy/a.py",
@@ -312,4 +402,9 @@ def test_a_planted_violation_is_caught(tmp_path, path, source, message):
     table = {"policy/table.py": "import lightning_mixprec.policy.rules"} if "cycle" in message else {}
     found = violations(tmp_path, GOOD | table | {path: source})
     assert any(message in each for each in found), found
-    assert all(path in each for each in found), found
+    assert all(path.removesuffix("/README.md") in each for each in found), found
+
+
+def test_a_room_with_too_many_files_is_caught(tmp_path):
+    many = {f"policy/{'a' * length}.py": "" for length in range(1, MAX_FILES_IN_A_ROOM)}
+    assert violations(tmp_path, GOOD | many) == [f"policy: {len(many) + 2} files, at most {MAX_FILES_IN_A_ROOM}"]
