@@ -126,8 +126,8 @@ class FidelityMonitor(SamplingMonitor):
 
     def _row(self, found: Findings, gap: float) -> LossRow:
         row: LossRow = {"loss_gap": gap, "loss_scale": found.scale, "too_large": found.too_large}
-        if self.min_cosine is not None:
-            row["min_cosine"] = self.min_cosine
+        if (limit := self._limit()) != advice.MIN_COSINE or self.min_cosine is not None:
+            row["min_cosine"] = limit
         if self.max_loss_gap != advice.MAX_LOSS_GAP:
             row["max_loss_gap"] = self.max_loss_gap
         return row

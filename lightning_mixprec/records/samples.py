@@ -82,7 +82,7 @@ class ClosenessRow(Closeness):
 
 
 class LossRow(TypedDict):
-    """The loss at a sampled step; ``min_cosine`` and ``max_loss_gap`` where the user has set them."""
+    """The loss at a sampled step; ``min_cosine`` and ``max_loss_gap`` where other limits than the usual ones hold."""
 
     loss_gap: float
     loss_scale: float

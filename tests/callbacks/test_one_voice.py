@@ -144,6 +144,14 @@ def test_a_value_between_two_limits_is_told_by_both_or_by_none(cosine, gap, limi
         assert warned == {alerts["The loss is not fp32's"]["line"]}
 
 
+def test_a_coarse_format_brings_its_limit_to_a_report_that_knows_no_formats():
+    told(Task(mlp()), Batches(6, count=2), FidelityMonitor(1), plugin=ours("bf16"))
+    rows = [row for row in map(json.loads, Path(FILE_NAME).read_text().splitlines()) if "loss_gap" in row]
+    assert [row["min_cosine"] for row in rows] == [advice.MIN_COSINE_IF_COARSE] * 2
+    assert not journal(grad_cosine=0.95, min_cosine=rows[0]["min_cosine"]).keys() & TITLES
+    assert journal(grad_cosine=0.95).keys() & TITLES
+
+
 def test_the_users_threshold_of_underflow_is_the_reports():
     for threshold in (0.1, 0.99):
         warned, alerts = told(Faint(quickstart()), large(1), UnderflowMonitor(1, threshold=threshold))
