@@ -148,10 +148,11 @@ class Border:
             if output == "input":
                 output = _arrived(args, kwargs)
             args, kwargs = cast((args, kwargs), into)
+        compute = self._compute if self.slots else self._forward
         if own is caller and self.inherits:
-            result = self._compute(args, kwargs)
+            result = compute(args, kwargs)
         else:
-            result = self.region.call(was_on, was, self._compute, args, kwargs)
+            result = self.region.call(was_on, was, compute, args, kwargs)
         if output is torch.float64:
             back = back_from_fp64
         if type(result) is not Tensor:
