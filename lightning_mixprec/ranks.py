@@ -1,4 +1,4 @@
-"""What the ranks of a distributed run tell each other, so that all of them see and decide the same."""
+"""Messages between the ranks of a distributed run, so that all of them see and decide the same."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def are_many() -> bool:
-    """Whether there is more than one rank."""
+    """True if there is more than one rank."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def count() -> int:
-    """How many ranks there are."""
+    """The number of ranks."""
     return distributed.get_world_size() if are_many() else 1
 
 
@@ -30,7 +30,7 @@ def take_largest(tensors: Sequence[Tensor]) -> None:
 
 
 def is_any(claim: bool, device: torch.device) -> bool:
-    """Whether a claim holds on some rank. Waits for all ranks."""
+    """True if a claim holds on some rank. Waits for all ranks."""
     if not are_many():
         return claim
     flag = torch.tensor(float(claim), device=device)

@@ -87,7 +87,7 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
                 "FSDP clips the norm of all gradients together, and there are several optimizers; use "
                 "gradient_clip_algorithm='value', or ModelParallelStrategy (FSDP2)."
             )
-        model = self._model() if self._model is not None else None
+        model = self._current_model()
         root: Any = model.trainer.strategy.model if model is not None else None
         root.clip_grad_norm_(float(clip_val))
 
