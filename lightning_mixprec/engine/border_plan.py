@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lightning_mixprec.engine.backends import backend_for, computed_formats
+from lightning_mixprec.engine.backends import backend_for
 from lightning_mixprec.engine.borders import Crossing
 from lightning_mixprec.engine.fastpath import FUSED
 from lightning_mixprec.engine.weights import Slot, mismatches, unusable_in
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import REFERENCE, get_format
+from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format
 from lightning_mixprec.policy.assignment import LayerPrecision
 from lightning_mixprec.policy.module_names import walk
 
@@ -149,7 +149,7 @@ def _is_all_fp32(site: Site, plan: Plan) -> bool:
 def _checked(name: str, format: str) -> str:
     if backend_for(format) is not None:
         return format
-    formats = ", ".join(computed_formats())
+    formats = ", ".join(filter(backend_for, compute_formats()))
     raise PolicyError(
         f"layer {name!r} is to compute in {format!r}, and layers compute in {formats}; choose one of these"
     )

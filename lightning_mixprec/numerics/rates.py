@@ -37,11 +37,6 @@ class Bounds(NamedTuple):
     high: float
 
     @property
-    def is_exact(self) -> bool:
-        """True if both are the same."""
-        return self.low == self.high
-
-    @property
     def middle(self) -> float:
         """The number itself if it is known, otherwise the one with the least possible error."""
         return (self.low + self.high) / 2

@@ -140,11 +140,6 @@ class Assignment(Mapping[str, LayerPrecision]):
         """The formats that some layer with operations of its own computes in."""
         return frozenset(layer.compute for name, layer in self.items() if self.facts[name].has_forward)
 
-    @property
-    def is_uniform(self) -> bool:
-        """True if all layers compute in one format and none hands on in another."""
-        return len(self.compute_formats) <= 1 and all(layer.output is None for layer in self.values())
-
     def changes_to(self, other: "Assignment") -> dict[str, tuple[LayerPrecision, LayerPrecision]]:
         """The layers, each under its first name, whose formats differ in another assignment of the same model."""
         return {

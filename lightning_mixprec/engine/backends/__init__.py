@@ -2,9 +2,8 @@
 
 from lightning_mixprec.engine.backends.autocast import Autocast
 from lightning_mixprec.engine.backends.protocol import Backend, Region
-from lightning_mixprec.numerics.formats import compute_formats
 
-__all__ = ["BACKENDS", "Backend", "Region", "backend_for", "computed_formats"]
+__all__ = ["BACKENDS", "Backend", "Region", "backend_for"]
 
 BACKENDS: tuple[Backend, ...] = (Autocast(),)
 """The backends; of several for one format the first one computes in it."""
@@ -17,8 +16,3 @@ def backend_for(format: str) -> Backend | None:
     (True, None)
     """
     return next((backend for backend in BACKENDS if backend.computes(format)), None)
-
-
-def computed_formats() -> list[str]:
-    """The formats of the table that some backend computes in."""
-    return [format for format in compute_formats() if backend_for(format) is not None]
