@@ -274,8 +274,8 @@ def test_a_healthy_watched_run_has_no_alerts(tmp_path):
     assert run["watched"] == ["PrecisionReport", "OverflowMonitor", "UnderflowMonitor"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_leaves_its_curve(tmp_path):
-    """The seconds of a process that imports Lightning."""
     dying = (
         "import os, lightning.pytorch as pl\n"
         "from plugin_models import Call, fit, ours, task\n"

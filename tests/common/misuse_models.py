@@ -5,14 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from lightnings import pl
 from plugin_models import PLAIN_SGD, Batches, Task, fit, ours, same
+from selection import slow_but_for
 from torch import Tensor, nn
 
 from lightning_mixprec import AdaptivePrecision, FidelityMonitor, OverflowMonitor, PerLayerPrecision, UnderflowMonitor
 
 FORMATS = ("fp16", "bf16")
+every_format = pytest.mark.parametrize("format", slow_but_for({"fp16"}, FORMATS))
 TOLERANCE = {"fp16": 5e-3, "bf16": 5e-2}
 """How far losses may be from fp32's, as a share, in runs of a few steps."""
 

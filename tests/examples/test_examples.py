@@ -69,6 +69,7 @@ def monitors(examples: None) -> ModuleType:
 # The first line of the README, from elsewhere and for two steps
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_anywhere_and_says_what_it_wrote(tmp_path: Path) -> None:
     """The seconds of a process that imports Lightning and torchvision, and of two steps of a ResNet-18."""
     limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]

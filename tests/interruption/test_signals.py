@@ -8,12 +8,13 @@ import pytest
 from interruption.runs import BATCHES, LEARNED, Lesson, differences, ending, trained
 from interruption.signalled_run import AT, SIGNALS, plugin
 from processes import outcomes, python_path, started
-from selection import selected, slow_but_for
+from selection import selected
 
 from lightning_mixprec import PrecisionPolicy
 from lightning_mixprec.records.journal import FILE_NAME
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
@@ -22,7 +23,7 @@ LAST = {"SIGTERM": AT, "SIGINT": AT - 1}
 """The last batch that counts: Lightning ends the one of a SIGTERM, and Ctrl-C is an exception within one."""
 
 
-every_signal = pytest.mark.parametrize("name", slow_but_for({"SIGTERM"}, SIGNALS))
+every_signal = pytest.mark.parametrize("name", SIGNALS)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,6 @@ def test_a_run_goes_on_from_where_a_sigterm_ended_it(runs, whole, tmp_path, name
     assert list(differences(end, whole)) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT"])
 def test_a_run_goes_on_from_where_ctrl_c_ended_it(runs, whole, tmp_path, name):
     """With the window lost that it fell into, as Lightning's own run goes on."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from misuse_models import FORMATS, mixed, plain_task, watched, watchers
+from misuse_models import every_format, mixed, plain_task, watched, watchers
 from plugin_models import Batches, fit, one_line, ours, trainer
 
 from lightning_mixprec import MixPrecError, PerLayerPrecision
@@ -24,13 +24,13 @@ def refused(text):
 # Policy files
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_an_unknown_key_of_a_rule_names_the_line_and_what_was_meant(format):
     said = refused(f"default: {format}\nrules:\n- layers: net.2\n  compute: fp32\n- layers: net.0\n  cmpute: fp32\n")
     assert said.startswith("policy.yaml:6: unknown key 'cmpute' in a rule, did you mean compute?")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_an_unknown_key_beside_the_rules_names_the_line_and_what_was_meant(format):
     said = refused(f"default: {format}\nalow_unmatched: true\nrules:\n- layers: net.2\n  compute: fp32\n")
     assert said.startswith("policy.yaml:2: unknown key 'alow_unmatched' beside rules, did you mean allow_unmatched?")
@@ -42,13 +42,13 @@ def test_a_misspelled_format_names_the_line_and_what_was_meant():
     assert "unknown format 'fp23', did you mean 'fp32'?" in said
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_misspelled_layer_names_the_line_and_what_was_meant(format):
     said = refused(f"# head in full\ndefault: {format}\nnett.2: fp32\n")
     assert said.startswith("policy.yaml:3: rule 1 (nett.2) matches no layer of Task; did you mean net.2?")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_misspelled_type_names_the_line_and_what_was_meant(format):
     said = refused(f"default: {format}\nrules:\n- types: Linaer\n  compute: fp32\n")
     assert said.startswith("policy.yaml:3: rule 1 (types Linaer) matches no layer of Task")
@@ -89,7 +89,7 @@ def test_a_plugin_of_the_other_package_is_refused_by_lightnings_trainer():
         trainer(pytorch_lightning.plugins.precision.Precision())
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_module_of_the_other_package_is_refused_by_lightnings_trainer(format):
     with pytest.raises(TypeError, match="Please switch to a single import style"):
         fit(pytorch_lightning.LightningModule(), ours(mixed(format)), callbacks=watchers())

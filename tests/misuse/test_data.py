@@ -12,6 +12,7 @@ from misuse_models import (
     around,
     check_healthy,
     check_unchanged_by_watching,
+    every_format,
     mixed,
     pairs,
     plain_task,
@@ -55,7 +56,7 @@ class ByAttribute(Task):
 
 
 @pytest.mark.parametrize("kind", [Bag, Named, Fields])
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_batches_of_a_class_of_the_users_own(kind, format):
     batches = Given([kind(x, y) for x, y in pairs()])
     check_healthy(lambda: ByAttribute(around(nn.Tanh())), mixed(format), batches)
@@ -72,13 +73,13 @@ class Words(Task):
 @pytest.mark.parametrize(
     "batches", [[["a", "bb"], ["ccc", "d"]], [{"a", "bb"}], [("a",)] * 3], ids=["lists", "a set", "tuples"]
 )
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_batches_without_tensors(batches, format):
     check_healthy(lambda: Words(around(nn.Tanh())), mixed(format), Given(batches))
 
 
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_batches_that_are_none_are_passed_over(format):
     first, *rest = pairs()
     run = check_healthy(plain_task, mixed(format), Given([first, None, *rest]))
@@ -94,7 +95,7 @@ class Eating(Task):
         return super().training_step((x, y), batch_idx)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_step_that_takes_its_batch_apart(format):
     def eaten(monitor):
         model = seeded(lambda: Eating(around(nn.Tanh())))
@@ -118,7 +119,7 @@ class FromIterator(Task):
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 @pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument in the `training_step`")
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_step_that_takes_an_iterator_is_trained_and_not_sampled_and_each_callback_says_so(format):
     with pytest.warns(UserWarning, match="takes an iterator over them") as caught:
         run = check_unchanged_by_watching(lambda: FromIterator(around(nn.Tanh())), mixed(format))
@@ -177,14 +178,14 @@ class Summing(Task):
         return loss
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_sum_over_no_rows_is_an_ordinary_step(format):
     run = check_healthy(lambda: Summing(around(nn.Tanh())), mixed(format), Given(with_empty()))
     assert run.trainer.global_step == 4
     assert run.model.losses[1] == 0
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_run_of_nothing_but_nan_ends_with_an_error_that_says_what_to_look_at(format):
     batches = Given([(torch.full((4, 6), math.nan), torch.zeros(4, 2))] * 4)
     model = seeded(plain_task)

@@ -4,7 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from misuse_models import FORMATS, around, check_healthy, check_unchanged_by_watching, inverse, mixed, seeded, watched
+from misuse_models import (
+    FORMATS,
+    around,
+    check_healthy,
+    check_unchanged_by_watching,
+    every_format,
+    inverse,
+    mixed,
+    seeded,
+    watched,
+)
 from plugin_models import PLAIN_SGD, Task, fit, one_line, ours, overflowing, same
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
@@ -32,7 +42,7 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_rule_for_out_proj_of_an_attention_ends_the_run_in_one_line_before_it_begins(format):
     model = seeded(task(Attention))
     with pytest.raises(MixPrecError) as caught:
@@ -41,7 +51,7 @@ def test_a_rule_for_out_proj_of_an_attention_ends_the_run_in_one_line_before_it_
     assert model.losses == []
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_the_rule_that_the_error_proposes_trains(format):
     check_healthy(task(Attention), {"default": format, "net.1.attention": "fp32"})
 
@@ -68,7 +78,7 @@ def test_frozen_unused_and_gradient_less_parameters(policy):
     assert not torch.equal(first.used.weight, last.used.weight)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_model_of_which_nothing_is_trained_is_lightnings_matter(format):
     def frozen():
         return Task(around(nn.Linear(8, 8)).requires_grad_(False))
@@ -214,7 +224,7 @@ class Gathering(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_sparse_buffer_is_put_back_after_a_skipped_step(format):
     run = watched(seeded(task(Gathering)), mixed(format), callbacks=overflowing())
     assert run.plugin.skipped_steps == 1
@@ -252,7 +262,7 @@ def test_autocast_inside_a_layer_wins_there_and_ends_there(arguments, computed, 
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_layer_that_cannot_run_in_fp32_costs_one_warning_per_monitor_and_no_step(format):
     make = task(partial(OwnAutocast, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="must have the same dtype"):

@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from misuse_models import (
-    FORMATS,
     Given,
     around,
     check_healthy,
     check_unchanged_by_watching,
+    every_format,
     mixed,
     pairs,
     plain_task,
@@ -67,13 +67,13 @@ class Penalized(Task):
         return loss
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_gradient_penalty(format):
     check_healthy(lambda: Penalized(around(nn.Tanh())), mixed(format))
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_clipping_at_infinity_clips_nothing(format, algorithm):
     clipping = {"gradient_clip_val": math.inf, "gradient_clip_algorithm": algorithm}
     run = check_healthy(plain_task, mixed(format), **clipping)
@@ -89,7 +89,7 @@ class Steep(Task):
         self.net[2].weight.grad.fill_(1e30)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_gradients_whose_norm_is_infinite_are_clipped_to_nothing_as_in_fp32(format):
     run = watched(seeded(lambda: Steep(around(nn.Tanh()))), mixed(format), gradient_clip_val=1.0)
     wide = seeded(lambda: Steep(around(nn.Tanh())))
@@ -98,7 +98,7 @@ def test_gradients_whose_norm_is_infinite_are_clipped_to_nothing_as_in_fp32(form
     assert same(dict(run.model.state_dict()), dict(wide.state_dict()))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_step_with_infinite_gradients_is_skipped_before_clipping_makes_nan_of_them(format):
     run = watched(seeded(plain_task), mixed(format), callbacks=overflowing(), gradient_clip_val=1.0)
     assert run.plugin.skipped_steps == 1
@@ -117,12 +117,12 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("kind", AVERAGES)
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_averages_of_the_weights(kind, format):
     check_healthy(plain_task, mixed(format), callbacks=AVERAGES[kind], max_epochs=3)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_an_average_takes_in_what_was_stored_after_each_step_that_was_one(format):
     weights = Call("on_train_batch_end", lambda run, model: model.net[0].weight.detach().clone())
     callbacks = [*overflowing(), weights, EMAWeightAveraging(decay=0.75)]
@@ -138,7 +138,7 @@ def test_an_average_takes_in_what_was_stored_after_each_step_that_was_one(format
 # When to step
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_schedule_of_accumulation(format):
     def callbacks():
         return [GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})]
@@ -147,7 +147,7 @@ def test_a_schedule_of_accumulation(format):
     assert run.trainer.global_step == 4 + 2 + 1
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_schedule_of_accumulation_with_a_skipped_window(format):
     spoil = Call("on_after_backward", lambda run, model: model.net[0].weight.grad.fill_(math.inf), at=4)
     callbacks = [GradientAccumulationScheduler({0: 1, 1: 2}), spoil]
@@ -158,7 +158,7 @@ def test_a_schedule_of_accumulation_with_a_skipped_window(format):
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_steps_without_a_loss(format):
     class NowAndThen(Task):
         def training_step(self, batch, batch_idx):
@@ -168,7 +168,7 @@ def test_steps_without_a_loss(format):
     assert len(run.model.losses) == 2
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_loss_that_needs_no_gradient_is_lightnings_matter(format):
     class Detached(Task):
         def training_step(self, batch, batch_idx):

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from misuse_models import (
-    FORMATS,
     around,
     check_healthy,
+    every_format,
     mixed,
     pairs,
     plain_task,
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 # Options of the Trainer
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_detect_anomaly(format):
     check_healthy(plain_task, mixed(format), detect_anomaly=True)
 
@@ -47,20 +47,20 @@ class Rooted(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Error detected in")
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_an_anomaly_is_raised_as_by_lightnings_fp32(format):
     for plugin in (None, ours(mixed(format))):
         with pytest.raises(RuntimeError, match="returned nan values in its 0th output"):
             fit(Task(around(Rooted())), plugin, detect_anomaly=True)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_overfit_batches(format):
     run = check_healthy(plain_task, mixed(format), overfit_batches=1, max_epochs=3)
     assert run.model.losses[2] < run.model.losses[0]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_fast_dev_run_trains_and_writes_nothing(format, tmp_path, capsys):
     run = check_healthy(plain_task, mixed(format), fast_dev_run=True)
     assert len(run.model.losses) == 1
@@ -68,14 +68,14 @@ def test_fast_dev_run_trains_and_writes_nothing(format, tmp_path, capsys):
     assert "Monitor" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_without_a_logger_files_go_to_the_root_directory(format, tmp_path):
     watched(seeded(plain_task), mixed(format))
     assert sorted(path.name for path in (tmp_path / "watched").iterdir()) == ["learned_policy.yaml", "mixprec.jsonl"]
     assert [path.name for path in tmp_path.iterdir()] == ["watched"]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_several_loggers_get_the_same_and_files_go_where_the_first_one_writes(format, tmp_path):
     memories = [Memory(), Memory()]
     loggers = [CSVLogger("one"), memories[0], CSVLogger("two"), memories[1]]
@@ -189,7 +189,7 @@ def test_finders_among_the_callbacks(finder, format):
 # Callbacks of Lightning's
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_pruning_that_goes_on_from_epoch_to_epoch(format):
     def callbacks():
         return [ModelPruning("l1_unstructured", amount=0.4)]
@@ -210,7 +210,7 @@ class Transferred(Task):
         return torch.optim.SGD([param for param in self.parameters() if param.requires_grad], lr=0.05, momentum=0.9)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_a_backbone_that_thaws(format):
     def callbacks():
         return [BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False, backbone_initial_ratio_lr=0.5)]
@@ -226,7 +226,7 @@ class Validated(Evaluable):
         self.log("val_loss", self.eval_losses[-1])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_early_stopping_stops_where_fp32_stops(format):
     def stopped(plugin, callbacks):
         model = seeded(lambda: Validated(around(nn.Tanh()), MOMENTUM))
@@ -240,7 +240,7 @@ def test_early_stopping_stops_where_fp32_stops(format):
     assert stopped(ours(mixed(format)), watchers()) == wide
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@every_format
 def test_early_stopping_does_not_take_a_skipped_step_for_a_loss(format):
     early = EarlyStopping("loss", patience=9, check_finite=True)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from misuse_models import around, seeded, watched, watchers
 from plugin_models import Call, Task, fit, ours, resume, save
+from selection import slow_but_for
 from torch import nn
 
 from lightning_mixprec import OverflowMonitor, PerLayerPrecision, PrecisionPolicy, PrecisionScheduler, Rule, diagnose
@@ -51,7 +52,7 @@ def layers_in(rows):
     return {row["layer"] for row in rows if row.get("layer") is not None}
 
 
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize("name", slow_but_for(NAMES[::4], NAMES), ids=ascii)
 def test_a_run_writes_files_that_can_be_read_whatever_its_layers_are_called(name, capsys):
     layer = f"net.{name}"
     move = Call("on_train_batch_end", lambda run, model: run.precision_plugin.edit_policy({literal(layer): "fp32"}), 1)

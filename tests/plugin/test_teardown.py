@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from plugin_models import Batches, Call, Evaluable, Task, TwoOptimizers, fit, ours, probes, snapshot, stock, trainer
+from selection import slow
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
@@ -161,7 +162,7 @@ class Interrupt(BaseException):
 
 @with_every_policy
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("error", [RuntimeError("planted"), Interrupt("planted")], ids=["error", "interrupt"])
+@pytest.mark.parametrize("error", [RuntimeError("planted"), slow(Interrupt("planted"))], ids=["error", "interrupt"])
 def test_after_an_exception(policy, where, error):
     model = Raises(Zoo())
     model.where, model.error = where, error
