@@ -1,7 +1,7 @@
 """``FidelityMonitor``: how far the run's steps are from what they would be in fp32."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,8 +35,8 @@ class FidelityMonitor(SamplingMonitor):
     says whether half of the batch could. With several ranks the cosine is that of all ranks' gradients side by side,
     and the loss gap is the largest.
 
-    Warns of gradients, losses and outputs that are off, at the limits and in the sentences that the report has, too
-    (:mod:`lightning_mixprec.records.advice`): of an output below 10 dB once, of the others in two samples in a row.
+    Warns of gradients and losses that are off in two samples in a row, and names a layer whose output is noise, at the
+    limits and in the sentences of the report (:mod:`lightning_mixprec.records.advice`).
 
     ``plot()`` draws the cosine of each layer's gradient with fp32's, the worst first.
 
@@ -122,7 +122,7 @@ class FidelityMonitor(SamplingMonitor):
         for layer in compared:
             closeness: Closeness = {"grad_cosine": cosines.get(layer), "sqnr_db": found.sqnr_db.get(layer)}
             self._write(found.place, layer=layer, **closeness)
-        self._warn(f"step {found.place['step']}", found.sqnr_db, cosines)
+        self._warn(f"step {found.place['step']}", cosines)
 
     def _row(self, found: Findings, gap: float) -> LossRow:
         row: LossRow = {"loss_gap": gap, "loss_scale": found.scale, "too_large": found.too_large}
@@ -132,34 +132,28 @@ class FidelityMonitor(SamplingMonitor):
             row["max_loss_gap"] = self.max_loss_gap
         return row
 
-    def _warn(self, at: str, decibels: Mapping[str, float], cosines: Mapping[str, float]) -> None:
+    def _warn(self, at: str, cosines: Mapping[str, float]) -> None:
         limit = self._limit()
-        noisy = self._noisy()
-        for layer, others in self._not_warned_of("noise", [layer for layer in noisy if layer in decibels]):
-            rank_zero_warn(f"{at}: {self._noise(layer, others)}.")
         off = {layer: cosine for layer, cosine in cosines.items() if cosine < limit}
         again = sorted(off.keys() & self._off, key=lambda layer: off[layer])
         self._off = list(off) if cosines else self._off
         for layer, others in self._not_warned_of("cosine", again):
-            noise = self._noise(noisy[0]) if noisy else None
-            rank_zero_warn(f"{at}: {advice.gradient(layer, off[layer], limit, others, noise)}.")
+            rank_zero_warn(f"{at}: {advice.gradient(layer, off[layer], limit, others, self._noise())}.")
         gap, was_large = self.latest["loss_gap"], self._gap_is_large
         self._gap_is_large = self.max_loss_gap < gap < math.inf
         if self._gap_is_large and was_large:
             self._warn_once("gap", f"{at}: {advice.loss_gap(gap)}.")
 
-    def _noise(self, layer: str, others: Sequence[str] = ()) -> advice.Advice:
+    def _noise(self) -> advice.Advice | None:
+        """What is to be said of the output that is most noise, as far as outputs were compared; None if none is."""
         assert self._formats is not None
-        decibels = self.latest["layers"][layer]["sqnr_db"]
-        assert decibels is not None
-        format = self._formats.of(layer)
-        return advice.noise(layer, decibels, format, get_format(format).use, others)
-
-    def _noisy(self) -> list[str]:
-        """The layers whose outputs are noise, as far as they were compared and none inside them is; the worst first."""
         known = {name: values["sqnr_db"] for name, values in self.latest["layers"].items()}
         noisy = {name: ratio for name, ratio in known.items() if ratio is not None and ratio < advice.NOISE_DB}
-        return advice.causes(sorted(noisy, key=lambda name: noisy[name]))
+        if not noisy:
+            return None
+        layer = advice.causes(sorted(noisy, key=lambda name: noisy[name]))[0]
+        format = self._formats.of(layer)
+        return advice.noise(layer, noisy[layer], format, get_format(format).use)
 
     def _limit(self) -> float:
         if self.min_cosine is not None:

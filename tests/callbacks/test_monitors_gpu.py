@@ -12,7 +12,7 @@ from lightning_mixprec import FidelityMonitor, OverflowMonitor, PrecisionReport,
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:.*(vanish in|no longer points|differs from fp32|is noise)"),
+    pytest.mark.filterwarnings("ignore:.*(vanish in|no longer points|differs from fp32)"),
 ]
 CUDA = {"accelerator": "gpu"}
 

@@ -16,7 +16,7 @@ from lightning_mixprec.evidence.instruments.probe import Observer
 from lightning_mixprec.evidence.replay import StepReplay
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*(vanish in|no longer points|differs from fp32|is noise)"),
+    pytest.mark.filterwarnings("ignore:.*(vanish in|no longer points|differs from fp32)"),
     pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
 ]

@@ -10,7 +10,7 @@ from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.*(vanish in|no longer points|differs from fp32|is noise)"),
+    pytest.mark.filterwarnings("ignore:.*(vanish in|no longer points|differs from fp32)"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings("ignore:Not enough SMs"),
 ]
