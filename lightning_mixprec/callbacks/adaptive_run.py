@@ -44,7 +44,7 @@ Report = Callable[..., None]
 
 
 class Steered(TypedDict):
-    """What the controller of a run goes on from; ``copy`` holds tensors and is checked where they are taken over."""
+    """State of a run's controller; ``copy`` holds tensors and is checked where they are taken over."""
 
     base: dict[str, Any]
     in_force: dict[str, Any] | None

@@ -145,7 +145,7 @@ class FidelityMonitor(SamplingMonitor):
             self._warn_once("gap", f"{at}: {advice.loss_gap(gap)}.")
 
     def _noise(self) -> advice.Advice | None:
-        """What is to be said of the output that is most noise, as far as outputs were compared; None if none is."""
+        """Advice on the output that is most noise, as far as outputs were compared; None if none is."""
         assert self._formats is not None
         known = {name: values["sqnr_db"] for name, values in self.latest["layers"].items()}
         noisy = {name: ratio for name, ratio in known.items() if ratio is not None and ratio < advice.NOISE_DB}

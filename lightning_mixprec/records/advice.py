@@ -29,7 +29,7 @@ class Advice(NamedTuple):
 
 
 class Use(Protocol):
-    """What the table of formats knows of a format that advice depends on."""
+    """Facts about a format that advice depends on, as the table of formats has them."""
 
     @property
     def for_range(self) -> str | None:

@@ -72,7 +72,7 @@ class Histograms(TypedDict):
 
 
 class SampledLayer(NamedTuple):
-    """What a sample says of a layer; ``best_scale`` is the loss scale that would suit it best in fp16."""
+    """A layer at a sample; ``best_scale`` is the loss scale that would suit it best in fp16."""
 
     format: str
     underflow_rate: float | None
@@ -95,7 +95,7 @@ State = Literal["finished", "failed", "stopped"]
 
 
 class End(TypedDict):
-    """How a run ended; the message is that of an exception."""
+    """The end of a run; the message is that of an exception."""
 
     state: State
     message: str

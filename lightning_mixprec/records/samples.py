@@ -6,7 +6,7 @@ from typing_extensions import Never, NotRequired, TypedDict
 
 
 class WhatIf(TypedDict):
-    """What another format would do to a layer."""
+    """A layer's gradient and output in another format than its own."""
 
     underflow_rate: float
     overflow_rate: float
@@ -15,7 +15,7 @@ class WhatIf(TypedDict):
 
 
 class Losses(TypedDict):
-    """What a layer's format loses of its gradient; ``UnderflowMonitor`` says what each is."""
+    """Losses of a layer's gradient in its format; ``UnderflowMonitor`` explains each."""
 
     format: str
     underflow_rate: float
@@ -29,7 +29,7 @@ class Losses(TypedDict):
 
 
 class Stagnation(TypedDict):
-    """How much of a layer's weights an optimizer step did not change."""
+    """The share of a layer's weights that an optimizer step did not change."""
 
     stagnation_rate: float | None
 
@@ -62,7 +62,7 @@ class StagnationRow(Stagnation):
 
 
 class Closeness(TypedDict):
-    """How far a layer is from fp32: its output's SQNR and its gradient's cosine, as far as they were measured."""
+    """A layer's distance from fp32: its output's SQNR and its gradient's cosine, as far as they were measured."""
 
     sqnr_db: float | None
     grad_cosine: float | None

@@ -20,7 +20,7 @@ class Came(Place):
 
 
 class Looks(TypedDict):
-    """What a phase that waits for a plateau has seen: the best value, and the looks since then."""
+    """Looks of a phase that waits for a plateau: the best value, and the looks since then."""
 
     best: float | None
     looks: Count

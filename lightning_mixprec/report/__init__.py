@@ -1,1 +1,1 @@
-"""What precision did in a run, as one HTML file."""
+"""The report: one HTML file that shows what precision did in a run."""

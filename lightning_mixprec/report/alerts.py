@@ -219,7 +219,7 @@ def _noisy(records: Records, layers: Lives) -> tuple[list[str], dict[str, tuple[
 
 
 def _noise(records: Records, layers: Lives) -> Iterator[Alert]:
-    """What goes wrong without a sound has its cause there."""
+    """Outputs that are noise, in which silent failures have their cause."""
     names, latest = _noisy(records, layers)
     if names:
         worst, *others = names

@@ -23,7 +23,7 @@ class Range:
     largest: float
 
     def place(self, exponent: int) -> str:
-        """Where numbers of this exponent fall: "below", "subnormal", "held" or "above"."""
+        """The place of numbers of this exponent: "below", "subnormal", "held" or "above"."""
         if exponent < self.smallest:
             return "below"
         if exponent < self.normal:
@@ -134,7 +134,7 @@ def _exponent_ticks(shown: tuple[int, int]) -> list[dict[str, str]]:
 
 
 def words(counted: dict[str, Any], name: str, own: Range | None, quantity: str, scale: float) -> str:
-    """What the histogram says, in one or two sentences."""
+    """The histogram in one or two sentences."""
     nonzero, zeros = sum(counted["counts"]), counted["zeros"]
     if not nonzero:
         return f"All {zeros:,} elements are zero." if zeros else "No finite element was counted."

@@ -50,5 +50,5 @@ def _format_colors() -> str:
 
 
 def _hash(text: str) -> str:
-    """How a Content-Security-Policy names an inline text that it lets through."""
+    """The name by which a Content-Security-Policy lets an inline text through."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()

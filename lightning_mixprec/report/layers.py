@@ -1,4 +1,4 @@
-"""What happened to each layer, and which layers are shown together where there are too many for a row each."""
+"""Layers over time, and groups of them where there are too many for a row each."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

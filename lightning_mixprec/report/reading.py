@@ -23,7 +23,7 @@ Point = tuple[int, float | None, float | None, int | None]
 
 @dataclass
 class Records:
-    """What a run left, in the order in which it was written.
+    """The records of a run, in the order in which they were written.
 
     Attributes:
         name: The folder's name.

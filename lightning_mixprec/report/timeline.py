@@ -1,4 +1,4 @@
-"""What happened over optimizer steps, gathered into as many cells as can be drawn."""
+"""Events over optimizer steps, gathered into as many cells as can be drawn."""
 
 import math
 from bisect import bisect_right
@@ -52,7 +52,7 @@ def skipped_steps(records: Records) -> list[int]:
 
 
 def steps_taken(records: Records) -> int:
-    """How many optimizer steps were taken. Lightning's own plugins count those that were skipped among them."""
+    """The number of optimizer steps taken. Lightning's own plugins count those that were skipped among them."""
     first = min((step for step, *_ in records.curve), default=0)
     passed: int = records.end.get("step", records.last_step + 1) - first
     counts_skipped: bool = records.run.get("counts_skipped", False)

@@ -31,7 +31,7 @@ def format_class(name: str) -> str:
 
 
 def view(content: dict[str, Any]) -> dict[str, Any]:
-    """What the page template shows, plus `data`, what its script reads."""
+    """The values that the page template shows, and `data`, which its script reads."""
     runs = content["runs"]
     start, end = min(run["span"][0] for run in runs), max(run["span"][1] for run in runs)
     heats = [heat for heat in charts.HEATS if any(row[heat.key] for run in runs for row in run["rows"])]
@@ -217,7 +217,7 @@ def _comparison(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]
 
 
 def _run_data(run: dict[str, Any], heats: Sequence[charts.Heat]) -> dict[str, Any]:
-    """What the script needs of a run: exact values for tooltips, and the names that the filter searches."""
+    """Data of a run for the script: exact values for tooltips, and the names that the filter searches."""
     curve = run["curve"]
     assigned = {each["layer"]: place for place, each in enumerate(run["assignment"])}
     return {
