@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import settings
 
 # Shared machines are slow at times, and a failure must come back on the next run.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+settings.register_profile("quick", settings.get_profile("suite"), max_examples=30)
 settings.load_profile("suite")
 
 # Tensors are tiny here, and threads that wait for busy cores cost more than they compute.
@@ -21,9 +24,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # without it Lightning's DDP sets as many a
 
 
 def pytest_configure(config):
-    """A slow test that is asked for by its own name is run."""
+    """A slow test that is asked for by its name is run; where slow ones are not, hypothesis draws fewer examples."""
     if config.option.markexpr == "not slow" and any("::" in argument for argument in config.args):
         config.option.markexpr = ""
+    if config.option.markexpr == "not slow":
+        settings.load_profile("quick")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,6 +77,15 @@ def _determinism_as_before():
 @pytest.fixture(autouse=True)
 def _own_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _entry_points_once():
+    """Each Trainer asks all installed packages for callbacks, which takes as long as a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {"lightning.fabric.utilities.registry", "lightning_fabric.utilities.registry"} & sys.modules.keys():
+            patch.setattr(sys.modules[name], "entry_points", cache(sys.modules[name].entry_points))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

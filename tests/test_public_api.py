@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from selection import slow
 
 import lightning_mixprec
 
@@ -72,8 +73,9 @@ def test_all_errors_are_one_family():
     assert issubclass(lightning_mixprec.MixPrecError, ValueError)
 
 
-@pytest.mark.parametrize("first", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("first", ["lightning.pytorch", slow("pytorch_lightning")])
 def test_importing_warns_nobody_and_configures_nothing(first):
+    """The seconds of a process that imports Lightning."""
     """Takes some ten seconds, in which a fresh process imports torch and Lightning."""
     script = f"""
 import logging, os, sys, torch, warnings, {first}

@@ -24,6 +24,7 @@ from adaptive_models import (
 )
 from lightnings import CSVLogger, MixedPrecision
 from plugin_models import Call, Task, one_line
+from selection import slow
 from torch import nn
 
 from lightning_mixprec import PerLayerPrecision
@@ -218,7 +219,7 @@ def test_after_a_relapse_a_promotion_stays_four_times_as_long():
     assert 40 <= fourth - third <= 43
 
 
-@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("most", [1, slow(2)])
 def test_there_are_at_most_so_many_assignments(most):
     seen = []
     look = Call("on_before_zero_grad", lambda run, model: seen.append(dict(run.precision_plugin.assignment)))

@@ -13,6 +13,7 @@ import torchmetrics
 from known_results import Batches, stock, trainer_of
 from lightnings import pl
 from monitor_models import Memory, batches, watch
+from selection import slow_cases_but_for
 from torch import nn
 
 from lightning_mixprec import PerLayerPrecision
@@ -189,11 +190,12 @@ CASES = {
     "stock bf16": (Busy, "stock bf16", {}),
     "stock fp32": (Busy, "stock fp32", {}),
 }
+QUICK = {"automatic", "fused", "accumulating", "by hand", "stock fp16"}
 
 
 # Lightning's own plugin moves the schedule when a step is skipped, the first one too.
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
-@pytest.mark.parametrize(("make", "plugin", "options"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("make", "plugin", "options"), slow_cases_but_for(QUICK, CASES))
 def test_nothing_changes_by_one_bit(make, plugin, options, capsys):
     plain, _ = run(make, PLUGINS[plugin], False, capsys, **options)
     watched, monitor = run(make, PLUGINS[plugin], True, capsys, **options)

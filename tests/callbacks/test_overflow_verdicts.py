@@ -10,6 +10,7 @@ from known_results import INF, stock
 from lightnings import CSVLogger, MixedPrecision
 from monitor_models import CULPRITS, FACTOR, Gain, Planted, Watched, batches, mlp, watch
 from plugin_models import Batches, Task, fit
+from selection import slow
 from torch import nn
 
 from lightning_mixprec import LossScaling, OverflowMonitor, PerLayerPrecision
@@ -164,7 +165,7 @@ def test_weights_that_are_nan_are_named(format):
     assert "(weights that are not finite: net.3.weight)" in event["message"]
 
 
-@pytest.mark.parametrize("make_plugin", [lambda: PerLayerPrecision("fp16"), stock], ids=["ours", "stock"])
+@pytest.mark.parametrize("make_plugin", [lambda: PerLayerPrecision("fp16"), slow(stock)], ids=["ours", "stock"])
 @pytest.mark.parametrize("name", CULPRITS)
 def test_a_healthy_run_is_never_accused(name, make_plugin):
     net, _ = CULPRITS[name]

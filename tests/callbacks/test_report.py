@@ -12,6 +12,7 @@ import torch
 from lightnings import pl
 from plugin_models import Batches, Call, Task, TwoOptimizers, fit, ours, same, stock, task, trainer
 from processes import python_path
+from selection import slow
 from torch import nn
 
 from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision, PrecisionReport, UnderflowMonitor
@@ -39,7 +40,7 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize(
-    "plugin", [lambda: ours("fp16"), lambda: stock("bf16"), lambda: None], ids=["ours", "stock", "no"]
+    "plugin", [lambda: ours("fp16"), slow(lambda: stock("bf16")), slow(lambda: None)], ids=["ours", "stock", "no"]
 )
 def test_the_curve_is_the_loss_that_the_model_saw(tmp_path, plugin):
     model = task()

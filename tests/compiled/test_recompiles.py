@@ -3,7 +3,7 @@
 import pytest
 import torch._dynamo.config as dynamo
 from plugin_models import Call, ours, same
-from selection import slow_but_for
+from selection import slow, slow_but_for
 from torch import nn
 
 from lightning_mixprec import PrecisionScheduler
@@ -19,9 +19,9 @@ REGIONS = {"each block": 2}
     ("policy", "graphs"),
     [
         ("bf16", 1),
-        ({"default": "bf16", "**.norm": "c=fp32,o=input"}, 1),
-        ({"default": "fp16", "**.norm": "p=fp64,c=fp32"}, 1),
-        ({"default": "fp32", "net.blocks": "p=fp64,c=bf16"}, 1),
+        slow({"default": "bf16", "**.norm": "c=fp32,o=input"}, 1),
+        slow({"default": "fp16", "**.norm": "p=fp64,c=fp32"}, 1),
+        slow({"default": "fp32", "net.blocks": "p=fp64,c=bf16"}, 1),
         ({"default": "bf16", "net.blocks.[0:4].norm": "fp32", "net.blocks.3": "fp16"}, 3),
     ],
 )
@@ -49,6 +49,7 @@ def test_a_new_assignment_costs_one_graph_per_region_and_an_earlier_one_none(how
     assert done.graphs[-1] >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", slow_but_for({"a submodule"}, ["the LightningModule", "a submodule", "each block"]))
 def test_a_changing_run_has_the_numbers_of_the_plain_one(how, run):
     def changing(how):

@@ -34,7 +34,7 @@ def test_they_are_under(policy, run):
     assert same(compiled.numbers, run(POLICIES[policy]).numbers)
 
 
-@pytest.mark.parametrize("format", ["bf16", "fp16"])
+@pytest.mark.parametrize("format", slow_but_for({"bf16"}, ["bf16", "fp16"]))
 def test_a_uniform_policy_is_compiled_to_what_stock_is_compiled_to(format, run):
     ours_, theirs = (run(each, "a submodule", backend="aot_eager") for each in (ours(format), stock(format)))
     assert same(ours_.losses, theirs.losses)
@@ -141,6 +141,7 @@ def test_it_is_put_back_after_an_error_too(run):
 # Inductor
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler, and there is no g++ here")
 def test_inductor_computes_what_the_plain_run_computes_up_to_rounding(run):
     def make():

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from selection import slow_but_for
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -54,12 +53,9 @@ def log_dir_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return log_dir_of
 
 
-QUICK = [command for command in COMMANDS if of_yaml(command) == ["pinn.yaml"]]
-
-
-@pytest.mark.parametrize("command", slow_but_for(QUICK, COMMANDS), ids=lambda command: " ".join(of_yaml(command)))
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(of_yaml(command)))
 def test_a_command_of_the_readme_runs(command: str, log_dir_of: Callable[[str], Path]) -> None:
-    """The seconds of a process that imports Lightning, and of two steps of a small model."""
     log_dir = log_dir_of(command)
     assert {"metrics.csv", "config.yaml", "precision_report.html"} <= {path.name for path in log_dir.iterdir()}
     (told,) = json.loads((log_dir / "precision_report.json").read_text())["runs"]

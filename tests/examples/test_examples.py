@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from selection import slow_but_for
 
 from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPolicy, PrecisionScheduler
 
@@ -331,11 +330,11 @@ def trained(classification: ModuleType, config: str, *arguments: str) -> object:
     return classification.main(["fit", MAIN_CONFIG, changes, *EPOCHS_OF_ONE_STEP, *quiet, *arguments]).trainer
 
 
-@pytest.mark.parametrize("name", slow_but_for({"schedule_fp32_warmup"}, CHANGING))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGING)
 def test_a_scheduled_phase_comes_when_the_readme_says(
     classification: ModuleType, capsys: pytest.CaptureFixture, name: str
 ) -> None:
-    """The seconds of ten or twenty epochs of a ResNet-18, a step each."""
     old, new, moment = CHANGING[name]
     trainer = trained(classification, name)
     entries = [entry for entry in trainer.precision_plugin.history if entry["layer"] == ""]

@@ -48,10 +48,10 @@ def test_a_lost_run_is_rescued(suite, runs_of, name):
     assert str(verdict) == "yes", verdict
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", slow_but_for({"mlp"}, ["mlp", "contrastive", "tiny-weight"]))
+@pytest.mark.parametrize("name", ["mlp", "contrastive", "tiny-weight"])
 def test_a_healthy_run_is_left_alone(suite, runs_of, name):
-    """The seconds of three runs of some hundred steps."""
     rescue, cases = suite
     verdict = rescue.judge(cases.CONTROLS[name], runs_of(name), is_control=True)
     assert str(verdict) == "yes", verdict

@@ -27,6 +27,7 @@ from misuse_models import (
 )
 from monitor_models import Memory
 from plugin_models import MOMENTUM, Batches, Call, Evaluable, Task, fit, ours, overflowing, same, trainer
+from selection import slow
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
@@ -155,7 +156,7 @@ def after(model, format):
     ("tune", "options", "format"),
     [
         ("lr_find", {"num_training": 14, "min_lr": 1e-3, "max_lr": 0.1}, "fp16"),
-        ("scale_batch_size", {"steps_per_trial": 2, "max_trials": 2}, "bf16"),
+        slow("scale_batch_size", {"steps_per_trial": 2, "max_trials": 2}, "bf16"),
     ],
 )
 def test_the_tuner_finds_and_leaves_the_run_as_if_it_had_not_looked(tune, options, format):
@@ -173,7 +174,7 @@ def test_the_tuner_finds_and_leaves_the_run_as_if_it_had_not_looked(tune, option
     ("finder", "format"),
     [
         (lambda: LearningRateFinder(min_lr=1e-3, max_lr=0.1, num_training_steps=14), "bf16"),
-        (lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2), "fp16"),
+        slow(lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2), "fp16"),
     ],
     ids=["learning rate", "batch size"],
 )

@@ -106,7 +106,7 @@ def rounds_exactly(product, name):
     return product - zero <= first - product, overflows
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", slow_but_for({"fp16", "e4m3"}, REAL))
 @given(data=fp32_arrays)
 def test_rates_are_those_of_a_real_cast(name, data):
     underflow, overflow = expected_shares(data, name)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from lightnings import LightningCLI
 from plugin_models import Batches, Task, mlp
-from selection import slow_but_for
+from selection import slow_but_for, slow_cases_but_for
 
 from lightning_mixprec import LossScaling, PerLayerPrecision, PrecisionPolicy, Rule
 
@@ -105,7 +105,7 @@ SCALING = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "options"), SCALING.values(), ids=SCALING)
+@pytest.mark.parametrize(("arguments", "options"), slow_cases_but_for({"off", "number", "one option"}, SCALING))
 def test_loss_scaling_on_the_command_line(arguments, options):
     given = [f"--trainer.plugins.{argument}" for argument in arguments]
     plugin = run("--trainer.plugins=PerLayerPrecision", "--trainer.plugins.policy=fp16", *given)
@@ -202,7 +202,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("as_list", slow_but_for({True}, [False, True]), ids=["mapping", "list"])
-@pytest.mark.parametrize("arguments", SAVED.values(), ids=SAVED)
+@pytest.mark.parametrize("arguments", slow_cases_but_for({"format", "full mapping"}, SAVED))
 def test_a_saved_config_runs_again(arguments, as_list):
     entry = {"class_path": CLASS, "init_args": arguments}
     # A log directory is what the config is saved to.

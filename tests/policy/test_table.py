@@ -143,7 +143,7 @@ def big_model():
         slow([]),
         slow([Rule(types="LayerNorm", compute="fp32")]),
         [Rule("model.blocks.[::2]", compute="fp32")],
-        [Rule("re:.*[02357].*(norm|act)", compute="fp32"), Rule("re:.*[149].*fc", compute="fp16")],
+        slow([Rule("re:.*[02357].*(norm|act)", compute="fp32"), Rule("re:.*[149].*fc", compute="fp16")]),
         [Rule(f"model.blocks.{number * number}", compute="fp32" if number % 3 else "fp16") for number in range(50)],
     ],
 )

@@ -307,6 +307,7 @@ def test_a_cell_begins_with_a_sample_and_holds_until_the_next(tmp_path):
     assert [row["grad_cosine"] for row in run["rows"]] == [[], []]
 
 
+@pytest.mark.slow
 def test_a_thousand_layers_share_rows_and_none_is_lost(tmp_path):
     names = [f"model.blocks.{block}.{part}.{i}" for block in range(50) for part in "abcde" for i in range(4)]
     moved = "model.blocks.7.c.2"
