@@ -75,7 +75,6 @@ def test_all_errors_are_one_family():
 
 @pytest.mark.parametrize("first", ["lightning.pytorch", slow("pytorch_lightning")])
 def test_importing_warns_nobody_and_configures_nothing(first):
-    """The seconds of a process that imports Lightning."""
     """Takes some ten seconds, in which a fresh process imports torch and Lightning."""
     script = f"""
 import logging, os, sys, torch, warnings, {first}
