@@ -162,7 +162,7 @@ class Controller:
 
     @property
     def is_near_decision(self) -> bool:
-        """Whether the step that is to be sampled may end in a move: of layers in doubt, or of promoted ones back."""
+        """True if the step that is to be sampled may end in a move: of layers in doubt, or of promoted ones back."""
         return self.counts.doubts + 1 >= _DOUBTS or bool(self._oldest_group())
 
     # Decides

@@ -45,7 +45,7 @@ class KnownStagnation(Stagnation):
 
 
 class UnderflowRow(Losses):
-    """A layer at a sampled step; ``threshold`` if it is not :data:`~lightning_mixprec.records.advice.UNDERFLOW`."""
+    """A layer at a sampled step; ``threshold`` if it is not :data:`~lightning_mixprec.records.advice.MAX_UNDERFLOW`."""
 
     layer: str
     loss_scale: float

@@ -10,7 +10,7 @@ from typing_extensions import NotRequired, TypedDict, get_type_hints, is_typeddi
 from lightning_mixprec.errors import MixPrecError
 
 Count = Annotated[int, range(2**63).__contains__]
-"""How many, or the number of a step."""
+"""A number of things, or that of a step."""
 
 Tally = Annotated[int, range(2**31).__contains__]
 """A count that a device holds in 32 bits."""

@@ -11,7 +11,7 @@ from lightning_mixprec.report.timeline import MAX_CELLS, sample_edges, spread
 MAX_ROWS = 150
 _SPACE, _LEAST_CELLS = 4000, 24  # cells of one kind on a page, so that it stays under 500 KB
 KINDS = {"underflow_rate": max, "headroom_bits": min, "grad_cosine": min, "sqnr_db": min}
-"""What is shown of layers, by step; and which of several values stands for all."""
+"""Measures of layers that are shown by step, each with the function that picks the value of a group."""
 
 Span = tuple[int, int, str]
 
