@@ -360,8 +360,9 @@ class AdaptiveRun:
 
 def _has_room(trials: Trials, scale: float, formats: Mapping[str, str]) -> bool:
     """True if outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
-    outputs = trials.statistics(scale).outputs
-    return all(headroom(outputs[name], format) >= _ROOM_BITS for name, format in formats.items() if name in outputs)
+    found = trials.statistics(scale)
+    known = {name: format for name, format in formats.items() if name in found.outputs}
+    return found.is_any and all(headroom(found.outputs[name], format) >= _ROOM_BITS for name, format in known.items())
 
 
 def heights(sites: Sequence[Site]) -> dict[str, int]:

@@ -310,7 +310,9 @@ class Comparison:
 
 def is_finite(replayed: Replayed) -> Tensor:
     """True, on the device, if losses and gradients are finite."""
-    return all_finite([*replayed.losses, *replayed.gradients.values()])
+    # Of a sparse gradient the sums of what falls on one element count.
+    gradients = [each.coalesce() if each.is_sparse else each for each in replayed.gradients.values()]
+    return all_finite([*replayed.losses, *gradients])
 
 
 def loss_gap(low: Sequence[Tensor], reference: Sequence[Tensor], least: float = 0.0) -> Tensor:

@@ -98,10 +98,13 @@ class Trials:
         """
         comparison, energies = self._comparison, torch.zeros(len(compared), 2)
         if compared:
-            told = self._tried(lambda: comparison.energies(comparison.run_in(None, scale, compared).calls, compared))
-            energies = energies if told is None else told
+            seen = self._tried(lambda: comparison.energies(comparison.run_in(None, scale, compared).calls, compared))
+            energies = energies if seen is None else seen
+        told = self._tried(lambda: comparison.measured(energies=energies, statistics=True))
+        if told is None:
+            told = Measured.nothing(len(comparison.layers), len(compared), statistics=True)
         found = Findings(list(comparison.layers))
-        found.read(*self._gathered(comparison.measured(energies=energies, statistics=True), scale), compared)
+        found.read(*self._gathered(told, scale), compared)
         return found
 
     def _gathered(self, told: Measured, scale: float) -> tuple[Measured, float]:

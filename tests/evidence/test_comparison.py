@@ -7,7 +7,8 @@ import torch
 from adaptive_models import Lessons, silent
 from plugin_models import Call, fit, ours
 
-from lightning_mixprec.evidence.comparison import NO_LOSS, Comparison, Wanted, loss_gap
+from lightning_mixprec.evidence.comparison import NO_LOSS, Comparison, Wanted, is_finite, loss_gap
+from lightning_mixprec.evidence.replay import Replayed
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.sampled_step import SampledStep
 from lightning_mixprec.evidence.step_window import KeptBatch
@@ -37,6 +38,12 @@ def test_a_loss_of_next_to_nothing_counts_as_larger_than_it_is_where_that_is_ask
     low, reference = [torch.tensor(2e-6)], [torch.tensor(1e-6)]
     assert loss_gap(low, reference).item() == pytest.approx(1.0)
     assert loss_gap(low, reference, least=1e-3).item() == pytest.approx(1e-3)
+
+
+def test_a_sparse_gradient_whose_parts_sum_to_infinity_is_not_finite():
+    twice = torch.sparse_coo_tensor([[1, 1]], torch.tensor([6e4, 6e4], dtype=torch.float16), (3,))
+    assert not is_finite(Replayed([], {"weight": twice}))
+    assert is_finite(Replayed([], {"weight": twice / 2}))
 
 
 def both(model, plugin, batch, max_bytes):
@@ -72,3 +79,24 @@ def test_a_monitor_and_the_controller_are_told_the_same_of_a_step(told):
     assert statistics.sqnr_db == found.sqnr_db
     assert set(found.sqnr_db) == ({"net.body"} if has_room else set())
     assert found.too_large == ([] if has_room else ["net.body"])
+
+
+def test_statistics_for_which_memory_runs_out_end_no_run_and_tell_nothing(monkeypatch):
+    def too_large(comparison):
+        raise torch.OutOfMemoryError("out of memory")
+
+    told = []
+
+    def ask(run, model):
+        plugin, kept = run.precision_plugin, KeptBatch(next(iter(run.train_dataloader)), 0, None)
+        trials = Trials(
+            Comparison(model, PluginFormats(plugin), kept, Wanted(statistics=True)), plugin, lambda _: plugin
+        )
+        told.append((trials.statistics(plugin.scaler.get_scale(), ("net.body",)), trials.problem))
+
+    monkeypatch.setattr(Comparison, "_counted", too_large)
+    fit(silent(), ours("fp16"), Lessons(2), callbacks=[Call("on_train_batch_start", ask, at=1)])
+    [(found, problem)] = told
+    assert not found.is_any
+    assert (found.outputs, found.weights, found.sqnr_db) == ({}, {}, {})
+    assert problem == "OutOfMemoryError: out of memory"
