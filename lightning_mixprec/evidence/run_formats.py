@@ -1,7 +1,7 @@
 """The formats of a run, whichever plugin decides them, and fp32 in their place."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from lightning_mixprec.plugin.formats_in_force import in_fp32
 from lightning_mixprec.plugin.lightnings import Precision, both
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.strategies import check_replay
+from lightning_mixprec.policy.assignment import LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
 _PLAIN = both("plugins.precision", "Precision")
@@ -189,21 +190,17 @@ class PolicyFormats:
         """The format that a layer computes in."""
         return self._assignment[layer].compute
 
-    @contextlib.contextmanager
-    def low(self) -> Generator[None, None, None]:
+    def low(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as the policy says."""
-        attachment = attach(self._model, self._assignment, self._device.type)
-        try:
-            with attachment.context():
-                yield
-        finally:
-            attachment.detach()
+        return self._attached(self._assignment)
+
+    def reference(self) -> contextlib.AbstractContextManager[Any]:
+        """Everything within computes in fp32; fp64 stays."""
+        return self._attached({name: in_fp32(layer) for name, layer in self._assignment.items()})
 
     @contextlib.contextmanager
-    def reference(self) -> Generator[None, None, None]:
-        """Everything within computes in fp32; fp64 stays."""
-        wide = {name: in_fp32(layer) for name, layer in self._assignment.items()}
-        attachment = attach(self._model, wide, self._device.type)
+    def _attached(self, assignment: Mapping[str, LayerPrecision]) -> Generator[None, None, None]:
+        attachment = attach(self._model, assignment, self._device.type)
         try:
             with attachment.context():
                 yield

@@ -203,11 +203,7 @@ def _worst_first(latest: dict[str, tuple[int, float]], *, largest: bool = False)
     return sorted(latest, key=lambda name: -latest[name][1] if largest else latest[name][1])
 
 
-def _use(layer: LayerLife) -> Use:
-    return _use_of(layer.compute)
-
-
-def _use_of(format: str) -> Use:
+def _use(format: str) -> Use:
     return get_format(format).use if format in FORMATS else Use()
 
 
@@ -224,7 +220,7 @@ def _noise(records: Records, layers: Lives) -> Iterator[Alert]:
     if names:
         worst, *others = names
         step, ratio = latest[worst]
-        told = advice.noise(worst, ratio, layers[worst].compute, _use(layers[worst]), others)
+        told = advice.noise(worst, ratio, layers[worst].compute, _use(layers[worst].compute), others)
         yield Alert.of_layers("error", "An output is not fp32's", told, worst, step, len(names))
 
 
@@ -245,10 +241,10 @@ def _vanishing(records: Records, layer: str, step: int, others: Sequence[str]) -
     """As ``UnderflowMonitor`` told of it, or ``PrecisionReport``, which knows less."""
     for row in records.underflow:
         if row["layer"] == layer and row["step"] == step and "format" in row:
-            return advice.underflow(layer, row, row["loss_scale"], others, _use_of(row["format"]))
+            return advice.underflow(layer, row, row["loss_scale"], others, _use(row["format"]))
     sample = next(row["sample"] for row in records.samples if row["step"] == step and layer in row["sample"]["layers"])
     told: SampledLayer = sample["layers"][layer]
-    use = _use_of(told.format)
+    use = _use(told.format)
     what_if = {told.format: {"best_scale": told.best_scale, "fits": told.best_scale is not None}}
     what_if |= {use.for_range: {"underflow_rate": 0.0}} if use.for_range else {}
     losses = {"format": told.format, "underflow_rate": told.underflow_rate, "what_if": what_if}
@@ -272,7 +268,7 @@ def _gradients(records: Records, layers: Lives) -> Iterator[Alert]:
         noise = None
         if noisy:
             cause = layers[noisy[0]]
-            noise = advice.noise(noisy[0], samples[noisy[0]][1], cause.compute, _use(cause))
+            noise = advice.noise(noisy[0], samples[noisy[0]][1], cause.compute, _use(cause.compute))
         told = advice.gradient(worst, cosine, limit, others, noise)
         yield Alert.of_layers("warning", "Gradients point elsewhere than fp32's", told, worst, step, len(latest))
 
@@ -300,7 +296,7 @@ def _headroom(records: Records, layers: Lives) -> Iterator[Alert]:
         step, bits = latest[worst]
         level: Level = "error" if bits < 0 else "warning"
         title = "Values overflow" if bits < 0 else "Close to an overflow"
-        told = advice.headroom(worst, bits, layers[worst].compute, _use(layers[worst]))
+        told = advice.headroom(worst, bits, layers[worst].compute, _use(layers[worst].compute))
         yield Alert.of_layers(level, title, told, worst, step, len(latest))
 
 

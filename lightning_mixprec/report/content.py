@@ -26,6 +26,7 @@ from itertools import groupby
 from typing import Any
 
 from lightning_mixprec.numerics.formats import FORMATS, get_format, low_precision_formats
+from lightning_mixprec.records.journal import plain
 from lightning_mixprec.records.words import counted
 from lightning_mixprec.report.alerts import alerts
 from lightning_mixprec.report.layers import LayerLife, layers_of, rows
@@ -46,7 +47,7 @@ def content_of(runs: Sequence[Records], title: str = "precision report") -> dict
         "title": title,
         "made": made,
         "formats": {name: _range(name) for name in low_precision_formats(in_parts=True)},
-        "runs": [_plain(_run(records, len(runs))) for records in runs],
+        "runs": [plain(_run(records, len(runs))) for records in runs],
     }
 
 
@@ -175,12 +176,3 @@ def _assigned(name: str, layer: LayerLife, shares: dict[str, float]) -> Row:
         "rule": layer.rule,
         "flops": round(shares.get(name, 0.0), 6) if shares else None,
     }
-
-
-def _plain(value: Any) -> Any:
-    """A value in which what is not finite is None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
