@@ -11,7 +11,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import Site, survey
-from lightning_mixprec.evidence.comparison import Comparison, Wanted
+from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, Comparison, Wanted
 from lightning_mixprec.evidence.failures import Found, diagnosed
 from lightning_mixprec.evidence.findings import SHORT, describe
 from lightning_mixprec.evidence.replay import StepReplay
@@ -35,8 +35,6 @@ from lightning_mixprec.records.words import listed
 NOT_FINITE = "not finite in fp32"
 """The reason that a batch tells nothing of precision: no problem of this callback's."""
 
-_MAX_ELEMENTS = 16384
-_MAX_BYTES = 256 * 2**20
 _ROOM_BITS = 2
 _ACCUSED: tuple[Literal["layer", "direction", "op", "value"], ...] = ("layer", "direction", "op", "value")
 
@@ -246,7 +244,7 @@ class AdaptiveRun:
     def _wanted(self, *, statistics: bool) -> Wanted:
         """The questions that a decision may ask of a step in fp32."""
         flops = not self._flops
-        return Wanted(statistics=statistics, max_elements=_MAX_ELEMENTS, max_bytes=_MAX_BYTES, flops=flops)
+        return Wanted(statistics=statistics, max_elements=MAX_ELEMENTS, max_bytes=MAX_BYTES, flops=flops)
 
     def _comparison(self, kept: KeptBatch, *, statistics: bool) -> Comparison:
         return Comparison(self._module, PluginFormats(self._plugin), kept, self._wanted(statistics=statistics))

@@ -12,7 +12,7 @@ from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.engine.border_plan import survey
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.comparison import MAX_BYTES, Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
@@ -75,7 +75,7 @@ class FidelityMonitor(SamplingMonitor):
         layers_per_sample: int = 8,
         min_cosine: float | None = None,
         max_loss_gap: float = advice.MAX_LOSS_GAP,
-        max_bytes: int = 256 * 2**20,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         name = type(self).__name__
         self.layers_per_sample = check_count(name, "layers_per_sample", layers_per_sample)

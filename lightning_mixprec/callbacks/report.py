@@ -15,7 +15,7 @@ from lightning_mixprec.callbacks.monitor import is_quiet, monitors
 from lightning_mixprec.callbacks.report_rows import described, environment, sampled, short
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.loss_curve import LossCurve, loss_in
 from lightning_mixprec.plugin.precision import PerLayerPrecision
@@ -23,8 +23,6 @@ from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.records import runs
 from lightning_mixprec.records.moves import told_shortly
 from lightning_mixprec.report.writing import write_report
-
-_MAX_ELEMENTS = 16384
 
 
 class PrecisionReport(SamplingMonitor):
@@ -233,7 +231,7 @@ class PrecisionReport(SamplingMonitor):
 
     @override
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
-        return Wanted(statistics=True, max_elements=_MAX_ELEMENTS, flops=not self._has_flops)
+        return Wanted(statistics=True, max_elements=MAX_ELEMENTS, flops=not self._has_flops)
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
-from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
 from lightning_mixprec.evidence.findings import Findings, describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
 from lightning_mixprec.evidence.stagnation import StagnationCheck
@@ -68,7 +68,10 @@ class UnderflowMonitor(SamplingMonitor):
     _STATE = {"latest": dict[str, KnownLosses | KnownStagnation], **SamplingMonitor._SAMPLING}
 
     def __init__(
-        self, every_n_steps: int = 1000, threshold: float = advice.MAX_UNDERFLOW, max_elements: int | None = 16384
+        self,
+        every_n_steps: int = 1000,
+        threshold: float = advice.MAX_UNDERFLOW,
+        max_elements: int | None = MAX_ELEMENTS,
     ) -> None:
         name = type(self).__name__
         self.threshold = check_share(name, "threshold", threshold)

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.evidence.diagnosis import Judge
+from lightning_mixprec.evidence.diagnosis import USUAL_SCALE, Judge
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.evidence.saved_batches import load_batch
@@ -17,7 +17,6 @@ from lightning_mixprec.plugin.lightnings import is_lightning_module
 from lightning_mixprec.policy.module_names import unwrap
 from lightning_mixprec.policy.policy import PrecisionPolicy
 
-_DEFAULT_SCALE = 65536.0
 _DEFAULT_POLICY = "fp16"
 
 
@@ -25,7 +24,7 @@ def diagnose(
     module: pl.LightningModule,
     batch: Any,
     policy: str | dict[str, Any] | PrecisionPolicy = _DEFAULT_POLICY,
-    loss_scale: float = _DEFAULT_SCALE,
+    loss_scale: float = USUAL_SCALE,
     batch_idx: int = 0,
 ) -> dict[str, Any]:
     """Runs a module's training step on a batch under a policy and says whether it is finite, and if not, why.
@@ -67,7 +66,7 @@ def diagnose(
     if isinstance(batch, (str, Path)):
         saved = load_batch(batch, module.device)
         batch, batch_idx, random = saved.kept
-        loss_scale = saved.loss_scale if loss_scale == _DEFAULT_SCALE else loss_scale
+        loss_scale = saved.loss_scale if loss_scale == USUAL_SCALE else loss_scale
         policy = saved.policy if policy == _DEFAULT_POLICY else policy
     formats = PolicyFormats(module, policy, module.device, loss_scale)
     scale = float(formats.scale)

@@ -38,6 +38,12 @@ from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
 NO_LOSS = -1.0
 """The loss gap of a step without a loss, among numbers of which the largest counts."""
 
+MAX_ELEMENTS = 16384
+"""Elements of a tensor that statistics look at, unless a user says how many."""
+
+MAX_BYTES = 256 * 2**20
+"""Memory for the inputs and outputs of layers that are compared, unless a user says how much."""
+
 _LEAST_SCALE = 2.0**-149
 
 

@@ -36,8 +36,10 @@ from lightning_mixprec.records.events import Cause, Direction, Frame, Verdict
 
 T = TypeVar("T")
 
+USUAL_SCALE = 65536.0
+"""The loss scale that runs begin with."""
+
 _LEAST_POWER = -14
-_USUAL_SCALE = 65536.0
 _TRIES = 6
 _HALVED = "on half of the batch, as memory ran out"
 
@@ -272,7 +274,7 @@ class Judge:
                 continue
             lost, before = (
                 underflow_rate(rows.select(row), format, each, direction="backward").middle
-                for each in (scale, max(self._scale, _USUAL_SCALE))
+                for each in (scale, max(self._scale, USUAL_SCALE))
             )
             if lost - before > STARVED:
                 return False

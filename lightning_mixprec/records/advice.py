@@ -37,7 +37,7 @@ class Use(Protocol):
 
     @property
     def needs_scaling(self) -> bool:
-        """Whether gradients need a loss scale."""
+        """True if gradients need a loss scale."""
 
 
 _WIDE = ("fp32", "fp64")
@@ -54,8 +54,8 @@ MIN_COSINE_IF_COARSE = 0.9
 rounding takes from the cosine by the square of that: a healthy ResNet-18 begins at 0.95."""
 
 MIN_COSINE_TO_ACT = 0.97
-"""What the controller leaves alone, in fp16. A healthy ResNet-18 begins at 0.992, close to where is told; a line costs
-nothing, a move costs speed."""
+"""The least that the controller leaves alone, in fp16. A healthy ResNet-18 begins at 0.992, close to where is told; a
+line costs nothing, a move costs speed."""
 
 
 def min_cosine(*, is_coarse: bool) -> float:
@@ -124,8 +124,8 @@ MAX_LOSS_GAP = 0.05
 """The largest ``|L_low - L_fp32| / |L_fp32|`` that nobody is told of; healthy runs stay below 0.02."""
 
 MAX_LOSS_GAP_TO_ACT = 0.5
-"""What the controller leaves alone. Gradients decide: where they agree the run learns as in fp32, even if the loss that
-it prints is off by percents, as one that has come down to next to nothing is in bf16."""
+"""The largest that the controller leaves alone. Gradients decide: where they agree the run learns as in fp32, even if
+the loss that it prints is off by percents, as one that has come down to next to nothing is in bf16."""
 
 
 def loss_gap(gap: float) -> Advice:

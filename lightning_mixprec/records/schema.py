@@ -32,7 +32,7 @@ _WHOLE = range(1 - 2**63, 2**63)
 
 
 def matches(value: object, shape: Any, *, in_json: bool = False) -> bool:
-    """Whether a plain value is what a type says; numbers may be whole, and tuples may be lists.
+    """True if a plain value is what a type says; numbers may be whole, and tuples may be lists.
 
     Args:
         value: Anything.
@@ -114,7 +114,7 @@ def check_plain(value: object, path: str) -> None:
 
 
 def is_plain(value: object) -> bool:
-    """Whether a checkpoint can keep a value, as :func:`check_plain` says."""
+    """True if a checkpoint can keep a value, as :func:`check_plain` says."""
     try:
         check_plain(value, "value")
     except MixPrecError:
