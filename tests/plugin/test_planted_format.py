@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from lightnings import pl
 from plugin_models import Batches, Task, mlp
 from torch import Tensor
 
