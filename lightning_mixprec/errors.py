@@ -29,3 +29,12 @@ class ScalingError(MixPrecError):
 
 class SupportError(MixPrecError):
     """A device, strategy or optimizer that this package does not support."""
+
+
+def one_line(error: Exception) -> str:
+    """An error as a monitor tells of it.
+
+    >>> one_line(KeyError("teacher"))
+    "KeyError: 'teacher'"
+    """
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -12,19 +12,17 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.casting import tensors_in
+from lightning_mixprec.errors import one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters, weight_gradients
 from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.evidence.instruments.trace import Origin, Trace
 from lightning_mixprec.evidence.replay import (
+    Halving,
     Replayed,
     StepReplay,
     copied,
-    halved,
-    is_out_of_memory,
-    is_shared,
-    one_line,
 )
 from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.numerics.finite import all_finite
@@ -127,8 +125,8 @@ class Judge:
 
     def __init__(self, replay: StepReplay, kept: KeptBatch, scale: float, wanted: Wanted | None = None) -> None:
         self._replay, self._scale, self._wanted = replay, scale, wanted or Wanted()
-        self._batch, self._batch_idx, self._random = kept
-        self._is_halved = False
+        _, self._batch_idx, self._random = kept
+        self._halving = Halving(replay.module, kept.batch)
         self.problem: str | None = None
         self.comparison: Comparison | None = None
 
@@ -170,6 +168,14 @@ class Judge:
         return self._precision(low.origin, low.scale, wide.trace)
 
     @property
+    def _batch(self) -> Any:
+        return self._halving.batch
+
+    @property
+    def _is_halved(self) -> bool:
+        return self._halving.shortage is not None
+
+    @property
     def _is_scaled(self) -> bool:
         """True where losses are scaled: a scale that is searched for may happen to be 1."""
         return self._scale != 1 or isinstance(self._replay.formats.scale, Tensor)
@@ -200,20 +206,12 @@ class Judge:
         return seen[-1] if seen else _Traced(Replayed(), None, None, True)
 
     def _tried(self, run: Callable[[], T]) -> T | None:
-        """Runs a replay; if memory runs out, once more on half of the batch, and so from then on.
-
-        Its errors are kept, not raised: a monitor ends no run, and the other ranks wait.
-        """
+        """Runs a replay; its errors are kept, not raised: a monitor ends no run, and the other ranks wait."""
         try:
-            return run()
+            return self._halving.run(lambda batch: run())
         except Exception as error:
-            if self._is_halved or is_shared(self._replay.module) or not is_out_of_memory(error):
-                self.problem = one_line(error)
-                return None
-        self._batch, self._is_halved = halved(self._batch), True
-        if self._replay.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self._tried(run)
+            self.problem = one_line(error)
+            return None
 
     def is_finite_at(self, scale: float) -> bool:
         """True if the step is finite at another loss scale, on all ranks."""

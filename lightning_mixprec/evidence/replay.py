@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,13 +21,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded
-from lightning_mixprec.errors import SupportError
+from lightning_mixprec.errors import SupportError, one_line
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
-from lightning_mixprec.evidence.instruments.memory import free_host_bytes
+from lightning_mixprec.evidence.instruments.memory import free_host_bytes, is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import cast_to_fp32
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox, sandbox
 from lightning_mixprec.evidence.run_formats import Formats
 from lightning_mixprec.plugin.lightnings import DummyLogger
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -342,16 +344,31 @@ def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested and leaf.dim() > 0
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """True for an error that says that memory ran out, on a GPU or on the CPU."""
-    said = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
+class Halving:
+    """A batch to run something on: half of it, from when memory ran out.
 
+    Args:
+        module: The LightningModule that it is run through.
+        batch: The batch, on the device.
 
-def one_line(error: Exception) -> str:
-    """An error as a monitor tells of it.
-
-    >>> one_line(KeyError("teacher"))
-    "KeyError: 'teacher'"
+    Attributes:
+        batch: What is left of it.
+        shortage: The error that said that memory ran out, in one line; None if none did.
     """
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+    def __init__(self, module: pl.LightningModule, batch: Any) -> None:
+        self._module, self.batch = module, batch
+        self.shortage: str | None = None
+
+    def run(self, run: Callable[[Any], T]) -> T:
+        """Runs something on the batch; if memory runs out, once more on half of it, and so from then on."""
+        try:
+            return run(self.batch)
+        except Exception as error:
+            if self.shortage is not None or is_shared(self._module) or not is_out_of_memory(error):
+                raise
+            self.shortage = one_line(error)
+        self.batch = halved(self.batch)
+        if self._module.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return run(self.batch)

@@ -3,13 +3,13 @@
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from lightning_mixprec import ranks
+from lightning_mixprec.errors import one_line
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, Recorded, Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.instruments.probe import layers_of
-from lightning_mixprec.evidence.replay import halved, is_out_of_memory, is_shared, one_line
+from lightning_mixprec.evidence.replay import Halving
 from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.evidence.step_window import KeptBatch
 
@@ -53,18 +53,13 @@ class SampledStep:
         found.problem = None if problem is None else ranks.told_by(rank, problem)
 
     def _measured(self, batch: Any) -> Measured:
-        found, device = self._findings, self._module.device
-        for is_halved in (False, True):
-            try:
-                measured = self._compared(halved(batch) if is_halved else batch)
-                found.is_complete = True
-                return measured
-            except Exception as error:  # a monitor ends no run
-                found.problem = one_line(error)
-                if is_shared(self._module) or not is_out_of_memory(error):
-                    break
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        found, halving = self._findings, Halving(self._module, batch)
+        try:
+            measured = halving.run(self._compared)
+            found.is_complete, found.problem = True, halving.shortage
+            return measured
+        except Exception as error:  # a monitor ends no run
+            found.problem = one_line(error)
         return Measured.nothing(len(found.layers), len(self._wanted.layers), statistics=self._wanted.statistics)
 
     def _compared(self, batch: Any) -> Measured:

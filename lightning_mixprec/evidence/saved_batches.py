@@ -7,9 +7,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_map
 
-from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.errors import MixPrecError, one_line
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
-from lightning_mixprec.evidence.replay import one_line
 from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.records.events import Event
 

@@ -6,9 +6,9 @@ from typing import TypeVar
 import torch
 
 from lightning_mixprec import ranks
+from lightning_mixprec.errors import one_line
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, is_finite
 from lightning_mixprec.evidence.findings import Findings
-from lightning_mixprec.evidence.replay import one_line
 from lightning_mixprec.evidence.run_formats import PluginFormats, TrialFormats
 from lightning_mixprec.planning.agreement import Agreement
 from lightning_mixprec.planning.promotions import Promotion

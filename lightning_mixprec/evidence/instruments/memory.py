@@ -1,4 +1,4 @@
-"""Memory: the bytes that tensors take, and those that are free."""
+"""Memory: the bytes that tensors take, those that are free, and errors that say that it ran out."""
 
 import contextlib
 import os
@@ -16,6 +16,12 @@ def bytes_of(tensor: Tensor) -> int:
     if tensor.layout == torch.sparse_coo:
         return tensor._values().nbytes + tensor._indices().nbytes
     return tensor.nbytes if tensor.layout == torch.strided else tensor.values().nbytes * 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for an error that says that memory ran out, on a GPU or on the CPU."""
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
 
 
 def free_host_bytes() -> int:
