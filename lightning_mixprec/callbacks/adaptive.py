@@ -198,9 +198,7 @@ class AdaptivePrecision(FailureMonitor):
         return self._run.base
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         watch, run = self._failures, self._run
         assert watch is not None and run is not None
         may_sample = not (watch.is_in_window or self._has_no_batches(trainer))

@@ -1,7 +1,8 @@
 """Base classes of the callbacks: logged values, rows of the run's file, state and summary; and of those that replay."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ from lightning_mixprec.records.states import Layout
 
 ROWS = 10
 """Layers that a summary shows."""
+
+_HOOK = "on_train_batch_start"
 
 
 class RunCallback(Callback):
@@ -170,6 +173,49 @@ class RunCallback(Callback):
             yield new[0], new[1:]
 
 
+class BatchStart:
+    """Stands in for a LightningModule's ``on_train_batch_start`` once: has the hook run, and something else after it.
+
+    Lightning calls the callbacks' hook of this name first and the module's last, so this is how a callback comes to act
+    on what all of them made of the batch, just before its step. Takes itself away as soon as it is called, before
+    anything else; a copy of the module that was made until then has its own hook alone.
+
+    Args:
+        module: The module.
+        begin: What is called after the hook, unless it answers -1, which skips the rest of the epoch.
+    """
+
+    def __init__(self, module: pl.LightningModule, begin: Callable[[], None]) -> None:
+        self._module, self._begin = module, begin
+        self._of_instance = vars(module).get(_HOOK)
+        vars(module)[_HOOK] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls both."""
+        self.remove()
+        begin, self._begin = self._begin, _nothing  # somebody who wrapped this one may call it again and again
+        hook = self._of_instance or partial(getattr(type(self._module), _HOOK), self._module)
+        answer = hook(*args, **kwargs)
+        if answer != -1:
+            begin()
+        return answer
+
+    def remove(self) -> None:
+        """Gives the module back the hook that it had."""
+        attributes = vars(self._module)
+        if attributes.get(_HOOK) is self:
+            del attributes[_HOOK]
+            if self._of_instance is not None:
+                attributes[_HOOK] = self._of_instance
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_begin": _nothing}
+
+
+def _nothing() -> None:
+    pass
+
+
 class Monitor(RunCallback):
     """Base of the callbacks that replay steps of the run in the formats that it computes in, and in fp32."""
 
@@ -177,6 +223,7 @@ class Monitor(RunCallback):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._formats: RunFormats | None = None
+        self._start: BatchStart | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -190,6 +237,36 @@ class Monitor(RunCallback):
         formats = formats_of(trainer, type(self).__name__)
         super().setup(trainer, pl_module, stage)
         self._formats = formats
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        every = [each for each in monitors(trainer) if isinstance(each, Monitor)]
+        if self is every[0]:  # the first one acts for all
+
+            def begin() -> None:
+                for each in every:
+                    each._begin_batch(trainer, pl_module, batch, batch_idx)
+
+            self._start = BatchStart(pl_module, begin)
+
+    def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """The step of a batch is about to be taken: every hook that prepares it has run."""
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._leave_module()  # Lightning calls no teardown
+        super().on_exception(trainer, pl_module, exception)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._leave_module()
+        super().teardown(trainer, pl_module, stage)
+
+    def _leave_module(self) -> None:
+        if self._start is not None:
+            self._start.remove()
 
 
 def monitors(trainer: pl.Trainer) -> list[RunCallback]:

@@ -97,9 +97,7 @@ class OverflowMonitor(FailureMonitor):
         self._has_lost_weights = False
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._failures is None:
             assert self._formats is not None
             is_automatic = pl_module.automatic_optimization

@@ -121,14 +121,12 @@ class PrecisionReport(SamplingMonitor):
         self._is_asked_again = True  # the first batch of every fit is sampled, that of a resumed one too
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._curve is not None:
             self._step = trainer.global_step
             self._tell_changes(trainer, pl_module)
             self._curve.begin_batch()
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        super()._begin_batch(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_before_optimizer_step(

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.monitor import Monitor, check_count, takes_iterator
+from lightning_mixprec.callbacks.monitor import Monitor, check_count, monitors, takes_iterator
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.sampled_step import SampledStep
@@ -66,14 +66,11 @@ class SamplingMonitor(Monitor):
         raise NotImplementedError
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        monitors = [each for each in callbacks if isinstance(each, SamplingMonitor)]
-        if self is not monitors[0]:
+    def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        sharing = [each for each in monitors(trainer) if isinstance(each, SamplingMonitor)]
+        if self is not sharing[0]:
             return  # the first one acts for all
-        due = [each for each in monitors if each._comes_due()]
+        due = [each for each in sharing if each._comes_due()]
         if due and takes_iterator(trainer):
             for monitor in due:
                 monitor._warn_once("iterator", _NEEDS_BATCHES.format(type(monitor).__name__))
