@@ -290,11 +290,12 @@ class Judge:
         return found if self._is_finite_repaired() or self._nonfinite_weights() else []
 
     def _nonfinite_weights(self) -> list[str]:
+        """The trained weights that are not finite; frozen ones no step has spoiled."""
         return [
             f"{layer}.{name}" if layer else name
             for layer, module in layers_of(self._replay.module).items()
             for name, param in module._parameters.items()
-            if param is not None and not all_finite([param])
+            if param is not None and param.requires_grad and not all_finite([param])
         ]
 
     def _model(self, wide: _Traced) -> Diagnosis:

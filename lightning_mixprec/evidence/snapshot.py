@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded, reshard
 from lightning_mixprec.evidence.instruments.memory import bytes_of, free_host_bytes
-from lightning_mixprec.numerics.finite import are_nonfinite, dense
+from lightning_mixprec.numerics.finite import are_nonfinite
 from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.module_names import walk
@@ -38,7 +38,7 @@ class _Kept(NamedTuple):
 
 
 class _Copy(NamedTuple):
-    """A run as it was at a step; the tensors in it as :class:`_Kept`."""
+    """A run as it was at a step; the tensors in it as :class:`_Kept`, and the names of those that may be not finite."""
 
     step: int
     module: pl.LightningModule
@@ -47,6 +47,7 @@ class _Copy(NamedTuple):
     buffers: list[tuple[nn.Module, str, Any]]
     optimizers: list[tuple[Optimizer, Any, list[Any]]]
     scaler: dict[str, float | int] | None
+    by_design: frozenset[str]
 
 
 class Snapshots:
@@ -67,7 +68,7 @@ class Snapshots:
         self._copy: _Copy | None = None
         self._storage: list[Tensor] = []
         self._is_on_host = False
-        self._infinite: frozenset[str] | None = None
+        self._by_design: set[str] | None = None
 
     @property
     def step(self) -> int | None:
@@ -75,18 +76,16 @@ class Snapshots:
         return None if self._copy is None else self._copy.step
 
     def damaged(self, pl_module: pl.LightningModule) -> list[str]:
-        """The parameters and buffers that are not finite; one read from the device.
+        """The parameters and buffers that were finite once and are not now; one read from the device.
 
-        Buffers and frozen parameters that held infinities and no NaN when they were first looked at, as masks do, are
-        meant to.
+        What a model begins with is its own affair, trained weights excepted: a mask of -inf, a threshold that is NaN
+        until it is known.
         """
         named = _named_tensors(pl_module)
         found = [name for name, is_bad in zip(named, are_nonfinite(list(named.values())), strict=True) if is_bad]
-        if self._infinite is None:
-            self._infinite = frozenset(
-                name for name in found if not (named[name].requires_grad or bool(dense(named[name]).isnan().any()))
-            )
-        return [name for name in found if name not in self._infinite]
+        unknown = set(found) if self._by_design is None else self._by_design.intersection(found)
+        self._by_design = {name for name in unknown if not named[name].requires_grad}
+        return [name for name in found if name not in self._by_design]
 
     @staticmethod
     def bytes_needed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
@@ -112,13 +111,13 @@ class Snapshots:
         device = pl_module.device
         is_ready = not any(map(is_lazy, pl_module.parameters())) and not any(map(is_lazy, pl_module.buffers()))
         place = self._place(trainer, pl_module) if is_ready else None
-        is_good = place is not None and (is_sound or not self.damaged(pl_module))
+        is_good = is_ready and (is_sound or not self.damaged(pl_module)) and place is not None
         is_good = is_good and not any(are_nonfinite(list(_tensors_in(_states(trainer.optimizers)))))
         if ranks.is_any(not is_good, device):
             return False
         assert place is not None
         writer = _Writer(self._storage if place == self._is_on_host else [], _CPU if place else None)
-        self._copy = _copy_of(trainer, pl_module, step, writer.keep)
+        self._copy = _copy_of(trainer, pl_module, step, writer.keep, frozenset(self._by_design or ()))
         writer.write()
         self._storage, self._is_on_host = writer.used, place
         return True
@@ -147,6 +146,7 @@ class Snapshots:
         if copy.scaler is not None:
             copy.plugin.scaler.load_state_dict(copy.scaler)
         copy.plugin.guard_buffers_anew()
+        self._by_design = set(copy.by_design)
         return copy.step
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -187,7 +187,14 @@ class Snapshots:
             (module, name, _saved(kept, keep))
             for (module, name, _), kept in zip(_buffers(pl_module), state["buffers"], strict=True)
         ]
-        self._copy = _Copy(state["step"], pl_module, plugin, params, buffers, optimizers, state["scaler"])
+        kept_as = {id(param): kept for param, kept in params}
+        kept_as |= {id(module._buffers.get(name)): kept for module, name, kept in buffers if kept is not None}
+        named = {
+            name: kept_as[id(each)].data for name, each in _named_tensors(pl_module).items() if id(each) in kept_as
+        }
+        bad = frozenset(name for name, is_bad in zip(named, are_nonfinite(list(named.values())), strict=True) if is_bad)
+        self._by_design = set(bad)
+        self._copy = _Copy(state["step"], pl_module, plugin, params, buffers, optimizers, state["scaler"], bad)
 
     def _place(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool | None:
         """True if the copy goes to the host, False if it stays on the device, None if it fits nowhere."""
@@ -237,7 +244,13 @@ def _kind(tensor: Tensor, device: torch.device) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, device
 
 
-def _copy_of(trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, keep: Callable[[Tensor], _Kept]) -> _Copy:
+def _copy_of(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    step: int,
+    keep: Callable[[Tensor], _Kept],
+    by_design: frozenset[str],
+) -> _Copy:
     plugin = trainer.precision_plugin
     assert isinstance(plugin, PerLayerPrecision)
     return _Copy(
@@ -251,6 +264,7 @@ def _copy_of(trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, keep
             for optimizer, (states, groups) in zip(trainer.optimizers, _states(trainer.optimizers), strict=True)
         ],
         plugin.scaler.state_dict() if plugin.scaler.is_active else None,
+        by_design,
     )
 
 

@@ -205,3 +205,23 @@ def test_after_advice_the_search_for_it_is_not_repeated_at_once():
     first, *later = [row["step"] for row in rows(monitor="adaptive") if "decision" in row]
     assert first == 2
     assert len(later) <= 2
+
+
+class Threshold(nn.Module):
+    """A threshold that is NaN until it is known, beside a mask of -inf and a frozen weight that nobody has filled."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+        self.unused = nn.Parameter(torch.full((2,), float("nan")), requires_grad=False)
+        self.register_buffer("threshold", torch.tensor(float("nan")))
+        self.register_buffer("mask", torch.tensor([float("-inf"), 0.0]))
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_model_that_begins_with_nan_in_its_buffers_is_sampled_like_any_other():
+    assert assert_unchanged(lambda: Task(Threshold(), ADAM)).decisions == []
+    assert len(samples()) == COUNT - 1
+    assert rows(monitor="adaptive") == samples()

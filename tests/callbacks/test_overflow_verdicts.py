@@ -165,6 +165,13 @@ def test_weights_that_are_nan_are_named(format):
     assert "(weights that are not finite: net.3.weight)" in event["message"]
 
 
+def test_a_frozen_weight_that_was_never_finite_is_no_lost_weight():
+    net = nn.Sequential(mlp(None), Gain(INF))
+    net.unused = nn.Parameter(torch.tensor([NAN]), requires_grad=False)
+    seen = watch(Watched(net), values=batches(2))
+    assert [event["detail"] for event in seen.events] == ["", ""]
+
+
 @pytest.mark.parametrize("make_plugin", [lambda: PerLayerPrecision("fp16"), slow(stock)], ids=["ours", "stock"])
 @pytest.mark.parametrize("name", CULPRITS)
 def test_a_healthy_run_is_never_accused(name, make_plugin):

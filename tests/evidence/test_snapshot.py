@@ -250,17 +250,52 @@ def test_odd_tensors_come_back_in_place():
     assert bad == ["net.a.weight", "net.fp8", "net.phase", "net.sparse", "net.wave"]
 
 
-def test_a_mask_of_infinities_is_no_damage_and_nan_in_a_buffer_is():
-    class Masked(nn.Linear):
-        def __init__(self):
-            super().__init__(6, 2)
-            self.register_buffer("mask", torch.tensor([float("-inf"), 0.0]))
-            self.register_buffer("poisoned", torch.tensor([NAN]))
+class Unfinished(nn.Module):
+    """Begins with a mask of -inf, with thresholds that are NaN until they are known, a frozen weight of NaN."""
 
+    def __init__(self):
+        super().__init__()
+        self.layer, self.unused = nn.Linear(6, 2), nn.Parameter(torch.full((2,), NAN), requires_grad=False)
+        self.register_buffer("mask", torch.tensor([float("-inf"), 0.0]))
+        self.register_buffer("low", torch.tensor([NAN, 1.0]))
+        self.register_buffer("high", torch.tensor(NAN))
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_what_a_model_begins_with_is_no_damage_and_what_changes_is():
     def look(run, model):
-        return Snapshots().take(run, model, 1), Snapshots().damaged(model)
+        net, copy, damaged = model.net[0], Snapshots(), []
+        assert copy.take(run, model, 1)
+        damaged.append(copy.damaged(model))
+        net.high.fill_(3.0)
+        damaged.append(copy.damaged(model))
+        net.high.fill_(NAN)
+        damaged.append(copy.damaged(model))
+        with torch.no_grad():
+            net.layer.weight[0, 0] = NAN
+        damaged.append(copy.damaged(model))
+        return damaged
 
-    assert during(look, nn.Sequential(Masked())) == (False, ["net.0.poisoned"])
+    assert during(look, nn.Sequential(Unfinished())) == [
+        [],
+        [],
+        ["net.0.high"],
+        ["net.0.high", "net.0.layer.weight"],
+    ]
+
+
+def test_after_a_resume_what_the_copy_begins_with_is_no_damage_and_what_has_changed_since_is():
+    def look(run, model):
+        kept, resumed = Snapshots(), Snapshots()
+        model.net[0].high.fill_(3.0)
+        assert kept.take(run, model, 1)
+        model.net[0].high.fill_(NAN)
+        resumed.load_state_dict(run, model, kept.state_dict())
+        return resumed.damaged(model)
+
+    assert during(look, nn.Sequential(Unfinished())) == ["net.0.high"]
 
 
 def test_objects_stay_and_the_memory_of_a_copy_is_used_again():
