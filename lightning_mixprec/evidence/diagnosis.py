@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_mixprec import ranks
-from lightning_mixprec.engine.casting import tensors_in
+from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.errors import one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters, weight_gradients

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mixprec.engine.casting import cast, tensors_in
+from lightning_mixprec.engine.casting import cast
+from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.evidence.instruments.attributes import version_of
 from lightning_mixprec.evidence.instruments.memory import bytes_of
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
