@@ -178,8 +178,7 @@ class Attachment:
     def _region_of(self, format: str) -> Region:
         backend = backend_for(format)
         assert backend is not None
-        # Of weights that are gathered for a moment no cast is to stay.
-        return backend.region(format, self._device, caches=not self._groups)
+        return backend.region(format, self._device)
 
     def _store(self, layers: Mapping[str, LayerPrecision]) -> None:
         assert self._model is not None

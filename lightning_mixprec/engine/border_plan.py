@@ -111,7 +111,6 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision]) -> Plan:
     formats = {site: _checked(site.name, assignment[site.name].compute) for site in sites}
     unusable = {format: unusable_in(_dtype(format)) for format in set(formats.values())}
     slots = {site: own for site in sites if (own := _own_slots(site, unusable[formats[site]]))}
-    uncached = _without_cache(sites, formats)
     root = sites[0]
     crossings = {}
     for site in sites[1:]:
@@ -124,7 +123,6 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision]) -> Plan:
                 formats[site],
                 _wide(formats[parent] for parent in site.parents),
                 "input" if output == "input" else _dtype(_checked(site.name, output)) if output else None,
-                site not in uncached,
                 seen,
             )
     _refuse_scripted(crossings)
@@ -184,46 +182,6 @@ def _region_slots(top: Site, formats: dict[Site, str], slots: dict[Site, list[Sl
                 seen.add(child)
                 waiting.append(child)
     return tuple(found)
-
-
-def _without_cache(sites: list[Site], formats: dict[Site, str]) -> set[Site]:
-    """The sites whose region must not use autocast's weight cache, which takes no notice of the format.
-
-    These are the regions that share a weight with a region of the other 16-bit format, the root's own excepted, and
-    those inside a module of the other 16-bit format, which may use its children's weights.
-    """
-    if len({format for format in formats.values() if _is_half(format)}) < 2:
-        return set()
-    root = formats[sites[0]]
-    affected = {site for site in sites if _is_half(formats[site]) and _is_inside_other(site, formats)}
-    users: dict[int, list[Site]] = {}
-    for site in sites:
-        if _is_half(formats[site]):
-            for parameter in (parameter for part in site.parts for parameter in part._parameters.values()):
-                users.setdefault(id(parameter), []).append(site)
-    for shared in users.values():
-        if len({formats[site] for site in shared}) > 1:
-            affected.update(site for site in shared if formats[site] != root)
-    waiting = list(affected)
-    while waiting:
-        site = waiting.pop()
-        for parent in site.parents:
-            if formats[parent] == formats[site] and parent not in affected:
-                affected.add(parent)
-                waiting.append(parent)
-    return affected
-
-
-def _is_inside_other(site: Site, formats: dict[Site, str]) -> bool:
-    seen, waiting = {site}, [site]
-    while waiting:
-        for parent in waiting.pop().parents:
-            if _is_half(formats[parent]) and formats[parent] != formats[site]:
-                return True
-            if parent not in seen:
-                seen.add(parent)
-                waiting.append(parent)
-    return False
 
 
 def _refuse_scripted(crossings: Iterable[Site]) -> None:

@@ -54,14 +54,12 @@ class Crossing(NamedTuple):
         format: in what the module's own operations compute.
         wide: what a caller computes in if autocast is off: fp32, fp64, or ``None`` if the callers differ in this.
         output: in what the result is handed on, ``"input"`` for what came in, ``None`` for as computed.
-        caches: whether weights cast by autocast may be kept for their next use.
         slots: the weights that the module's region cannot use as they are stored.
     """
 
     format: str
     wide: torch.dtype | None = torch.float32
     output: torch.dtype | Literal["input"] | None = None
-    caches: bool = True
     slots: tuple[Slot, ...] = ()
 
 
@@ -92,11 +90,11 @@ class Border:
 
     def become(self, crossing: Crossing) -> None:
         """Takes over another crossing; the object stays, so that compiled code finds it again."""
-        format, self.wide, self.output, caches, self.slots = crossing
+        format, self.wide, self.output, self.slots = crossing
         backend = backend_for(format)
         assert backend is not None
-        self.region = backend.region(format, self.device, caches)
-        self.dtype, self.inherits = self.region.dtype, self.region.inherits
+        self.region = backend.region(format, self.device)
+        self.dtype = self.region.dtype
         self.casts = _CASTS[self.dtype]
         self.attends = get_format(format).is_half and isinstance(self.module, nn.MultiheadAttention)
 
@@ -149,10 +147,7 @@ class Border:
                 output = _arrived(args, kwargs)
             args, kwargs = cast((args, kwargs), into)
         compute = self._compute if self.slots else self._forward
-        if own is caller and self.inherits:
-            result = compute(args, kwargs)
-        else:
-            result = self.region.call(was_on, was, compute, args, kwargs)
+        result = compute(args, kwargs) if own is caller else self.region.call(was_on, was, compute, args, kwargs)
         if output is torch.float64:
             back = back_from_fp64
         if type(result) is not Tensor:

@@ -329,7 +329,6 @@ class PerLayerPrecision(Precision):
             closure_result, skipped = self.scaler.step_by_closure(optimizer, evaluate, prepare, **kwargs)
         else:
             closure_result, skipped = Precision.optimizer_step(self, optimizer, model, evaluate, **kwargs), False
-        torch.clear_autocast_cache()
         at_minimum = self.scaler.is_at_minimum() if skipped is not False else False
         if self._buffers is not None:
             self._buffers.close(optimizer, skipped)
@@ -341,7 +340,6 @@ class PerLayerPrecision(Precision):
         return closure_result
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        torch.clear_autocast_cache()  # it would give a second evaluation in one training_step the weights of the first
         result = closure()
         # Only now that the device has this batch's work: waiting for the last one's outcome leaves it no gap.
         self._ledger.settle_earlier_batches()

@@ -302,10 +302,11 @@ def test_an_exception_restores_the_state(outer, inner, attached):
     assert torch.autocast_increment_nesting() == 1 and torch.autocast_decrement_nesting() == 0
 
 
-def test_the_weight_cache_is_cleared_when_the_outermost_region_ends(attached):
+@pytest.mark.parametrize("policy", ["bf16", {"default": "fp32", "layers.0": "bf16"}])
+def test_no_cast_of_a_weight_outlives_its_use(policy, attached):
     model = Root(nn.Linear(2, 2))
     x = torch.ones(1, 2)
-    with attached(model, {"default": "fp32", "layers.0": "bf16"}) as attachment, attachment.context():
+    with attached(model, policy) as attachment, attachment.context():
         before = model(x)
         with torch.no_grad():
             model.layers[0].weight.add_(1)
@@ -600,20 +601,18 @@ def test_a_container_may_use_its_childs_weight_in_another_16_bit_format(attached
     assert torch.equal(y, (h @ w.bfloat16().t()).half() @ w.half().t())
 
 
-def test_the_weight_cache_stays_on_where_formats_do_not_meet(attached):
+@pytest.mark.parametrize("around", ["fp32", "bf16"])
+def test_16_bits_are_computed_without_autocasts_weight_cache_wherever_they_begin(around, attached):
     model = nn.ModuleDict({"a": Echo(), "b": nn.Sequential(Echo()), "c": Echo()})
-    model["a"].shared = model["c"].shared = nn.Linear(1, 1)
-    with attached(model, {"default": "fp32", "a": "fp16", "b": "fp16", "c": "bf16", "**.shared": "fp32"}) as _:
-        for layer in (model["a"], model["b"], model["c"]):
-            layer(torch.ones(1))
-    assert model["a"].caches and model["b"][0].caches and model["c"].caches
-    tied = nn.ModuleDict({"a": nn.Sequential(nn.Linear(1, 1), Echo()), "b": Echo(), "c": nn.Sequential(Echo())})
-    tied["c"].weight = tied["a"][0].weight
-    with attached(tied, {"default": "fp32", "a": "fp16", "b": "fp16", "c": "bf16"}):
-        for layer in tied.values():
-            layer(torch.ones(1, 1))
-    assert not tied["a"][1].caches and tied["b"].caches and not tied["c"][0].caches
-    assert torch.is_autocast_cache_enabled()
+    with attached(model, {"default": around, "a": "fp16", "b": "bf16", "c": "fp32"}) as attachment:
+        with attachment.context():
+            for layer in model.values():
+                layer(torch.ones(1))
+            assert torch.is_autocast_cache_enabled() == (around == "fp32")
+        assert not model["a"].caches and not model["b"][0].caches
+        with bf16():  # by the user, who wants a cache
+            model["a"](torch.ones(1))
+            assert torch.is_autocast_cache_enabled() and not model["a"].caches
 
 
 def test_integer_inputs_reach_an_embedding_unharmed(attached):

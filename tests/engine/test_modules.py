@@ -26,7 +26,9 @@ class Holder(nn.Module):
 
 
 def own_format(compute):
-    return torch.autocast("cpu", dtype=FORMATS[compute] if "16" in compute else None, enabled="16" in compute)
+    """Autocast as Lightning's plugins run it."""
+    dtype = FORMATS[compute] if "16" in compute else None
+    return torch.autocast("cpu", dtype=dtype, enabled="16" in compute, cache_enabled=False)
 
 
 def by_hand(layer, compute, x):

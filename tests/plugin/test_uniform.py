@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightnings import EMAWeightAveraging, MixedPrecision, StochasticWeightAveraging, WeightAveraging
 from plugin_models import Batches, Call, Evaluable, Task, TwoOptimizers, fit, mlp, ours, same, snapshot, stock, trainer
+from selection import slow
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -135,6 +136,21 @@ class NowAndThen(Task):
         return loss if batch_idx % 2 == 0 else None
 
 
+class WithOwnAutocast(TwoOptimizers):
+    """Manual optimization whose network runs under an autocast of the user's own."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+def test_a_second_forward_in_one_step_uses_the_weights_that_were_updated():
+    expected = run(ours("bf16"), task=TwoOptimizers)
+    assert same(run(ours("bf16"), task=WithOwnAutocast), expected) and same(
+        run(stock("bf16"), task=WithOwnAutocast), expected
+    )
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("format", FORMATS)
 def test_training_step_that_returns_none(format):
@@ -170,34 +186,41 @@ def test_a_growing_loss_scale_is_that_of_grad_scaler(format):
     assert ours.scaler.get_scale() == theirs.scaler.get_scale() == 1024
 
 
-class Cached(MixedPrecision):
-    """Lightning's plugin with torch's weight cache on, which is the reference where weights are reused."""
-
-    def autocast_context_manager(self):
-        dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.half
-        return torch.autocast(self.device, dtype=dtype, cache_enabled=True)
-
-
 class Reused(nn.Module):
-    """One weight used three times per forward, and once more transposed."""
+    """One weight used a number of times per forward, as it is and transposed."""
 
-    def __init__(self):
+    def __init__(self, uses):
         super().__init__()
-        self.layer = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 2)
+        self.uses, self.layer, self.head = uses, nn.Linear(6, 6), nn.Linear(6, 2)
 
     def forward(self, x):
-        for _ in range(3):
-            x = torch.tanh(self.layer(x))
-        return self.head(x @ self.layer.weight)
+        shifted = (x + use / self.uses for use in range(self.uses))
+        return sum(self.head(torch.tanh(self.layer(each)) @ self.layer.weight).float() for each in shifted) / self.uses
 
 
 @cpu_and_gpu
+@pytest.mark.parametrize("uses", [1, 20, slow(200)])
 @pytest.mark.parametrize("format", ["bf16", "fp16"])
-def test_reused_weights_are_as_with_torchs_cached_autocast(format, device):
-    settings = {"net": (Reused, (6,)), "device": device, "optimizer": partial(SGD, lr=0.1)}
-    expected = run(Cached({"fp16": "16-mixed", "bf16": "bf16-mixed"}[format], device), **settings)
-    assert same(run(ours(format), **settings), expected)
+def test_weights_used_many_times(format, uses, device):
+    assert_like_stock(format, device, net=(partial(Reused, uses), (6,)), optimizer=partial(SGD, lr=0.1))
+
+
+def gradient_of_a_reused_weight(plugin, dtype=torch.float32):
+    torch.manual_seed(3)
+    model, taken = Task(Reused(200)), []
+    take = Call("on_before_optimizer_step", lambda trainer, model: taken.append(model.net.layer.weight.grad.clone()))
+    batches = Batches(6, count=1)
+    batches.batches = [tuple(part.to(dtype) for part in batch) for batch in batches]
+    fit(model.to(dtype), plugin, batches, callbacks=[take])
+    return taken[0].double()
+
+
+@pytest.mark.parametrize("policy", [{"default": "bf16", "net.head": "fp32"}, {"default": "fp32", "net": "bf16"}])
+def test_a_mixed_policy_sums_the_gradients_of_a_reused_weight_in_fp32(policy):
+    """The oracle is fp64: Lightning's 16 bits are 0.3 % off it, with one cast for all uses they would be 11 %."""
+    exact = gradient_of_a_reused_weight(stock("fp32"), torch.float64)
+    theirs, mixed = (gradient_of_a_reused_weight(plugin) - exact for plugin in (stock("bf16"), ours(policy)))
+    assert mixed.norm() <= theirs.norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("net", NETS)

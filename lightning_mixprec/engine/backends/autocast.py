@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 from torch import (
-    autocast_decrement_nesting,
-    autocast_increment_nesting,
-    clear_autocast_cache,
     is_autocast_cache_enabled,
     is_autocast_enabled,
     set_autocast_cache_enabled,
@@ -40,31 +37,31 @@ class Autocast:
         """None: torch does not say, and measures nothing."""
         return None
 
-    def region(self, format: str, device_type: str, caches: bool) -> "AutocastRegion":
+    def region(self, format: str, device_type: str) -> "AutocastRegion":
         """Autocast to the format's dtype, or none."""
         described = get_format(format)
-        return AutocastRegion(device_type, described.forward.dtype, described.is_half, caches)
+        return AutocastRegion(device_type, described.forward.dtype, described.is_half)
 
 
 class AutocastRegion:
     """Autocast's state in a part of a model.
 
+    Its cache of cast weights is off, as under Lightning's plugins: the uses of a weight would share one cast, and their
+    gradients would be summed in 16 bits.
+
     Args:
         device: The device type.
         dtype: The dtype that operations compute in.
         is_on: Whether autocast casts to it; without, operations compute in what they are given.
-        caches: Whether weights cast by autocast may be kept for their next use.
     """
 
-    def __init__(self, device: str, dtype: torch.dtype, is_on: bool, caches: bool) -> None:
+    def __init__(self, device: str, dtype: torch.dtype, is_on: bool) -> None:
         self.device, self.dtype, self.is_on = device, dtype, is_on
-        self.caches = self.inherits = caches
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast for everything within, or none."""
         if self.is_on:
-            caches = self.caches and is_autocast_cache_enabled()
-            return torch.autocast(self.device, dtype=self.dtype, cache_enabled=caches)
+            return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
         if is_autocast_enabled(self.device):
             return torch.autocast(self.device, enabled=False)
         return contextlib.nullcontext()
@@ -78,23 +75,16 @@ class AutocastRegion:
         kwargs: dict[str, Any],
     ) -> Any:
         """A call with autocast switched, and switched back after it."""
-        device, is_on, caches = self.device, self.is_on, self.caches
-        opens = is_on and not was_on
-        did_cache = caches or is_autocast_cache_enabled()
-        if opens:
-            autocast_increment_nesting()
+        device, is_on = self.device, self.is_on
+        did_cache = is_on and is_autocast_cache_enabled()
         try:
             set_autocast_enabled(device, is_on)
             if is_on:
                 set_autocast_dtype(device, self.dtype)
-            if not caches:
                 set_autocast_cache_enabled(False)
             return compute(args, kwargs)
         finally:
-            if opens and autocast_decrement_nesting() == 0:
-                clear_autocast_cache()
             set_autocast_enabled(device, was_on)
             if is_on:
                 set_autocast_dtype(device, was)
-            if not caches:
                 set_autocast_cache_enabled(did_cache)

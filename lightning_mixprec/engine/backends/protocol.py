@@ -14,11 +14,9 @@ class Region(Protocol):
 
     Attributes:
         dtype: The dtype that its operations compute in, as code inside the part sees it.
-        inherits: Whether surroundings that compute in the same dtype need not be left for it.
     """
 
     dtype: torch.dtype
-    inherits: bool
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes in the format. For the model's own operations and for compiled borders."""
@@ -54,11 +52,10 @@ class Backend(Protocol):
     def cost(self, format: str, device: torch.device) -> float | None:
         """The time of a product as a multiple of its time in fp32; None where nobody measured it."""
 
-    def region(self, format: str, device_type: str, caches: bool) -> Region:
+    def region(self, format: str, device_type: str) -> Region:
         """The state for a part of a model.
 
         Args:
             format: A format that it computes.
             device_type: ``"cuda"`` or ``"cpu"``.
-            caches: Whether weights that were cast may be kept for their next use.
         """
