@@ -44,7 +44,8 @@ class UnderflowMonitor(SamplingMonitor):
     Attributes:
         latest: By layer a dict with
 
-            - ``format``: what it computes in;
+            - ``format``: what it computes in, or the wider format that its own gradient has all the same, as that of a
+              norm or a loss that autocast computes in fp32. Each number below is judged in its own format;
             - ``underflow_rate``: of the elements of the gradient of its own weights that are not zero in fp32, times
               the loss scale, the share that rounds to zero; for a layer without weights, of the gradient at its output;
             - ``subnormal_share``: the share that does not, but loses bits;

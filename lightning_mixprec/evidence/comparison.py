@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.evidence.instruments.flops import FlopCount
+from lightning_mixprec.evidence.instruments.own_dtypes import DtypeRecorder, OwnDtypes
 from lightning_mixprec.evidence.instruments.probe import (
     CallRecorder,
     LayerCall,
@@ -197,6 +198,7 @@ class Comparison:
         formats: The formats of the run.
         kept: The batch, on the device.
         wanted: What is to be asked of it.
+        own: What is known of the dtypes that layers' own numbers have in the run's formats; gets what more is found.
 
     Attributes:
         layers: The modules by name, in the model's order.
@@ -205,14 +207,22 @@ class Comparison:
         flops: By layer what its own matrix products take in forward; empty until they were counted.
     """
 
-    def __init__(self, module: pl.LightningModule, formats: Formats, kept: KeptBatch, wanted: Wanted) -> None:
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        formats: Formats,
+        kept: KeptBatch,
+        wanted: Wanted,
+        own: OwnDtypes | None = None,
+    ) -> None:
         self.layers, self.device = layers_of(module), module.device
         self.reference: Replayed | None = None
         self.flops: dict[str, int] = {}
         self._module, self._kept, self._wanted = module, kept, wanted
         self._owned = own_parameters(module, self.layers)
         self._replay = StepReplay(module, formats, module.device)
-        self._observer = Observer(self.layers, wanted.max_elements) if wanted.statistics else None
+        self._own = own
+        self._observer = Observer(self.layers, wanted.max_elements, own) if wanted.statistics else None
         self._statistics: tuple[Tensor, Tensor] | None = None
 
     def run_in(self, formats: Formats | None, scale: float | Tensor, compared: Sequence[str] = ()) -> Recorded:
@@ -225,7 +235,9 @@ class Comparison:
         """
         replay = self._replay if formats is None else StepReplay(self._module, formats, self.device)
         recorder = CallRecorder({name: self.layers[name] for name in compared}, self.device, self._wanted.max_bytes)
-        with replay.opened() as stand_ins, recorder:
+        own = self._own if formats is None else None
+        dtypes = contextlib.nullcontext() if own is None else DtypeRecorder(self.layers, own)
+        with replay.opened() as stand_ins, recorder, dtypes:
             kept = self._kept
             replayed = replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)
         return Recorded(replayed, recorder.calls, recorder.too_large)

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from lightning_mixprec.evidence.comparison import Measured
+from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes
 from lightning_mixprec.numerics.exponents import Histogram
-from lightning_mixprec.numerics.formats import get_format, low_precision_formats
+from lightning_mixprec.numerics.formats import format_of, get_format, is_wider, low_precision_formats
 from lightning_mixprec.numerics.rates import best_scale, fits, headroom, overflow_rate, subnormal_share, underflow_rate
 from lightning_mixprec.numerics.similarity import decibels
 from lightning_mixprec.planning.agreement import Agreement
+from lightning_mixprec.records.advice import MIN_HEADROOM_BITS
 from lightning_mixprec.records.samples import Losses, WhatIf
 
 SHORT = ("underflow_rate", "subnormal_share", "headroom_bits", "output_headroom_bits")
@@ -27,6 +31,7 @@ class Findings:
         gradients: In fp32, unscaled, statistics of the gradients that arrived at each layer's output.
         weights: In fp32, unscaled, statistics of the gradients of each layer's own weights.
         agreement: How the step agrees with fp32; None if that was not wanted.
+        own: The dtypes that layers' own numbers have in the run's formats, as far as they are known.
         sqnr_db: By layer, of those that were compared.
         flops: By layer what its own matrix products take in forward, of the batch of this rank.
         too_large: Layers whose input and output would not have fitted.
@@ -42,6 +47,7 @@ class Findings:
     gradients: dict[str, Histogram] = field(default_factory=dict)
     weights: dict[str, Histogram] = field(default_factory=dict)
     agreement: Agreement | None = None
+    own: OwnDtypes = field(default_factory=OwnDtypes)
     sqnr_db: dict[str, float] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
     too_large: list[str] = field(default_factory=list)
@@ -74,28 +80,42 @@ class Findings:
 
 
 def describe(layer: str, found: Findings, format: str) -> Losses:
-    """Rates and headroom of a layer that computes in a format."""
+    """Rates and headroom of a layer that computes in a format, of each number in the wider one that it may have."""
     flow = found.gradients.get(layer)
     own = found.weights.get(layer, flow)
     output = found.outputs.get(layer)
     assert own is not None
-    lost, subnormal, bits = _losses(own, format, found.scale)
-    flow_lost, flow_subnormal, flow_bits = (None,) * 3 if flow is None else _losses(flow, format, found.scale)
+    format_of_output = _own_format(format, found.own.of_output(layer))
+    format_of_own = _own_format(format, found.own.weights.get(layer)) if layer in found.weights else format_of_output
+    lost, subnormal, bits = _losses(own, format_of_own, found.scale)
+    flow_lost, flow_subnormal, flow_bits = (None,) * 3 if flow is None else _losses(flow, format_of_output, found.scale)
     return {
-        "format": format,
+        "format": format_of_own,
         "underflow_rate": lost,
         "subnormal_share": subnormal,
         "headroom_bits": bits,
         "flow_underflow_rate": flow_lost,
         "flow_subnormal_share": flow_subnormal,
         "flow_headroom_bits": flow_bits,
-        "output_headroom_bits": None if output is None else headroom(output, format),
+        "output_headroom_bits": None if output is None else headroom(output, format_of_output),
         "what_if": {
             name: _what_if(name, [each for each in (own, flow) if each is not None], output, found.scale)
             for name in low_precision_formats()
-            if name != format or get_format(name).use.needs_scaling
+            if name != format_of_own or get_format(name).use.needs_scaling
         },
     }
+
+
+def is_at_stake(losses: Losses) -> bool:
+    """True if something of a layer's numbers is lost, or nearly out of range."""
+    rates = losses["underflow_rate"], losses["flow_underflow_rate"]
+    bits = losses["headroom_bits"], losses["flow_headroom_bits"], losses["output_headroom_bits"]
+    return any(map(bool, rates)) or any(each is not None and each < MIN_HEADROOM_BITS for each in bits)
+
+
+def _own_format(format: str, dtype: torch.dtype | None) -> str:
+    own = None if dtype is None else format_of(dtype)
+    return own if own is not None and is_wider(own, format) else format
 
 
 def _losses(gradient: Histogram, format: str, scale: float) -> tuple[float, float, float]:

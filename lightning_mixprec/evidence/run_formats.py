@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.errors import SupportError
+from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes
 from lightning_mixprec.numerics.formats import REFERENCE, is_scaling_needed, is_wider, trained_in
 from lightning_mixprec.plugin.formats_in_force import in_fp32
 from lightning_mixprec.plugin.lightnings import Precision, both
@@ -56,6 +57,7 @@ class PluginFormats:
 
     def __init__(self, plugin: PerLayerPrecision) -> None:
         self._plugin = plugin
+        self._own: tuple[Any, OwnDtypes] = None, OwnDtypes()
 
     def of(self, layer: str) -> str:
         """The format that a layer computes in; one that came during the run, as the layer around it."""
@@ -70,6 +72,13 @@ class PluginFormats:
         """The formats that some layer computes in."""
         assignment = self._plugin.assignment
         return frozenset() if assignment is None else assignment.compute_formats
+
+    @property
+    def own(self) -> OwnDtypes:
+        """The dtypes that layers' own numbers have under the present assignment, as far as somebody found them."""
+        if self._own[0] is not self._plugin.assignment:
+            self._own = self._plugin.assignment, OwnDtypes()
+        return self._own[1]
 
     def low(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as the run does."""
@@ -127,6 +136,7 @@ class StockFormats:
         self._format = trained_in(str(plugin.precision)) or REFERENCE
         self._scaler: Any = plugin.scaler if isinstance(plugin, _MIXED) else None
         self.widens = isinstance(plugin, _HALF)
+        self.own = OwnDtypes()
 
     def of(self, layer: str) -> str:
         """The format that all layers compute in."""

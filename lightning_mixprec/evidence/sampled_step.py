@@ -1,5 +1,6 @@
 """A step that monitors sample: compared with fp32 at once, for all of them together."""
 
+import contextlib
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,7 +8,7 @@ import lightning.pytorch as pl
 from lightning_mixprec import ranks
 from lightning_mixprec.errors import one_line
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, Recorded, Wanted
-from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.findings import Findings, describe, is_at_stake
 from lightning_mixprec.evidence.instruments.probe import layers_of
 from lightning_mixprec.evidence.replay import Halving
 from lightning_mixprec.evidence.run_formats import RunFormats
@@ -32,7 +33,8 @@ class SampledStep:
         self, module: pl.LightningModule, formats: RunFormats, batch: Any, place: dict[str, int], wanted: Wanted
     ) -> None:
         self._module, self._formats, self._wanted = module, formats, wanted
-        self._findings = Findings(list(layers_of(module)), place)
+        self._findings = Findings(list(layers_of(module)), place, own=formats.own)
+        self._kept = KeptBatch(batch, place["batch_idx"], None)
         self._gathered = Gathered(self._measured(batch), module.device, formats.scale)
         self._is_read = False
 
@@ -44,7 +46,28 @@ class SampledStep:
             if measured.ranks < ranks.count():
                 self._tell_all(found)
             found.read(measured, scale, wanted.layers, agreement=wanted.agreement)
+            self._look_up_dtypes()
         return self._findings
+
+    def _look_up_dtypes(self) -> None:
+        """Has the step run in the run's formats if something seems to be lost in layers of unknown dtypes.
+
+        Statistics of an output whose parts turn out to have different dtypes are passed over: they were counted
+        together.
+        """
+        found, formats, own = self._findings, self._formats, self._findings.own
+        measured = found.weights.keys() | found.gradients.keys()
+        unknown = [layer for layer in found.layers if layer in measured and layer not in own.outputs]
+        at_stake = any(is_at_stake(describe(layer, found, formats.of(layer))) for layer in unknown)
+        if not at_stake or own is not formats.own:  # else formats have changed since
+            return
+        with contextlib.suppress(Exception):  # then they are taken for what the layer computes in
+            Comparison(self._module, formats, self._kept, Wanted(), own).run_in(None, found.scale)
+        for layer in unknown:
+            if own.is_several(layer):
+                found.gradients.pop(layer, None)
+                found.outputs.pop(layer, None)
+            own.outputs.setdefault(layer, {})
 
     def _tell_all(self, found: Findings) -> None:
         """Tells all ranks why the batch of one was left out: the first rank alone speaks and writes."""
@@ -66,10 +89,10 @@ class SampledStep:
         """The step in the run's formats, where that is wanted, and then in fp32."""
         wanted, found = self._wanted, self._findings
         kept = KeptBatch(batch, found.place["batch_idx"], None)
-        comparison = Comparison(self._module, self._formats, kept, wanted)
+        comparison = Comparison(self._module, self._formats, kept, wanted, found.own if wanted.statistics else None)
         low = Recorded()
         if wanted.agreement or wanted.layers:
-            low = comparison.run_in(self._formats, self._formats.scale, wanted.layers)
+            low = comparison.run_in(None, self._formats.scale, wanted.layers)
         energies = comparison.run_reference(low.calls, wanted.layers)
         found.flops, found.too_large = comparison.flops, low.too_large
         return comparison.measured(low.replayed, energies, statistics=wanted.statistics)

@@ -12,7 +12,7 @@ import torch
 from plugin_models import Batches, Call, Task, fit, ours, stock
 from torch import nn
 
-from lightning_mixprec import PerLayerPrecision, UnderflowMonitor
+from lightning_mixprec import FidelityMonitor, PerLayerPrecision, UnderflowMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*vanish in")
 
@@ -321,3 +321,43 @@ def test_a_loss_scale_of_zero_ends_no_run_and_everything_vanishes():
     assert plugin.scaler.get_scale() == 0
     fit(Task(spread()), plugin, callbacks=[monitor])
     assert {values["underflow_rate"] for values in monitor.latest.values() if "underflow_rate" in values} == {1.0}
+
+
+class Scored(Task):
+    """A task whose network returns its loss from its forward, as models of other people's do."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(Scoring(weight))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(*batch)["loss"]
+
+
+class Scoring(nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.head, self.weight = nn.Linear(6, 2), weight
+
+    def forward(self, x, y):
+        logits = self.head(x) * 1
+        return {"loss": self.weight * nn.functional.mse_loss(logits, y), "logits": logits}
+
+
+@pytest.mark.parametrize("plugin", [lambda: PerLayerPrecision("fp16"), lambda: stock("fp16")], ids=["ours", "stock"])
+@pytest.mark.parametrize("watching", [[], [FidelityMonitor(1)]], ids=["alone", "with fidelity"])
+@pytest.mark.filterwarnings("ignore:.*gradient of layer")
+def test_a_loss_inside_the_network_is_no_number_of_fp16(plugin, watching):
+    """Its gradient is the loss scale, which would be infinite in fp16; the one of what it is computed from is small."""
+    monitor, chosen = UnderflowMonitor(1), plugin()
+    if not isinstance(chosen, PerLayerPrecision):
+        chosen.scaler = torch.amp.GradScaler("cpu")
+    fit(Scored(weight=0.1), chosen, callbacks=[monitor, *watching])
+    values = monitor.latest["net"]
+    assert values["format"] == "fp16" and 2 < values["flow_headroom_bits"] < 16 and values["flow_underflow_rate"] == 0
+    assert monitor.latest["net.head"]["format"] == "fp16"
+
+
+def test_what_vanishes_on_its_way_through_an_fp32_loss_is_found_all_the_same():
+    monitor = UnderflowMonitor(1000)
+    fit(Scored(weight=1e-15), PerLayerPrecision("fp16"), callbacks=[monitor])
+    assert monitor.latest["net.head"]["underflow_rate"] == 1

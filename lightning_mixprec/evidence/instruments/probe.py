@@ -5,7 +5,6 @@ it ends, and nothing waits for the device.
 """
 
 import contextlib
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.casting import cast
 from lightning_mixprec.engine.objects import tensors_in
-from lightning_mixprec.evidence.instruments.attributes import version_of
 from lightning_mixprec.evidence.instruments.memory import bytes_of
+from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes, OwnTensors, hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
 from lightning_mixprec.numerics.exponents import Histogram, histograms
 from lightning_mixprec.numerics.flat_batches import flatten, on_device, sample
@@ -49,18 +48,19 @@ class Observer:
     Args:
         layers: The modules by name.
         max_elements: How many elements of a tensor are looked at; None for all.
+        own: The dtypes that a layer's output has in low precision; of parts with different ones the wider are left out.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], max_elements: int | None) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, nn.Module], max_elements: int | None, own: OwnDtypes | None = None) -> None:
+        self._layers, self._own = layers, own or OwnDtypes()
         self._max_elements = max_elements
         self._handles: list[RemovableHandle] = []
-        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._tensors = OwnTensors()
         self._outputs: dict[str, list[_Sample]] = {}
         self._gradients: dict[str, list[_Sample]] = {}
 
     def __enter__(self) -> "Observer":
-        for name, module in _hookable(self._layers).items():
+        for name, module in hookable(self._layers).items():
             self._handles.append(module.register_forward_hook(partial(self._on_output, name)))
         return self
 
@@ -85,19 +85,13 @@ class Observer:
 
     def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         is_recomputed = torch._C._current_graph_task_id() != -1
-        for tensor in tensors_in(output):
-            if not tensor.is_floating_point() or self._is_handed_on(tensor):
+        for place, tensor in self._tensors.among(output):
+            if self._own.is_wider_than_others(name, place):
                 continue
-            self._seen[id(tensor)] = weakref.ref(tensor), version_of(tensor)
             if not is_recomputed:
                 self._outputs.setdefault(name, []).append(_sampled(tensor, self._max_elements))
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._on_gradient, name))
-
-    def _is_handed_on(self, tensor: Tensor) -> bool:
-        """True for what left another layer as it is: the same object, and nothing was written to it since."""
-        seen = self._seen.get(id(tensor))
-        return seen is not None and seen[0]() is tensor and seen[1] == version_of(tensor)
 
     def _on_gradient(self, name: str, gradient: Tensor) -> None:
         self._gradients.setdefault(name, []).append(_sampled(gradient, self._max_elements))
@@ -132,7 +126,7 @@ class CallRecorder:
         self.too_large: list[str] = []
 
     def __enter__(self) -> "CallRecorder":
-        for name, module in _hookable(self._layers).items():
+        for name, module in hookable(self._layers).items():
             begin, end = partial(self._begin, name), partial(self._end, name)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(end))
@@ -247,10 +241,6 @@ def weight_gradients(
     """Statistics of the gradients of each layer's own weights, a row per layer, on the device."""
     groups = [[gradients[name] for name in names if name in gradients] for names in owned.values()]
     return histograms(groups, max_elements)
-
-
-def _hookable(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: module for name, module in layers.items() if not isinstance(module, torch.jit.ScriptModule)}
 
 
 class _Sample(NamedTuple):
