@@ -19,7 +19,7 @@ from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records import advice
 from lightning_mixprec.records.samples import Closeness, Fidelity, LossRow
 from lightning_mixprec.records.schema import Count
-from lightning_mixprec.records.words import cell, written
+from lightning_mixprec.records.words import cell, listed, written
 
 
 class FidelityMonitor(SamplingMonitor):
@@ -30,8 +30,9 @@ class FidelityMonitor(SamplingMonitor):
     with ``PerLayerPrecision``.
 
     Logs ``mixprec/loss_gap`` (``|L_low - L_fp32| / |L_fp32|``) and ``mixprec/min_grad_cosine`` (of the worst layer).
-    Rows of the JSONL file: ``loss_gap`` with ``loss_scale`` and ``too_large`` (the layers that ``max_bytes`` left out),
-    and by layer ``grad_cosine`` and ``sqnr_db``. A step that could not be replayed has ``problem``, and ``is_sampled``
+    Rows of the JSONL file: ``loss_gap`` with ``loss_scale``, ``too_large`` (the layers that ``max_bytes`` left out) and
+    ``not_compared`` (those whose call could not be run again, with the reasons), and by layer ``grad_cosine`` and
+    ``sqnr_db``. A step that could not be replayed has ``problem``, and ``is_sampled``
     says whether half of the batch could. With several ranks the cosine is that of all ranks' gradients side by side,
     and the loss gap is the largest.
 
@@ -92,6 +93,11 @@ class FidelityMonitor(SamplingMonitor):
         super().__init__(every_n_steps)
 
     @override
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._not_compared: dict[str, str] = {}
+
+    @override
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
         names = [site.name for site in survey(pl_module) if site.name]
         count = min(self.layers_per_sample, len(names))
@@ -106,6 +112,7 @@ class FidelityMonitor(SamplingMonitor):
         if cosines and all(map(math.isnan, cosines.values())) and self._ask_again():
             cosines = {}  # the gradients overflowed, as in the first steps of nearly every fp16 run
         layers = self.latest["layers"]
+        self._not_compared |= found.not_compared
         compared = [layer for layer in found.layers if layer in cosines or layer in found.sqnr_db]
         for layer in compared:
             layers.setdefault(layer, {"sqnr_db": None, "grad_cosine": None})
@@ -126,6 +133,8 @@ class FidelityMonitor(SamplingMonitor):
 
     def _row(self, found: Findings, gap: float) -> LossRow:
         row: LossRow = {"loss_gap": gap, "loss_scale": found.scale, "too_large": found.too_large}
+        if found.not_compared:
+            row["not_compared"] = found.not_compared
         if (limit := self._limit()) != advice.MIN_COSINE or self.min_cosine is not None:
             row["min_cosine"] = limit
         if self.max_loss_gap != advice.MAX_LOSS_GAP:
@@ -168,6 +177,8 @@ class FidelityMonitor(SamplingMonitor):
             return "no step was sampled", []
         ranked = sorted(layers.items(), key=lambda item: _closeness(item[1]))
         title = f"loss gap to fp32 {self.latest['loss_gap']:.2e}; the {min(len(ranked), ROWS)} layers farthest off"
+        if self._not_compared:
+            title += f"; outputs that could not be compared: {listed([*self._not_compared])}"
         rows = [["layer", "gradient cosine", "SQNR (dB)"]]
         for layer, values in ranked[:ROWS]:
             rows.append([cell(layer), written(values["grad_cosine"], ".5f"), written(values["sqnr_db"], ".1f")])

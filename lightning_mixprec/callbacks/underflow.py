@@ -17,7 +17,7 @@ from lightning_mixprec.evidence.stagnation import StagnationCheck
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records import advice
-from lightning_mixprec.records.samples import KnownLosses, KnownStagnation, StagnationRow, UnderflowRow
+from lightning_mixprec.records.samples import KnownLosses, KnownStagnation, NotObservedRow, StagnationRow, UnderflowRow
 from lightning_mixprec.records.words import cell, written
 
 
@@ -144,6 +144,8 @@ class UnderflowMonitor(SamplingMonitor):
             if self.threshold != advice.MAX_UNDERFLOW:
                 row["threshold"] = self.threshold
             self._write(found.place, **row)
+        if found.not_observed:
+            self._write(found.place, **NotObservedRow(not_observed=found.not_observed))
         rates = {layer: self.latest[layer]["underflow_rate"] for layer in measured}
         self._log(trainer, {"underflow_rate": max(rates.values(), default=math.nan)})
         lossy = {layer: rate for layer, rate in rates.items() if rate > self.threshold}

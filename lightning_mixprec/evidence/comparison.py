@@ -24,6 +24,7 @@ from lightning_mixprec.evidence.instruments.probe import (
     computed_again,
     gradient_dots,
     layers_of,
+    leaving_out,
     own_parameters,
     weight_gradients,
 )
@@ -89,7 +90,7 @@ class Recorded:
     Attributes:
         replayed: Its losses and gradients; None if it was not run.
         calls: The recorded calls of layers that are compared.
-        too_large: Those of them that would not have fitted.
+        too_large: Those of the layers whose call would not have fitted.
     """
 
     replayed: Replayed | None = None
@@ -205,6 +206,7 @@ class Comparison:
         device: The device they are on.
         reference: The step in fp32, once it was run.
         flops: By layer what its own matrix products take in forward; empty until they were counted.
+        not_compared: By layer the reason that its output could not be compared, though that was asked for.
     """
 
     def __init__(
@@ -218,6 +220,7 @@ class Comparison:
         self.layers, self.device = layers_of(module), module.device
         self.reference: Replayed | None = None
         self.flops: dict[str, int] = {}
+        self.not_compared: dict[str, str] = {}
         self._module, self._kept, self._wanted = module, kept, wanted
         self._owned = own_parameters(module, self.layers)
         self._replay = StepReplay(module, formats, module.device)
@@ -240,6 +243,7 @@ class Comparison:
         with replay.opened() as stand_ins, recorder, dtypes:
             kept = self._kept
             replayed = replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)
+        self.not_compared |= recorder.left_out
         return Recorded(replayed, recorder.calls, recorder.too_large)
 
     def run_reference(
@@ -267,11 +271,17 @@ class Comparison:
         self.reference, self.flops = replayed, count.flops if count is not None else {}
         return energies
 
+    @property
+    def not_observed(self) -> dict[str, str]:
+        """By layer the reason that statistics lack something of it."""
+        return {} if self._observer is None else self._observer.left_out
+
     def energies(self, calls: dict[str, LayerCall], compared: Sequence[str]) -> Tensor:
         """Runs recorded calls again in fp32, these layers alone.
 
         Returns:
-            Energies of the outputs and of their errors: fp64 [compared, 2]; zeros for a layer that was not recorded.
+            Energies of the outputs and of their errors: fp64 [compared, 2]; zeros for a layer that was not recorded, or
+            could not be run again.
         """
         with self._replay.opened(reference=True):
             return self._energies(calls, compared)
@@ -322,7 +332,8 @@ class Comparison:
         energies = torch.zeros(len(compared), 2, dtype=torch.float64, device=self.device)
         for row, name in enumerate(compared):
             if name in calls:
-                energies[row] = computed_again(calls.pop(name))  # and lets go of the call
+                with leaving_out(name, self.not_compared):
+                    energies[row] = computed_again(calls.pop(name))  # and lets go of the call
         return energies
 
 

@@ -95,4 +95,5 @@ class SampledStep:
             low = comparison.run_in(None, self._formats.scale, wanted.layers)
         energies = comparison.run_reference(low.calls, wanted.layers)
         found.flops, found.too_large = comparison.flops, low.too_large
+        found.not_compared, found.not_observed = comparison.not_compared, comparison.not_observed
         return comparison.measured(low.replayed, energies, statistics=wanted.statistics)

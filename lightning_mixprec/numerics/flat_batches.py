@@ -29,7 +29,8 @@ def flatten(tensor: Tensor) -> Tensor:
     """The numbers of a tensor in their storage order, as one real dimension and without a gradient.
 
     No copy where the tensor has no gaps, whatever the order of its dimensions. Of a DTensor the local part, of a
-    sparse tensor the stored values (coalesced, which synchronises on CUDA), of a complex tensor both parts.
+    sparse tensor the stored values (coalesced, which synchronises on CUDA), of a nested tensor the values of all its
+    parts, of a complex tensor both parts.
 
     Raises:
         FormatError: it holds no floating-point numbers.
@@ -38,7 +39,7 @@ def flatten(tensor: Tensor) -> Tensor:
         tensor = local_part(tensor)
         if tensor.layout == torch.sparse_coo:
             tensor = tensor.coalesce().values()
-        elif tensor.layout != torch.strided:
+        elif tensor.layout != torch.strided or tensor.is_nested:
             tensor = tensor.values()
         return _in_storage_order(_real(tensor))
 

@@ -22,18 +22,18 @@ from typing import Any
 from lightning_mixprec.records.decisions import Decided
 from lightning_mixprec.records.events import Event
 from lightning_mixprec.records.runs import Change, Curve, End, Run, Sample
-from lightning_mixprec.records.samples import ClosenessRow, LossRow, StagnationRow, UnderflowRow
+from lightning_mixprec.records.samples import ClosenessRow, LossRow, NotObservedRow, StagnationRow, UnderflowRow
 from lightning_mixprec.records.schedule import Came
 
 FILE_NAME = "mixprec.jsonl"
 
 ROWS: dict[str, Any] = {
     "overflow": Event,
-    "underflow": UnderflowRow | StagnationRow,
+    "underflow": UnderflowRow | StagnationRow | NotObservedRow,
     "fidelity": ClosenessRow | LossRow,
     "schedule": Came,
 }
-"""The rows of monitors that write one kind, or two that are told apart by their keys."""
+"""The rows of monitors that write one kind, or a few that are told apart by their keys."""
 
 PARTS: dict[str, dict[str, Any]] = {
     "report": {"run": Run, "curve": Curve, "change": Change, "sample": Sample, "end": End},

@@ -58,6 +58,12 @@ class StagnationRow(Stagnation):
     layer: str
 
 
+class NotObservedRow(TypedDict):
+    """The layers of which statistics of a sampled step lack something, and the reasons."""
+
+    not_observed: dict[str, str]
+
+
 # Fidelity
 
 
@@ -82,10 +88,15 @@ class ClosenessRow(Closeness):
 
 
 class LossRow(TypedDict):
-    """The loss at a sampled step; ``min_cosine`` and ``max_loss_gap`` where other limits than the usual ones hold."""
+    """The loss at a sampled step; ``min_cosine`` and ``max_loss_gap`` where other limits than the usual ones hold.
+
+    Of the layers whose turn it was, some were not compared: those that ``max_bytes`` left out (``too_large``), and
+    those whose call could not be recorded or run again, each with the reason (``not_compared``).
+    """
 
     loss_gap: float
     loss_scale: float
     too_large: list[str]
+    not_compared: NotRequired[dict[str, str]]
     min_cosine: NotRequired[float]
     max_loss_gap: NotRequired[float]

@@ -5,7 +5,7 @@ it ends, and nothing waits for the device.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.casting import cast
-from lightning_mixprec.engine.objects import tensors_in
-from lightning_mixprec.evidence.instruments.memory import bytes_of
+from lightning_mixprec.engine.objects import mapped, rebuilt, tensors_in
+from lightning_mixprec.errors import SupportError, one_line
+from lightning_mixprec.evidence.instruments.memory import bytes_of, is_out_of_memory
 from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes, OwnTensors, hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
 from lightning_mixprec.numerics.exponents import Histogram, histograms
@@ -45,13 +45,19 @@ class Observer:
     A tensor that a container hands on from a layer inside it is that layer's alone. Keeps at most ``max_elements``
     elements of a tensor, so its memory is bounded by the number of layer calls.
 
+    Inside a transform of ``torch.func`` the samples of a ``vmap`` are seen together.
+
     Args:
         layers: The modules by name.
         max_elements: How many elements of a tensor are looked at; None for all.
         own: The dtypes that a layer's output has in low precision; of parts with different ones the wider are left out.
+
+    Attributes:
+        left_out: By layer the reason that something of it could not be looked at.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], max_elements: int | None, own: OwnDtypes | None = None) -> None:
+        self.left_out: dict[str, str] = {}
         self._layers, self._own = layers, own or OwnDtypes()
         self._max_elements = max_elements
         self._handles: list[RemovableHandle] = []
@@ -85,27 +91,77 @@ class Observer:
 
     def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         is_recomputed = torch._C._current_graph_task_id() != -1
-        for place, tensor in self._tensors.among(output):
-            if self._own.is_wider_than_others(name, place):
-                continue
-            if not is_recomputed:
-                self._outputs.setdefault(name, []).append(_sampled(tensor, self._max_elements))
-            if tensor.requires_grad:
-                tensor.register_hook(partial(self._on_gradient, name))
+        with leaving_out(name, self.left_out):
+            for place, tensor in self._tensors.among(output):
+                if self._own.is_wider_than_others(name, place):
+                    continue
+                if not is_recomputed:
+                    self._outputs.setdefault(name, []).append(_sampled(tensor, self._max_elements))
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._on_gradient, name))
 
     def _on_gradient(self, name: str, gradient: Tensor) -> None:
-        self._gradients.setdefault(name, []).append(_sampled(gradient, self._max_elements))
+        with leaving_out(name, self.left_out):
+            self._gradients.setdefault(name, []).append(_sampled(gradient, self._max_elements))
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer: what it was given and what it gave, and the random numbers it began with."""
+    """One call of a layer: what it was given and what it gave, and under which conditions."""
 
     module: nn.Module
     device: torch.device
     args: Any
     kwargs: Any
     output: list[Tensor]
-    random: RandomState
+    conditions: "_Conditions"
+
+
+class _Conditions:
+    """The random numbers that a call begins with, if it makes a graph, and attributes that its modules were given.
+
+    Args:
+        device: The device that it runs on.
+        attributes: By module the attributes that are others than before the step.
+    """
+
+    def __init__(self, device: torch.device, attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+        self._random = RandomState(device, others=False)
+        self._makes_graph = torch.is_grad_enabled()
+        self._attributes = attributes
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """The same conditions again, within a sandbox."""
+        for module, given in self._attributes:
+            vars(module).update(cast_to_fp32(given))
+        self._random.restore()
+        with torch.set_grad_enabled(self._makes_graph):
+            yield
+
+
+class _Before:
+    """A layer's weights and the attributes of its modules, before a step.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer, self._weights = layer, list(layer.parameters())
+        self._attributes = [(module, dict(vars(module))) for module in layer.modules()]
+
+    def has_own_weights(self) -> bool:
+        """True unless the layer is lent other weights. A cast is the weight as a region sees it."""
+        weights = zip(self._layer.parameters(), self._weights, strict=False)
+        return all(now is own or now.dtype != own.dtype for now, own in weights)
+
+    def given(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """The attributes that the step has set since, by module."""
+        return [
+            (module, given)
+            for module, before in self._attributes
+            if (given := {name: value for name, value in vars(module).items() if before.get(name, self) is not value})
+        ]
 
 
 class CallRecorder:
@@ -115,18 +171,26 @@ class CallRecorder:
         layers: The modules by name.
         device: The device they run on.
         max_bytes: Calls that would take more than what is left of this are left out.
+
+    Attributes:
+        calls: The recorded calls, by layer.
+        too_large: The layers that ``max_bytes`` left out.
+        left_out: By layer the reason that its call could not be recorded.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], device: torch.device, max_bytes: int) -> None:
         self._layers, self._device = layers, device
         self._bytes_left = max_bytes
         self._handles: list[RemovableHandle] = []
-        self._begun: dict[str, tuple[Any, Any, RandomState]] = {}
+        self._before: dict[str, _Before] = {}
+        self._begun: dict[str, tuple[Any, Any, _Conditions]] = {}
         self.calls: dict[str, LayerCall] = {}
         self.too_large: list[str] = []
+        self.left_out: dict[str, str] = {}
 
     def __enter__(self) -> "CallRecorder":
         for name, module in hookable(self._layers).items():
+            self._before[name] = _Before(module)
             begin, end = partial(self._begin, name), partial(self._end, name)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(end))
@@ -136,38 +200,47 @@ class CallRecorder:
         for handle in self._handles:
             handle.remove()
         self._begun.clear()
+        self._before.clear()
 
     def _begin(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if name in self._begun or name in self.calls or name in self.too_large:
+        if any(name in known for known in (self._begun, self.calls, self.too_large, self.left_out)):
             return
-        size = sum(map(bytes_of, tensors_in((args, kwargs))))
-        if size > self._bytes_left:
-            self.too_large.append(name)
-            return
-        self._bytes_left -= size
-        self._begun[name] = (*_detached((args, kwargs)), RandomState(self._device, others=False))
+        with leaving_out(name, self.left_out):
+            if torch._C._functorch.maybe_current_level() is not None:
+                raise SupportError("it is called inside a transform of torch.func (vmap, grad)")
+            if not self._before[name].has_own_weights():
+                raise SupportError("it is called with other weights than its own (functional_call)")
+            arrived = args, kwargs, self._before[name].given()
+            if self._has_room(name, tensors_in(arrived)):
+                args, kwargs, given = _detached(arrived)
+                self._begun[name] = args, kwargs, _Conditions(self._device, given)
 
     def _end(self, name: str, module: nn.Module, arrived: Any, result: Any) -> None:
         begun = self._begun.pop(name, None)
         if begun is None:
             return
-        floating = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
-        size = sum(map(bytes_of, floating))
+        args, kwargs, conditions = begun
+        with leaving_out(name, self.left_out):
+            floating = _comparable(result)
+            if self._has_room(name, floating):
+                output = [tensor.clone() for tensor in floating]
+                self.calls[name] = LayerCall(self._layers[name], self._device, args, kwargs, output, conditions)
+
+    def _has_room(self, name: str, tensors: Iterable[Tensor]) -> bool:
+        """True if the tensors fit, and then their room is taken; a layer of which they do not is left out."""
+        size = sum(map(bytes_of, tensors))
         if size > self._bytes_left:
             self.too_large.append(name)
-            return
+            return False
         self._bytes_left -= size
-        args, kwargs, state = begun
-        output = [tensor.detach().clone() for tensor in floating]
-        self.calls[name] = LayerCall(self._layers[name], self._device, args, kwargs, output, state)
+        return True
 
 
-@torch.no_grad()
 def computed_again(call: LayerCall) -> Tensor:
     """Computes a recorded call again, in whatever formats now are in force, and compares.
 
-    Same layer, same input, same random numbers, and no trace is left: neither in the layer nor in the random numbers.
-    Input that came in 16 bits is cast to fp32.
+    Same layer, same input, same random numbers, with a graph if there was one, and no trace is left: neither in the
+    layer nor in the random numbers. Input that came in 16 bits is cast to fp32.
 
     Args:
         call: The recorded call.
@@ -175,18 +248,30 @@ def computed_again(call: LayerCall) -> Tensor:
     Returns:
         Energy of what is computed now, and of the difference to what was recorded: fp64 [2] on the device. Their ratio
         is the signal-to-quantization-noise ratio.
+
+    Raises:
+        SupportError: The call cannot be compared. Whatever the layer raises is raised, too.
     """
-    args, kwargs = cast_to_fp32((call.args, call.kwargs))
-    with sandbox(call.module, call.device):
-        call.random.restore()
-        output = call.module(*args, **kwargs)
-    reference = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-    energies = [
-        torch.stack([wide.double().square().sum(), (wide.double() - low.double()).square().sum()])
-        for wide, low in zip(reference, call.output, strict=False)
-        if wide.shape == low.shape
-    ]
-    return torch.stack(energies).sum(0) if energies else torch.full((2,), float("nan"), dtype=torch.float64)
+    with sandbox(call.module, call.device), call.conditions.restored():
+        args, kwargs = cast_to_fp32((call.args, call.kwargs))
+        reference = _comparable(call.module(*args, **kwargs))
+    if [tensor.shape for tensor in reference] != [tensor.shape for tensor in call.output]:
+        raise SupportError("it returns another shape when it is run again on the same input")
+    with torch.no_grad():
+        pairs = [(wide.double(), low.double()) for wide, low in zip(reference, call.output, strict=True)]
+        energies = [torch.stack([wide.square().sum(), (wide - low).square().sum()]) for wide, low in pairs]
+        return torch.stack(energies).sum(0)
+
+
+@contextlib.contextmanager
+def leaving_out(layer: str, left_out: dict[str, str]) -> Iterator[None]:
+    """An error within costs the layer alone and is noted; that memory ran out is raised, as less may fit."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        left_out.setdefault(layer, one_line(error))
 
 
 def cast_to_fp32(value: Any) -> Any:
@@ -251,22 +336,41 @@ class _Sample(NamedTuple):
 def _sampled(tensor: Tensor, max_elements: int | None) -> _Sample:
     """A sample of a tensor; what else watches the step's operations does not see how it is taken."""
     is_watched = torch._C._len_torch_dispatch_stack() > 0
-    with _disable_current_modes() if is_watched else contextlib.nullcontext():
-        flat = flatten(tensor.detach())
+    with torch._C._DisableFuncTorch(), _disable_current_modes() if is_watched else contextlib.nullcontext():
+        flat = flatten(_whole(tensor).detach())
         if not flat.numel():
             return _Sample(flat, torch.zeros((), device=flat.device))
         low, high = (flat if flat.itemsize > 1 else flat.float()).aminmax()
         return _Sample(sample([flat], max_elements)[0].clone(), torch.maximum(-low, high).double())
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor that the transforms of ``torch.func`` work on: of a ``vmap`` all samples."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _comparable(output: Any) -> list[Tensor]:
+    """The numbers that a layer returns, out of the graph.
+
+    Raises:
+        SupportError: There are none.
+    """
+    floating = [tensor.detach() for tensor in tensors_in(output) if tensor.is_floating_point()]
+    if not floating:
+        raise SupportError("it returns no floating-point tensor")
+    return [tensor.values() if tensor.is_nested else tensor for tensor in floating]
+
+
 def _detached(value: Any) -> Any:
-    """A copy of nested containers whose tensors are copies, too, out of the graph."""
-    copies: dict[int, Tensor] = {}
+    """A copy of a value whose objects and tensors are copies, too, out of the graph but ready for another one."""
+    return mapped(rebuilt(value), _copy_of)
 
-    def copied(tensor: Tensor) -> Tensor:
-        return copies.setdefault(id(tensor), tensor.detach().clone())
 
-    return tree_map_only(Tensor, copied, value)
+def _copy_of(tensor: Tensor) -> Tensor:
+    with torch.enable_grad():  # the copy of a leaf is no leaf: the layer may write to it
+        return tensor.detach().requires_grad_(tensor.requires_grad).clone()
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from lightning_mixprec.errors import SupportError
 from lightning_mixprec.evidence.instruments.probe import (
     CallRecorder,
     Observer,
@@ -180,6 +182,69 @@ def test_script_modules_are_a_part_of_what_contains_them():
     assert recorder.calls.keys() == {"", "0"}
 
 
+# Transforms of torch.func, and tensors of other kinds
+
+
+def per_sample(model, x):
+    """Gradients of each sample's loss, by vmap."""
+
+    def loss(weights, sample):
+        return functional_call(model, weights, (sample[None],)).square().sum()
+
+    weights = {name: param.detach() for name, param in model.named_parameters()}
+    return vmap(grad(loss), in_dims=(None, 0))(weights, x)
+
+
+def test_inside_vmap_all_samples_are_seen_together():
+    model, x = mlp(), torch.randn(16, 6)
+    outputs, gradients = observe(model, lambda: per_sample(model, x))
+    expected, arrived = observe(model, lambda: model(x).square().sum().backward())
+    assert outputs.keys() == gradients.keys() == expected.keys()
+    for name in expected:
+        assert outputs[name].counted == gradients[name].counted == expected[name].counted
+        assert outputs[name].amax.item() == pytest.approx(expected[name].amax.item(), rel=1e-5)
+        assert gradients[name].amax.item() == pytest.approx(arrived[name].amax.item(), rel=1e-5)
+
+
+def test_observing_changes_no_bit_of_per_sample_gradients():
+    model, x = mlp(), torch.randn(16, 6)
+    plain = per_sample(model, x)
+    with Observer(layers_of(model), None), CallRecorder(layers_of(model), CPU, 10**6):
+        watched = per_sample(model, x)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_seen_and_compared(layout):
+    parts = [torch.randn(3, 6), torch.randn(5, 6)]
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.nested.nested_tensor(parts, layout=layout)
+    outputs, _ = observe(model, lambda: model(x))
+    assert same(outputs["0"], histogram(model[0](torch.cat(parts))))
+    signal, noise = computed_again(recorded(model, x, ["0"], dtype=torch.bfloat16).calls["0"]).tolist()
+    assert 0 < noise < 1e-3 * signal
+
+
+def test_a_tensor_that_cannot_be_looked_at_costs_its_layer():
+    class Opaque(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.detach:
+                raise RuntimeError("cannot be looked at")
+            return super().__torch_function__(function, types, args, kwargs)
+
+    class Wraps(nn.Module):
+        def forward(self, x):
+            return (x * 2).as_subclass(Opaque)
+
+    layers = layers_of(model := nn.ModuleDict({"plain": nn.Linear(6, 6), "wraps": Wraps()}))
+    with Observer(layers, None) as observer:
+        x = model["wraps"](model["plain"](torch.randn(4, 6)))
+    assert type(x) is Opaque
+    assert rows(observer.outputs(), layers).keys() == {"plain"}
+    assert observer.left_out == {"wraps": "RuntimeError: cannot be looked at"}
+
+
 # Calls, computed again
 
 
@@ -256,6 +321,139 @@ def test_only_the_first_call_is_recorded_and_keywords_are_kept():
     call = recorded(Twice(), torch.ones(2, 2), ["inner"]).calls["inner"]
     assert call.output[0].tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert computed_again(call).tolist() == [16.0, 0.0]
+
+
+CONDITIONS = {
+    "graph": lambda layer, x: torch.is_grad_enabled(),
+    "graph of the input": lambda layer, x: x.requires_grad,
+    "training": lambda layer, x: layer.training,
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("was", [True, False])
+def test_a_call_is_computed_again_under_the_conditions_of_the_first(condition, was):
+    seen = []
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            seen.append(CONDITIONS[condition](self, x))
+            return x * 1.0
+
+    model = nn.Sequential(Looks()).train(not was)
+    with torch.set_grad_enabled(was or condition != "graph"), CallRecorder(layers_of(model), CPU, 10**6) as recorder:
+        model.train(was)
+        model(torch.ones(2, requires_grad=was))
+    model.train(not was)
+    with torch.set_grad_enabled(not was):
+        assert computed_again(recorder.calls["0"]).tolist() == [2, 0]
+    assert seen == [was, was]
+    assert model[0].training is not was
+
+
+def test_a_layer_that_is_given_something_through_an_attribute_gets_it_again():
+    class Hinted(nn.Module):
+        hint = torch.zeros(())
+
+        def forward(self, x):
+            return x * self.hint
+
+    class Hinting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hinted = Hinted()
+
+        def forward(self, x):
+            self.hinted.hint = x.detach().amax()
+            return self.hinted(x)
+
+    model = Hinting()
+    call = recorded(model, torch.tensor([1.0, 2.0]), ["hinted"]).calls["hinted"]
+    model(torch.ones(2))
+    assert computed_again(call).tolist() == [4 + 16, 0]
+    assert model.hinted.hint == 1
+
+
+class Cache:
+    """Keys of earlier calls, which an attention extends and reads."""
+
+    def __init__(self):
+        self.keys = []
+
+    def extended(self, key):
+        self.keys.append(key)
+        return torch.cat(self.keys, 1)
+
+
+def test_a_cache_among_the_arguments_is_as_it_was_before_the_call():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.key = nn.Linear(6, 6)
+
+        def forward(self, x, cache):
+            return (x @ cache.extended(self.key(x)).transpose(1, 2)).softmax(-1)
+
+    model, x, cache = nn.ModuleDict({"attends": Attends()}), torch.randn(2, 3, 6), Cache()
+    with CallRecorder({"attends": model["attends"]}, CPU, 10**6) as recorder:
+        first = model["attends"](x, cache)
+        assert model["attends"](x, cache).shape != first.shape
+    signal, noise = computed_again(recorder.calls["attends"]).tolist()
+    assert signal == pytest.approx(first.double().square().sum().item())
+    assert noise == 0
+    assert len(cache.keys) == 2
+
+
+def test_a_layer_that_asks_for_gradients_in_its_forward_is_computed_again():
+    class Force(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+        def forward(self, x):
+            x.mul_(2)
+            x = x if x.requires_grad else x.requires_grad_()
+            return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+    model, x = nn.Sequential(Force()), torch.randn(4, 6)
+    first = model(x.clone())
+    for given in (x, x.clone().requires_grad_() * 1):
+        with CallRecorder({"0": model[0]}, CPU, 10**6) as recorder:
+            model(given.clone())
+        assert computed_again(recorder.calls["0"])[0].item() == pytest.approx(first.double().square().sum().item())
+
+
+def test_a_layer_that_returns_nothing_to_compare_is_left_out():
+    class Counts(nn.Module):
+        def forward(self, x):
+            return x.argmax(-1)
+
+    recorder = recorded(nn.Sequential(Counts()), torch.randn(4, 6), ["0"])
+    assert recorder.calls == {}
+    assert recorder.left_out == {"0": "SupportError: it returns no floating-point tensor"}
+
+
+def test_a_layer_that_returns_another_shape_the_second_time_cannot_be_compared():
+    calls = []
+
+    class Grows(nn.Module):
+        def forward(self, x):
+            calls.append(x)
+            return torch.cat(calls)
+
+    recorder = recorded(nn.Sequential(Grows()), torch.randn(4, 6), ["0"])
+    with pytest.raises(SupportError, match="another shape"):
+        computed_again(recorder.calls["0"])
+
+
+@pytest.mark.parametrize("how", ["vmap", "functional_call"])
+def test_a_layer_that_is_called_with_other_weights_than_its_own_is_left_out(how):
+    model, x = mlp(), torch.randn(4, 6)
+    fast = {name: param * 2 for name, param in model.named_parameters()}
+    with CallRecorder({"0": model[0], "1": model[1]}, CPU, 10**6) as recorder:
+        per_sample(model, x) if how == "vmap" else functional_call(model, fast, (x,))
+    assert recorder.calls.keys() == ({"1"} if how == "functional_call" else set())
+    assert ("torch.func" if how == "vmap" else "other weights") in recorder.left_out["0"]
 
 
 @pytest.mark.parametrize(
