@@ -44,6 +44,7 @@ def test_the_command_is_in_the_readme(arguments):
     assert f"`python examples/quickstart.py{' ' * bool(arguments)}{arguments}`" in README
 
 
+@pytest.mark.slow
 def test_the_monitors_find_what_a_healthy_looking_run_hides(tmp_path):
     """The seconds of a process that imports Lightning, and of a short run."""
     printed, warned = quickstart(tmp_path)

@@ -1,6 +1,6 @@
 """SIGKILL anywhere, also while a checkpoint is written: what is left loads, and goes on as if nothing had happened.
 
-Each point costs a run that is killed there and one that goes on; a quick run has two of them.
+Each point costs a run that is killed there and one that goes on; a quick run has one of them.
 """
 
 import json
@@ -22,8 +22,8 @@ from lightning_mixprec.records.journal import FILE_NAME
 NOTHING_TO_GO_ON_FROM = {"on_train_batch_end 3", "half moved 1"}
 CUT_SHORT = {"half moved 1": {"epoch=0.ckpt"}, "half moved 4": {"last.ckpt"}}
 WHOLE = "whole"
-QUICK = {"on_after_backward 11", "half moved 4"}
-"""In the first batch of a window, and while a checkpoint takes the place of the one before it."""
+QUICK = {"half moved 4"}
+"""While a checkpoint takes the place of the one before it."""
 
 every_point = pytest.mark.parametrize("name", slow_but_for(QUICK, POINTS))
 every_point_to_go_on_from = pytest.mark.parametrize(
