@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.numerics.flat_batches import by_kind, local_part
 
 
 def are_nonfinite(tensors: Sequence[Tensor]) -> list[bool]:
@@ -34,13 +34,10 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 def _nonfinite_flags(tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
     """Places of tensors of one kind and, on their device, which of them hold a NaN or an infinity."""
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
-    for place, tensor in enumerate(tensors):
-        if (tensor.is_floating_point() or tensor.is_complex()) and (values := dense(tensor)).numel():
-            groups.setdefault((values.device, values.dtype), []).append((place, values))
-    for group in groups.values():
-        largest = torch.stack(list(torch._foreach_norm([values for _, values in group], float("inf"))))
-        yield [place for place, _ in group], ~torch.isfinite(largest)
+    real = [[dense(tensor)] if tensor.is_floating_point() or tensor.is_complex() else [] for tensor in tensors]
+    for places, pieces in by_kind(real):
+        largest = torch.stack(list(torch._foreach_norm([values for _, values in pieces], float("inf"))))
+        yield places, ~torch.isfinite(largest)
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ formats are asked of the table when they are needed, so that a new row is known 
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -56,6 +56,9 @@ class Format:
     ``overflow`` says what the largest exponent code means. ``"inf"``: infinity and NaNs, as IEEE 754 has it. ``"nan"``:
     ordinary numbers except for the very last code, which is the only NaN (the `fn` formats of OCP fp8), so what is too
     large becomes NaN.
+
+    Two formats of one width may go under one name: ``parts`` are the one for weights and activations, whose numbers are
+    those of the whole, and the one with more range for gradients.
     """
 
     name: str
@@ -64,16 +67,12 @@ class Format:
     overflow: Literal["inf", "nan"]
     dtype: torch.dtype
     use: Use = Use()
+    parts: "tuple[Format, Format] | None" = None
 
     @property
     def bits(self) -> int:
         """Bits of one number."""
         return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of one number."""
-        return self.bits // 8
 
     @property
     def is_low_precision(self) -> bool:
@@ -123,13 +122,13 @@ class Format:
 
     @property
     def forward(self) -> "Format":
-        """Itself: a plain format is its own forward format (see :class:`FormatPair`)."""
-        return self
+        """The format of weights and activations: itself, unless it has parts."""
+        return self.parts[0] if self.parts else self
 
     @property
     def backward(self) -> "Format":
-        """Itself: a plain format is its own backward format (see :class:`FormatPair`)."""
-        return self
+        """The format of gradients: itself, unless it has parts."""
+        return self.parts[1] if self.parts else self
 
     def contains(self, other: "Format") -> bool:
         """True if every number of ``other``, infinities included, is one of this format's.
@@ -147,41 +146,6 @@ class Format:
         return int(2 ** (self.exponent_bits - 1)) - 1
 
 
-@dataclass(frozen=True)
-class FormatPair:
-    """Two formats of one width: one for weights and activations, one with more range for gradients."""
-
-    name: str
-    forward: Format
-    backward: Format
-    use: Use = Use()
-
-    @property
-    def bits(self) -> int:
-        """Bits of one number."""
-        return self.forward.bits
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of one number."""
-        return self.forward.bytes
-
-    @property
-    def is_low_precision(self) -> bool:
-        """True if a number takes 16 bits or fewer."""
-        return self.forward.is_low_precision
-
-    @property
-    def is_half(self) -> bool:
-        """True if a number takes 16 bits."""
-        return self.forward.is_half
-
-    @property
-    def is_coarse(self) -> bool:
-        """True if it keeps fewer digits than fp16."""
-        return self.forward.is_coarse
-
-
 _FP64 = Use(is_computed_in=True, stores_weights=True, lightning_name="64-true")
 _FP32 = Use(is_computed_in=True, stores_weights=True, for_range="fp64", for_precision="fp64", lightning_name="32-true")
 _BF16 = Use(
@@ -196,17 +160,17 @@ _FP8 = Use(needs_scaling=True, for_range="bf16", for_precision="bf16", cuda_capa
 _E4M3 = Format("e4m3", 4, 3, "nan", torch.float8_e4m3fn, _FP8)
 _E5M2 = Format("e5m2", 5, 2, "inf", torch.float8_e5m2, _FP8)
 
-_ROWS: tuple[Format | FormatPair, ...] = (
+_ROWS = (
     Format("fp64", 11, 52, "inf", torch.float64, _FP64),
     Format("fp32", 8, 23, "inf", torch.float32, _FP32),
     Format("bf16", 8, 7, "inf", torch.bfloat16, _BF16),
     Format("fp16", 5, 10, "inf", torch.float16, _FP16),
-    FormatPair("fp8", _E4M3, _E5M2, _FP8),
+    replace(_E4M3, name="fp8", parts=(_E4M3, _E5M2)),
     _E4M3,
     _E5M2,
 )
 
-FORMATS: dict[str, Format | FormatPair] = {format.name: format for format in _ROWS}
+FORMATS: dict[str, Format] = {format.name: format for format in _ROWS}
 """Every format by its name, widest first. Of several with one dtype, the first is what a stored tensor is called."""
 
 _OTHER_NAMES = {
@@ -245,8 +209,7 @@ def low_precision_formats(*, in_parts: bool = False) -> tuple[str, ...]:
     (('fp16', 'bf16', 'fp8'), ('fp16', 'bf16', 'e4m3', 'e5m2'))
     """
     low = [format for format in FORMATS.values() if format.is_low_precision]
-    pairs = [format for format in low if isinstance(format, FormatPair)]
-    left_out = pairs if in_parts else [part for pair in pairs for part in (pair.forward, pair.backward)]
+    left_out = [left for format in low if format.parts for left in ([format] if in_parts else format.parts)]
     ordered = sorted((each for each in low if each not in left_out), key=lambda each: (-each.bits, each.forward.max))
     return tuple(format.name for format in ordered)
 
@@ -311,14 +274,14 @@ def trained_in(precision: str) -> str | None:
     return next((name for name, each in FORMATS.items() if each.use.lightning_name.partition("-")[0] == start), None)
 
 
-def get_format(name: str) -> Format | FormatPair:
+def get_format(name: str) -> Format:
     """The format of that name.
 
     Raises:
         FormatError: there is none; the message names the one that was probably meant.
 
-    >>> get_format("bf16").bytes
-    2
+    >>> get_format("bf16").bits
+    16
     >>> get_format("float16")
     Traceback (most recent call last):
     lightning_mixprec.errors.FormatError: unknown format 'float16', did you mean 'fp16'? ...
@@ -339,10 +302,9 @@ def meant_by(name: object) -> str | None:
     if isinstance(name, bool) or not isinstance(name, str | int | torch.dtype):
         return None
     text = str(name).strip().lower().removeprefix("torch.").split("-")[0]
-    for pair in FORMATS.values():
-        for part in (pair.forward, pair.backward) if isinstance(pair, FormatPair) else ():
-            if part.name in text:
-                return part.name
+    for part in (part for format in FORMATS.values() for part in format.parts or ()):
+        if part.name in text:
+            return part.name
     of_dtypes = {str(format.dtype).removeprefix("torch."): format.name for format in reversed(_plain())}
     names = {known: known for known in FORMATS} | _OTHER_NAMES | of_dtypes
     close = difflib.get_close_matches(text, names, n=1, cutoff=0.7)
@@ -365,4 +327,4 @@ def stored_format(dtype: torch.dtype) -> Format | None:
 
 
 def _plain() -> list[Format]:
-    return [format for format in FORMATS.values() if isinstance(format, Format)]
+    return [format for format in FORMATS.values() if not format.parts]

@@ -14,9 +14,7 @@
 
 import numbers
 import sys
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,11 +22,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_mixprec.errors import FormatError
-from lightning_mixprec.numerics.exponents import HIGHEST, LOWEST, Histogram, histogram
+from lightning_mixprec.numerics.exponents import FIELDS, HIGHEST, LOWEST, Histogram, histogram
 from lightning_mixprec.numerics.flat_batches import flatten, flatten_together
 from lightning_mixprec.numerics.formats import Format, get_format
 from lightning_mixprec.numerics.plots import draw_exponents
-from lightning_mixprec.numerics.rates import last_finite, last_zero
+from lightning_mixprec.numerics.rates import overflows, underflows
 from lightning_mixprec.numerics.similarity import decibels, energies
 
 if TYPE_CHECKING:
@@ -73,7 +71,7 @@ class ExponentHistogram(_Counter):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         empty = histogram([])
-        for name in _HISTOGRAM_FIELDS:
+        for name in FIELDS:
             self.add_state(name, getattr(empty, name), dist_reduce_fx="max" if name == "amax" else "sum")
 
     def update(self, tensors: Tensor | Iterable[Tensor]) -> None:
@@ -87,7 +85,7 @@ class ExponentHistogram(_Counter):
         """
         so_far = self.histogram
         merged = so_far.merge(histogram(_listed(tensors)).to(so_far.counts.device))
-        for name in _HISTOGRAM_FIELDS:
+        for name in FIELDS:
             setattr(self, name, getattr(merged, name))
 
     def compute(self) -> dict[str, Tensor]:
@@ -118,7 +116,7 @@ class ExponentHistogram(_Counter):
 
         That of this process; of all processes inside ``with metric.sync_context():``.
         """
-        return Histogram(**{name: getattr(self, name) for name in _HISTOGRAM_FIELDS})
+        return Histogram(**{name: getattr(self, name) for name in FIELDS})
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: "Axes | None" = None) -> "tuple[FigureBase | None, Axes]":
         """Draw one bar per exponent, and above them what the formats hold: full precision thick, subnormals thin.
@@ -164,6 +162,9 @@ class _Rate(_Scalar):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
+    _counted: Callable[[Tensor, Format, float], tuple[Tensor, Tensor]]
+    """The number of elements that count, and that of all."""
+
     def __init__(self, format: str = "fp16", scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.format = get_format(format).name
@@ -172,8 +173,6 @@ class _Rate(_Scalar):
         # the same values; with another format or scale they would differ only later.
         self._state = f"{type(self).__name__}_{self.format}_{self.scale!r}".lower().replace(".", "_")
         self.add_state(self._state, torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
-        target = get_format(format).forward
-        self._limits = {dtype: self._limit(target, self.scale, dtype) for dtype in (torch.float32, torch.float64)}
 
     def compute(self) -> Tensor:
         """The share of all elements so far that counts, as 0-dim fp32; 0 where nothing was seen."""
@@ -189,23 +188,11 @@ class _Rate(_Scalar):
         Raises:
             FormatError: a tensor holds no floating-point numbers.
         """
+        counts, target = self._counts, get_format(self.format).forward
         for tensor in [flatten(tensor) for tensor in _listed(tensors)]:
             for chunk in tensor.split(_CHUNK):
-                magnitudes = chunk.to(_work_dtype(chunk)).abs()
-                self._add(*self._count(magnitudes, self._limits[magnitudes.dtype]))
-
-    @staticmethod
-    @abstractmethod
-    def _limit(target: Format, scale: float, dtype: torch.dtype) -> float:
-        """The limit where counting starts or ends: the largest number of a dtype on the lower side."""
-
-    @staticmethod
-    @abstractmethod
-    def _count(magnitudes: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-        """The number of elements that count, and that of all, given the limit."""
-
-    def _add(self, part: Tensor, whole: Tensor) -> None:
-        setattr(self, self._state, self._counts + torch.stack([part, whole]).to(self._counts.device))
+                counts = counts + torch.stack(self._counted(chunk, target, self.scale)).to(counts.device)
+        setattr(self, self._state, counts)
 
     @property
     def _counts(self) -> Tensor:
@@ -232,12 +219,7 @@ class UnderflowRate(_Rate):
     tensor(0.3333)
     """
 
-    _limit = staticmethod(last_zero)
-
-    @staticmethod
-    def _count(magnitudes: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-        nonzero = magnitudes > 0
-        return (nonzero & (magnitudes <= limit)).sum(), (nonzero & (magnitudes < torch.inf)).sum()
+    _counted = staticmethod(underflows)
 
 
 class OverflowRate(_Rate):
@@ -259,11 +241,7 @@ class OverflowRate(_Rate):
     tensor(0.5000)
     """
 
-    _limit = staticmethod(last_finite)
-
-    @staticmethod
-    def _count(magnitudes: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-        return (~(magnitudes <= limit)).sum(), torch.full((), magnitudes.numel(), device=magnitudes.device)
+    _counted = staticmethod(overflows)
 
 
 class SQNR(_Scalar):
@@ -320,15 +298,8 @@ class SQNR(_Scalar):
         return decibels(self.signal, self.noise).where(self.elements > 0, torch.nan).float()
 
 
-_HISTOGRAM_FIELDS = [field.name for field in fields(Histogram)]
-
-
 def _listed(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return list(tensors) if isinstance(tensors, Iterable) and not isinstance(tensors, Tensor) else [tensors]
-
-
-def _work_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _checked_scale(scale: float) -> float:

@@ -1,4 +1,7 @@
-"""Drawings: exponents under the ranges of the formats, and values of layers. The one file that knows matplotlib."""
+"""Drawings: exponents under the ranges of the formats, and values of layers; and the formats' colours.
+
+The one file that knows matplotlib.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,12 +10,26 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_mixprec.errors import SupportError
-from lightning_mixprec.numerics.colors import COLORS, OTHER
 from lightning_mixprec.numerics.formats import Format, get_format, low_precision_formats
+from lightning_mixprec.records.words import cell, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import FigureBase as FigureBase
+
+COLORS = {
+    "fp64": "#E69F00",
+    "fp32": "#56B4E9",
+    "bf16": "#0072B2",
+    "fp16": "#D55E00",
+    "e4m3": "#CC79A7",
+    "e5m2": "#009E73",
+}
+"""The palette of Okabe and Ito (2008), which readers with any of the common colour blindnesses tell apart; fp32 and
+bf16, which have one range, are a light and a dark blue. Formats are named next to their colours all the same."""
+
+OTHER = "#979FA6"
+"""The colour of a format that has none of its own."""
 
 _BARS = "#8C8C8C"
 # The view shows all that fp16 holds, whatever the data; and of wider formats as much as the data asks for.
@@ -68,7 +85,7 @@ def draw_layers(
     figure, ax = _axes(ax, height=1.2 + 0.22 * max(len(shown), 4))
     places = range(len(shown))
     ax.barh(places, list(shown.values()), color=_BARS)
-    ax.set_yticks(places, [_label(name) for name in shown], fontsize="small", parse_math=False)
+    ax.set_yticks(places, [printable(cell(name)) for name in shown], fontsize="small", parse_math=False)
     ax.set_ylim(len(shown) - 0.4, -0.6)
     if limit is not None:
         ax.axvline(limit, color=COLORS["fp16"], linestyle="--")
@@ -76,6 +93,16 @@ def draw_layers(
     if len(shown) < len(values):
         ax.set_title(f"{len(shown)} of {len(values)} layers", fontsize="medium")
     return figure, ax
+
+
+def tint(color: str, white: float = 0.3) -> str:
+    """A colour mixed with white, light enough to be written on in black.
+
+    >>> tint("#0072B2"), tint("#000000", white=1.0)
+    ('#4c9cc9', '#ffffff')
+    """
+    parts = (int(color[place : place + 2], 16) for place in (1, 3, 5))
+    return "#" + "".join(f"{round(part + white * (255 - part)):02x}" for part in parts)
 
 
 def _axes(ax: "Axes | None", height: float) -> "tuple[FigureBase | None, Axes]":
@@ -149,10 +176,3 @@ def draw_steps(
     if marks:
         ax.legend(title="failed steps")
     return figure, ax
-
-
-def _label(name: str) -> str:
-    """A layer's name as it can be drawn."""
-    if not name:
-        return '""'
-    return name if name.isprintable() else repr(name)[1:-1]

@@ -19,6 +19,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics.exponents import BINS, LOWEST, Histogram
@@ -27,7 +28,7 @@ from lightning_mixprec.numerics.formats import Format, get_format
 Direction = Literal["forward", "backward"]
 """The one of the two formats of "fp8" that is meant; the others have only one."""
 
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 2.0**24
+_LEAST_POWER, _LARGEST_POWER = -24, 24  # of two, as a scale
 
 
 class Bounds(NamedTuple):
@@ -107,22 +108,22 @@ def headroom(h: Histogram, format: str, scale: float = 1.0, direction: Direction
 def best_scale(h: Histogram, format: str, margin: int = 1, direction: Direction = "forward") -> float:
     """The largest power of two as scale that leaves the largest magnitude ``margin`` bits short of overflow.
 
-    Kept within ``[SMALLEST_SCALE, LARGEST_SCALE]``, and 1 if there is no finite element other than zero. Other
+    Kept within ``[2**-24, 2**24]``, and 1 if there is no finite element other than zero. Other
     arguments and errors are those of :func:`underflow_rate`.
     """
     target, amax = _format(h, format, direction), float(h.amax)
     if not amax:
         return 1.0
     exponent = target.max_exponent + 1 - math.frexp(amax)[1]
-    while _overflows(_ldexp(amax, exponent), target):
+    while _overflows(math.ldexp(amax, exponent), target):
         exponent -= 1
-    return min(max(_ldexp(1.0, exponent - margin), SMALLEST_SCALE), LARGEST_SCALE)
+    return 2.0 ** min(max(exponent - margin, _LEAST_POWER), _LARGEST_POWER)
 
 
 def fits(h: Histogram, format: str, max_underflow: float = 0.01, direction: Direction = "forward") -> bool:
     """True if some scale keeps everything finite and lets at most ``max_underflow`` of the numbers round to zero.
 
-    Scales are the powers of two in ``[SMALLEST_SCALE, LARGEST_SCALE]``, of which the largest without overflow is best.
+    Scales are the powers of two in ``[2**-24, 2**24]``, of which the largest without overflow is best.
     False where something is infinite or NaN already. Other arguments and errors are those of :func:`underflow_rate`.
     """
     scale = best_scale(h, format, margin=0, direction=direction)
@@ -131,27 +132,47 @@ def fits(h: Histogram, format: str, max_underflow: float = 0.01, direction: Dire
     return underflow_rate(h, format, scale, direction).high <= max_underflow
 
 
-def last_zero(target: Format, scale: float, dtype: torch.dtype) -> float:
-    """The largest number of a dtype that a format, after scaling, rounds to zero: the tie goes there.
+def underflows(values: Tensor, target: Format, scale: float) -> tuple[Tensor, Tensor]:
+    """The number of elements that a format, after scaling, rounds to zero; and of all that are finite and not zero.
 
-    >>> last_zero(get_format("fp16").forward, 1.0, torch.float32) == 2.0**-25
-    True
+    Exact for every scale: half the smallest subnormal is a tie, which goes to zero.
+
+    >>> underflows(torch.tensor([0.0, 2.0**-25, 2.0**-24]), get_format("fp16"), 1.0)
+    (tensor(1), tensor(2))
     """
-    return _last_within(Fraction(2) ** (target.min_exponent - target.mantissa_bits - 1), True, scale, dtype)
+    magnitudes = _magnitudes(values)
+    last_zero = _last_within(_power(target.min_exponent - target.mantissa_bits - 1), True, scale, magnitudes.dtype)
+    nonzero = magnitudes > 0
+    return (nonzero & (magnitudes <= last_zero)).sum(), (nonzero & (magnitudes < torch.inf)).sum()
 
 
-def last_finite(target: Format, scale: float, dtype: torch.dtype) -> float:
+def overflows(values: Tensor, target: Format, scale: float) -> tuple[Tensor, Tensor]:
+    """The number of elements that a format, after scaling, does not keep finite; and of all. Exact for every scale.
+
+    >>> overflows(torch.tensor([65519.0, 65520.0, torch.nan]), get_format("fp16"), 1.0)
+    (tensor(2), tensor(3))
+    """
+    magnitudes = _magnitudes(values)
+    is_kept = magnitudes <= _last_finite(target, scale, magnitudes.dtype)
+    return (~is_kept).sum(), torch.full((), magnitudes.numel(), device=magnitudes.device)
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    return values.to(torch.float64 if values.dtype == torch.float64 else torch.float32).abs()
+
+
+def _last_finite(target: Format, scale: float, dtype: torch.dtype) -> float:
     """The largest number of a dtype that a format, after scaling, keeps finite.
 
     Beyond half a step above the format's maximum it is infinite or NaN; the tie goes to the even one of the two, which
     the maximum is only where the codes above it are NaN.
-
-    >>> last_finite(get_format("fp16").forward, 1.0, torch.float64) < 65520 == last_finite(
-    ...     get_format("fp16").forward, 1.0, torch.float32) + 2.0**-8
-    True
     """
-    half_step = Fraction(2) ** (target.max_exponent - target.mantissa_bits - 1)
+    half_step = _power(target.max_exponent - target.mantissa_bits - 1)
     return _last_within(Fraction(target.max) + half_step, target.overflow == "nan", scale, dtype)
+
+
+def _power(exponent: int) -> Fraction:
+    return Fraction(2) ** exponent
 
 
 @functools.lru_cache
@@ -191,13 +212,7 @@ def _boundary(exponent: int, scale: float, inclusive: bool) -> tuple[int, int]:
         at_least = at_most = place + inclusive
     else:
         at_least, at_most = place - 1, place
-    return _within(at_least, 0, BINS - 1), _within(at_most, 1, BINS)
-
-
-def _within(place: int, first: int, last: int) -> int:
-    if place < 1:
-        return first
-    return place if place < BINS else last
+    return min(max(at_least, 0), BINS - 1), min(max(at_most, 1), BINS)
 
 
 def _share(h: Histogram, sure: tuple[int, int], possible: tuple[int, int]) -> Bounds:
@@ -209,11 +224,4 @@ def _share(h: Histogram, sure: tuple[int, int], possible: tuple[int, int]) -> Bo
 
 
 def _overflows(magnitude: float, target: Format) -> bool:
-    return magnitude > last_finite(target, 1.0, torch.float64)
-
-
-def _ldexp(number: float, exponent: int) -> float:
-    try:
-        return math.ldexp(number, exponent)
-    except OverflowError:
-        return math.inf
+    return magnitude > _last_finite(target, 1.0, torch.float64)

@@ -1,4 +1,4 @@
-"""Similarity of numbers before and after: signal to noise, direction, and updates that change nothing.
+"""Similarity of numbers before and after: signal to noise, and direction.
 
 Results stay on the device of the data and nothing waits for it.
 
@@ -7,8 +7,6 @@ Results stay on the device of the data and nothing waits for it.
 47.0
 >>> cosine_of(dots([reference], [2 * reference])).tolist()
 [1.0]
->>> stagnation_rate(torch.ones(2), torch.tensor([0.01, 0.001]), "bf16").item()
-0.5
 """
 
 import math
@@ -19,8 +17,6 @@ from torch import Tensor
 
 from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics.flat_batches import batches, by_kind, flatten_together, placed, sums
-from lightning_mixprec.numerics.formats import Format, format_of, get_format
-from lightning_mixprec.numerics.rounding import round_to
 
 
 @torch.no_grad()
@@ -120,68 +116,8 @@ def cosine_of(parts: Tensor) -> Tensor:
     return torch.where(parts.isfinite().all(-1), cosine, math.nan)
 
 
-@torch.no_grad()
-def stagnation_rate(param: Tensor, update: Tensor, format: str | None = None) -> Tensor:
-    """Share of the updates that change nothing: ``round(param + update) == param`` although the update is not zero.
-
-    Exact, since no sum is formed: an update is lost if it is at most half the distance to the next number, or less
-    than half if the tie would go there.
-
-    Args:
-        param: floating-point, any shape; as it is after rounding to the format.
-        update: of the same shape, what is added. Elements that are zero or not finite, or whose parameter is not, do
-            not count.
-        format: in which the parameter is stored, by default its own dtype's; "fp8" is e4m3.
-
-    Returns:
-        fp64 of shape (), on the parameter's device; 0 if no element counts.
-
-    Raises:
-        FormatError: the format is unknown, the shapes differ, or a tensor holds no floating-point numbers.
-    """
-    name = format or format_of(param.dtype)
-    if name is None:
-        raise FormatError(f"{param.dtype} is not among the formats: name the one in which the parameter is stored")
-    target = get_format(name).forward
-    first, second = flatten_together(param, update)
-    counted = torch.zeros((), dtype=torch.int64, device=first.device)
-    lost = counted.clone()
-    for stored, added in _pairs(first, second):
-        stored = round_to(stored, target.name)
-        counts = (added != 0) & added.isfinite() & stored.isfinite()
-        counted += counts.sum()
-        lost += (counts & _is_lost(stored, added, target)).sum()
-    return lost.double() / counted.clamp(min=1)
-
-
 def _pairs(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Both in fp64, in pieces that bound the memory for it."""
     pieces = (batches([(0, tensor)] if tensor.numel() else []) for tensor in (first, second))
     for a, b in zip(*pieces, strict=True):
         yield a.values.double(), b.values.double()
-
-
-def _is_lost(stored: Tensor, added: Tensor, target: Format) -> Tensor:
-    """True if numbers of a format stay what they are when something is added; all in fp64, exactly."""
-    mantissa, exponent = torch.frexp(stored.abs())
-    is_power = mantissa == 0.5
-    exponent = torch.where(stored == 0, target.min_exponent, exponent.long() - 1).clamp(min=target.min_exponent)
-    steps = _in_steps(stored.abs(), exponent, target)
-    distance = _in_steps(added.abs(), exponent, target)
-    # Below a power of two, numbers are twice as dense.
-    denser = is_power & (exponent > target.min_exponent) & (stored.sign() != added.sign())
-    half = torch.where(denser, 0.25, 0.5)
-    return torch.where(steps.remainder(2) == 1, distance < half, distance <= half)
-
-
-def _in_steps(magnitude: Tensor, exponent: Tensor, target: Format) -> Tensor:
-    """Magnitudes divided by the distance of the format's numbers at these exponents.
-
-    By powers of two, in halves because 2**-1023 is no normal number: exact unless the result is far from what matters.
-    """
-    half = exponent >> 1
-    return magnitude * _power_of_two(-half) * 2.0**target.mantissa_bits * _power_of_two(half - exponent)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    return ((exponent + 1023) << 52).view(torch.float64)

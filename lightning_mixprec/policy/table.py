@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from lightning_mixprec.policy.table_folding import Row, fold
+from lightning_mixprec.records.words import printable
 
 _COLUMNS = ("layer", "type", "parameters", "param/compute/output", "rule")
 _MAX_RULES = 10
@@ -80,15 +81,6 @@ def align(rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> list[st
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
-
-
-def printable(text: str) -> str:
-    r"""A text as it can stand in a line: characters that would break the line, or steer a terminal, are escaped.
-
-    >>> print(printable("head"), printable("new\nline"))
-    head new\nline
-    """
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def shortened(text: str, width: int) -> str:

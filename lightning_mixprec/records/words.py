@@ -66,6 +66,15 @@ def cell(layer: str | None) -> str:
     return "-" if layer is None else layer or '""'
 
 
+def printable(text: str) -> str:
+    r"""A text as it can stand in a line: characters that would break the line, or steer a terminal, are escaped.
+
+    >>> print(printable("head"), printable("new\nline"))
+    head new\nline
+    """
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def written(value: float | None, spec: str) -> str:
     """A number in a table; a dash where there is none."""
     return "-" if value is None or math.isnan(value) else format(value, spec)

@@ -240,24 +240,15 @@ HEATS = (
 )
 
 
-@dataclass(frozen=True)
-class Cells:
-    """The unit of x in a row of cells: optimizer steps per cell on average, counted from `origin`.
+def in_cells(steps: Sequence[float], edges: Sequence[int]) -> list[float]:
+    """The x of steps in a row of cells, whose unit is the average cell.
 
     On an even grid the borders of the cells are then small integers, and paths are short.
     """
-
-    origin: int
-    unit: float
-
-    def place(self, step: float) -> float:
-        """The x of a step."""
-        return (step - self.origin) / self.unit
-
-
-def cells_of(edges: Sequence[int]) -> Cells:
-    """The unit for a grid of cells; single steps where there is no grid."""
-    return Cells(edges[0], (edges[-1] - edges[0]) / (len(edges) - 1)) if len(edges) > 1 else Cells(0, 1)
+    if len(edges) < 2:
+        return list(steps)
+    unit = (edges[-1] - edges[0]) / (len(edges) - 1)
+    return [(step - edges[0]) / unit for step in steps]
 
 
 def runs_path(pieces: Sequence[tuple[float, float]]) -> str:
@@ -274,7 +265,7 @@ def runs_path(pieces: Sequence[tuple[float, float]]) -> str:
 def strip(heat: Heat, values: Sequence[float | None], edges: Sequence[int]) -> list[tuple[int, str]]:
     """One row of a heat map: for each level that occurs, the path of its pieces."""
     pieces: dict[int, list[tuple[float, float]]] = {}
-    places = [cells_of(edges).place(edge) for edge in edges]
+    places = in_cells(edges, edges)
     for k, value in enumerate(values):
         if value is not None:
             pieces.setdefault(heat.level(value), []).append((places[k], places[k + 1]))

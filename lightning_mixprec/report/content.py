@@ -83,32 +83,22 @@ def _facts(
 ) -> list[dict[str, str]]:
     losses = [loss for _, loss, _, _ in records.curve if loss is not None][-_LAST:]
     scales = [scale for _, _, scale, _ in records.curve if scale is not None]
-    facts = [_fact("optimizer steps", f"{steps_taken(records):,}", f"{len(skipped_steps(records)):,} skipped")]
+    facts = [("optimizer steps", f"{steps_taken(records):,}", f"{len(skipped_steps(records)):,} skipped")]
     if losses:
-        facts.append(_fact("loss", f"{sum(losses) / len(losses):.4g}", f"mean of the last {len(losses)} batches"))
+        facts.append(("loss", f"{sum(losses) / len(losses):.4g}", f"mean of the last {len(losses)} batches"))
     if scales and any(scale != 1 for scale in scales):
-        facts.append(_fact("loss scale", f"{scales[-1]:g}", f"{min(scales):g} to {max(scales):g}"))
+        facts.append(("loss scale", f"{scales[-1]:g}", f"{min(scales):g} to {max(scales):g}"))
     formats = sorted({layer.compute for layer in layers.values() if layer.compute})
-    facts.append(_fact("layers", f"{len(layers):,}", f"in {', '.join(formats)}" if formats else ""))
+    facts.append(("layers", f"{len(layers):,}", f"in {', '.join(formats)}" if formats else ""))
     if arithmetic:
         known = [row for row in arithmetic if row["format"] in FORMATS]
         low = sum(row["share"] for row in known if get_format(row["format"]).is_low_precision)
-        facts.append(_fact("arithmetic in 16 bits", f"{low:.1%}", "share of the matrix products' flops"))
-    moved = sum(len(move["layers"]) for move in moves)
-    facts.append(
-        _fact(
-            "precision moves",
-            f"{moved:,}",
-            f"at {counted(len({move['step'] for move in moves}), 'step')}" if moved else "",
-        )
-    )
+        facts.append(("arithmetic in 16 bits", f"{low:.1%}", "share of the matrix products' flops"))
+    moved, moments = sum(len(move["layers"]) for move in moves), {move["step"] for move in moves}
+    facts.append(("precision moves", f"{moved:,}", f"at {counted(len(moments), 'step')}" if moved else ""))
     if gaps := [row["loss_gap"] for row in records.fidelity if row.get("loss_gap") is not None]:
-        facts.append(_fact("loss gap to fp32", f"{gaps[-1]:.2g}", "at the latest sample"))
-    return facts
-
-
-def _fact(label: str, value: str, hint: str = "") -> dict[str, str]:
-    return {"label": label, "value": value, "hint": hint}
+        facts.append(("loss gap to fp32", f"{gaps[-1]:.2g}", "at the latest sample"))
+    return [{"label": label, "value": value, "hint": hint} for label, value, hint in facts]
 
 
 def _moves(records: Records) -> list[Row]:

@@ -17,8 +17,11 @@ from lightning_mixprec.records.schema import Count, matches
 _METRICS = "metrics.csv"
 
 Row = dict[str, Any]
-Point = tuple[int, float | None, float | None, int | None]
-"""A batch: step, loss, loss scale, and whether its step was skipped; None for what is not known."""
+Batch = tuple[int, float | None, float | None, bool]
+"""A batch: step, loss (None unless finite), loss scale (None if not known), and whether its step was skipped."""
+
+_Point = tuple[int, float | None, float | None, int | None]
+"""The same as it was written: None where nobody says whether the step was skipped."""
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Records:
     Attributes:
         name: The folder's name.
         run: What ``PrecisionReport`` wrote when the run began: ``environment`` and ``layers``.
-        curve: One row a batch: step, loss (None unless finite), loss scale, and whether its step was skipped.
+        curve: The batches.
         infinite: Steps whose loss was infinite or NaN.
         changes: Rows with the layers whose formats changed, and ``step``.
         history: The plugin's history.
@@ -45,7 +48,7 @@ class Records:
 
     name: str
     run: Row = field(default_factory=dict)
-    curve: list[tuple[int, float | None, float | None, bool]] = field(default_factory=list)
+    curve: list[Batch] = field(default_factory=list)
     infinite: list[int] = field(default_factory=list)
     changes: list[Row] = field(default_factory=list)
     history: list[Row] = field(default_factory=list)
@@ -193,7 +196,7 @@ _TAKE_IN: dict[str, Callable[[Records, Row], None]] = {
 }
 
 
-def _with_skips(points: Sequence[Point]) -> list[tuple[int, float | None, float | None, bool]]:
+def _with_skips(points: Sequence[_Point]) -> list[Batch]:
     """The batches, each with whether its step was skipped.
 
     Where a plugin does not say so, a loss scale that is smaller in the next batch does: one skipped step each time.
@@ -207,7 +210,7 @@ def _with_skips(points: Sequence[Point]) -> list[tuple[int, float | None, float 
     return told
 
 
-def _from_metrics(path: Path) -> list[Point]:
+def _from_metrics(path: Path) -> list[_Point]:
     """Loss and loss scale as CSVLogger wrote them."""
     if not path.is_file():
         return []

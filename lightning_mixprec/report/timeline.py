@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lightning_mixprec.report.reading import Records
+from lightning_mixprec.report.reading import Batch, Records
 
 MAX_POINTS = 600
 MAX_CELLS = 60
@@ -23,26 +23,20 @@ def curve(records: Records, first: int, end: int, runs: int = 1) -> dict[str, li
         runs: How many runs share the page.
     """
     edges = sample_edges((step for step, *_ in records.curve), first, end, MAX_POINTS // runs)
-    count = len(edges) - 1
-    losses: list[list[float]] = [[] for _ in range(count)]
-    scales: list[list[float]] = [[] for _ in range(count)]
-    skipped = [0] * count
-    for step, loss, scale, was_skipped in records.curve:
-        cell = bisect_right(edges, step) - 1
-        if not 0 <= cell < count:
-            continue
-        if loss is not None:
-            losses[cell].append(loss)
-        if scale is not None:
-            scales[cell].append(scale)
-        skipped[cell] += was_skipped
+    cells: list[list[Batch]] = [[] for _ in edges[1:]]
+    for batch in records.curve:
+        cell = bisect_right(edges, batch[0]) - 1
+        if 0 <= cell < len(cells):
+            cells[cell].append(batch)
+    losses = [[loss for _, loss, _, _ in cell if loss is not None] for cell in cells]
+    scales = [[scale for _, _, scale, _ in cell if scale is not None] for cell in cells]
     return {
         "edges": edges,
         "loss": [_short(sum(cell) / len(cell)) if cell else None for cell in losses],
         "loss_min": [_short(min(cell)) if cell else None for cell in losses],
         "loss_max": [_short(max(cell)) if cell else None for cell in losses],
         "scale": [min(cell) if cell else None for cell in scales],
-        "skipped": skipped,
+        "skipped": [sum(was_skipped for *_, was_skipped in cell) for cell in cells],
     }
 
 

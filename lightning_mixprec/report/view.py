@@ -84,7 +84,10 @@ def _run_view(
         "alert_counts": [(word, counts[level]) for level, word in LEVEL_WORDS.items() if counts[level]],
         "curve": _curve_view(run["curve"], scales),
         "marks": _marks(run["moves"], span),
-        "moves": [_move_view(move) for move in run["moves"]],
+        "moves": [
+            {**move, "named": move["layers"][:MAX_NAMED_LAYERS], "others": move["layers"][MAX_NAMED_LAYERS:]}
+            for move in run["moves"]
+        ],
         "cells": _cells_box(run["samples"]["edges"], span),
         "rows": [_row_view(row, run["samples"]["edges"], heats, span) for row in run["rows"]],
         "histograms": _histogram_views(run["histograms"], content),
@@ -128,15 +131,9 @@ def _move_line(move: dict[str, Any]) -> str:
     return f"{move['from']} → {move['to']}: {named}{more} ({move['reason']})"
 
 
-def _move_view(move: dict[str, Any]) -> dict[str, Any]:
-    layers = move["layers"]
-    return {**move, "named": layers[:MAX_NAMED_LAYERS], "others": layers[MAX_NAMED_LAYERS:]}
-
-
 def _cells_box(edges: Sequence[int], span: tuple[int, int]) -> str:
     """The viewBox of the rows of a run's heat maps."""
-    cells = charts.cells_of(edges)
-    start, end = (cells.place(step) for step in span)
+    start, end = charts.in_cells(span, edges)
     return f"{charts.coordinate(start, 2)} -.5 {charts.coordinate(end - start, 2)} 1"
 
 
@@ -252,10 +249,10 @@ def _members(row: dict[str, Any], assigned: dict[str, int]) -> dict[str, Any]:
     return {"layers": layers}
 
 
-def _rounded(value: float | None, significant: int = 4) -> float | int | None:
+def _rounded(value: float | None) -> float | int | None:
     if value is None:
         return None
-    rounded = float(f"{value:.{significant}g}")
+    rounded = float(f"{value:.4g}")
     return int(rounded) if rounded.is_integer() else rounded
 
 

@@ -1,20 +1,17 @@
-"""Signal to noise, cosines and stagnation against NumPy, fractions and real casts."""
+"""Signal to noise and cosines against NumPy, torch and real casts."""
 
 import itertools
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics import flat_batches as segments
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.rounding import round_to
-from lightning_mixprec.numerics.similarity import cosine_of, dots, sqnr_db, stagnation_rate
+from lightning_mixprec.numerics.similarity import cosine_of, dots, sqnr_db
 
 NORMAL = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
 
@@ -140,90 +137,10 @@ def test_sums_over_uneven_stretches():
     torch.testing.assert_close(segments.sums(values, sizes), expected)
 
 
-def every_number(name):
-    """All finite numbers of an 8-bit format."""
-    codes = torch.arange(256, dtype=torch.uint8).view(get_format(name).dtype).double()
-    return codes[codes.isfinite()]
-
-
-@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
-def test_stagnation_of_every_pair_of_8_bit_numbers(name):
-    numbers = every_number(name)
-    halves = torch.cat([numbers, numbers / 2, numbers / 4, numbers * 1.25])
-    halves = halves[halves != 0]
-    param, update = (grid.flatten() for grid in torch.meshgrid(numbers, halves, indexing="ij"))
-    expected = (round_to(param + update, name) == param).view(len(numbers), -1)
-    found = [
-        stagnation_rate(*pair, format=name).item()
-        for pair in zip(param.view_as(expected), update.view_as(expected), strict=True)
-    ]
-    assert found == expected.double().mean(1).tolist()
-    assert 0.1 < expected.double().mean() < 0.9
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-def test_stagnation_is_what_the_format_adds(name):
-    torch.manual_seed(0)
-    dtype = get_format(name).dtype
-    param = (torch.randn(20_000) * torch.exp2(torch.randint(-20, 5, (20_000,)))).to(dtype)
-    param[:1000] = torch.exp2(torch.randint(-14, 10, (1000,)).float()).to(dtype)
-    update = (param.double() * torch.randn(20_000, dtype=torch.float64) * get_format(name).epsilon).to(dtype)
-    update[:500] = (param[:500].double() * get_format(name).epsilon * -0.25).to(dtype)
-    update[500:1000] = (param[500:1000].double() * get_format(name).epsilon * 0.5).to(dtype)
-    moving = update != 0
-    expected = (param + update == param)[moving].double().mean().item()
-    assert 0.1 < expected < 0.9
-    assert stagnation_rate(param, update).item() == expected
-    assert stagnation_rate(param.float(), update, name).item() == expected
-
-
-def nearest_fp64(number):
-    """Correctly rounded by Python; None where it overflows."""
-    try:
-        return float(number)
-    except OverflowError:
-        return None
-
-
-NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
-
-
-@settings(max_examples=200, deadline=None)
-@given(param=NUMBERS, share=st.sampled_from([2.0**-54, 2.0**-53, 1.1 * 2.0**-53, 2.0**-52, -(2.0**-54), -(2.0**-53)]))
-def test_stagnation_of_fp64(param, share):
-    for update in (param * share, math.ulp(param) / 2, -math.ulp(param) / 2, math.nextafter(-math.ulp(param) / 2, 0)):
-        if update != 0 and math.isfinite(update):
-            stays = nearest_fp64(Fraction(param) + Fraction(update)) == param
-            pair = (torch.tensor([number], dtype=torch.float64) for number in (param, update))
-            assert stagnation_rate(*pair).item() == stays, (param, update)
-
-
-def test_only_moving_finite_elements_count():
-    param = torch.tensor([1.0, 1.0, 1.0, math.inf, math.nan, 1.0, 1.0])
-    update = torch.tensor([1e-9, 1.0, 0.0, 1e-9, 1e-9, math.inf, math.nan])
-    assert stagnation_rate(param, update).item() == 0.5
-    assert stagnation_rate(param, torch.zeros(7)).item() == 0
-    assert stagnation_rate(torch.empty(0), torch.empty(0)).item() == 0
-
-
-def test_parameters_are_taken_as_the_format_stores_them():
-    # 1.003 is stored as 1 in bf16, below which numbers are twice as dense; 1.0075 as 1 + 2**-7, whose ties round away.
-    assert stagnation_rate(torch.tensor([1.003]), torch.tensor([-0.0015]), "bf16").item() == 1
-    assert stagnation_rate(torch.tensor([1.003]), torch.tensor([-0.0025]), "bf16").item() == 0
-    assert stagnation_rate(torch.tensor([1.0075]), torch.tensor([2.0**-8]), "bf16").item() == 0
-
-
-def test_an_update_too_large_for_the_format_is_none_that_is_lost():
-    assert stagnation_rate(torch.full((2,), 65504.0), torch.tensor([15.9, 16.0]), "fp16").item() == 0.5
-    assert stagnation_rate(torch.full((2,), 448.0), torch.tensor([16.0, 16.1]), "e4m3").item() == 0.5
-    largest = torch.finfo(torch.float64).max
-    assert stagnation_rate(torch.tensor([1.0], dtype=torch.float64), torch.tensor([largest]).double()).item() == 0
-
-
 def test_nothing_builds_a_graph_or_changes_its_input():
     first, second = (torch.randn(5, requires_grad=True) for _ in range(2))
     copies = first.clone(), second.clone()
-    for found in (sqnr_db(first, second), dots([first], [second]), stagnation_rate(first, second, "bf16")):
+    for found in (sqnr_db(first, second), dots([first], [second])):
         assert not found.requires_grad
     assert torch.equal(first, copies[0])
     assert torch.equal(second, copies[1])
@@ -236,8 +153,6 @@ def test_nothing_builds_a_graph_or_changes_its_input():
         (lambda: dots([torch.ones(2)], [torch.ones(2, 1)]), r"shape \(2,\) with shape \(2, 1\)"),
         (lambda: dots([torch.ones(2)], []), "1 tensors with 0"),
         (lambda: sqnr_db(torch.ones(2), torch.ones(2).long()), "torch.int64"),
-        (lambda: stagnation_rate(torch.ones(2), torch.ones(2), "half"), "did you mean 'fp16'"),
-        (lambda: stagnation_rate(torch.ones(2).to(torch.float8_e4m3fnuz), torch.ones(2)), "not among the formats"),
     ],
 )
 def test_wrong_arguments_are_answered_in_one_line(call, message):
@@ -252,9 +167,8 @@ def test_a_gpu_agrees_and_is_not_waited_for():
     on_gpu = [[tensor.cuda() for tensor in tensors] for tensors in (first, second)]
 
     def measured(first, second):
-        stagnation = [stagnation_rate(a, b, "bf16") for a, b in zip(first, second, strict=True)]
         cosines = cosine_of(dots(first, second))
-        return [*itertools.starmap(sqnr_db, zip(first, second, strict=True)), *stagnation, *cosines]
+        return [*itertools.starmap(sqnr_db, zip(first, second, strict=True)), *cosines]
 
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -26,7 +26,6 @@ STEPS = 4
 def xf16() -> Iterator[Format]:
     """bfloat16 under another name."""
     bf16 = get_format("bf16")
-    assert isinstance(bf16, Format)
     FORMATS["xf16"] = replace(bf16, name="xf16")
     yield FORMATS["xf16"]
     del FORMATS["xf16"]

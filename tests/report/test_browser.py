@@ -6,7 +6,7 @@ import shutil
 import pytest
 from report import samples
 
-from lightning_mixprec.report.html import render
+from lightning_mixprec.report.writing import render
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
 ActionChains, Keys = webdriver.ActionChains, webdriver.Keys

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from lightning_mixprec import MixPrecError
 from lightning_mixprec.report.content import content_of
-from lightning_mixprec.report.html import render
 from lightning_mixprec.report.layers import MAX_ROWS
 from lightning_mixprec.report.reading import read_records
 from lightning_mixprec.report.timeline import MAX_CELLS, MAX_POINTS
-from lightning_mixprec.report.writing import write_report
+from lightning_mixprec.report.writing import render, write_report
 
 ENVIRONMENT = {"torch": "2.14", "device": "test"}
 WATCHED = ["PrecisionReport", "OverflowMonitor"]

@@ -13,9 +13,9 @@ import pytest
 from report import samples
 
 from lightning_mixprec import MixPrecError
-from lightning_mixprec.numerics.colors import COLORS, tint
+from lightning_mixprec.numerics.plots import COLORS, tint
 from lightning_mixprec.report import charts, histograms, view
-from lightning_mixprec.report.html import render
+from lightning_mixprec.report.writing import render
 
 ALLOWED_ATTRIBUTES = re.compile(r"[a-z]+(-[a-z]+)*|viewBox|preserveAspectRatio", re.IGNORECASE)
 
