@@ -29,7 +29,7 @@ from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.records.decisions import Decision, Made
+from lightning_mixprec.records.changes import Decision, Made
 from lightning_mixprec.records.schema import matches
 from lightning_mixprec.records.words import cell, quoted, written
 

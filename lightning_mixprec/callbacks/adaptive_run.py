@@ -28,7 +28,7 @@ from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.records.decisions import Decision
+from lightning_mixprec.records.changes import Decision
 from lightning_mixprec.records.schema import Count
 from lightning_mixprec.records.words import listed
 

@@ -21,7 +21,7 @@ from lightning_mixprec.evidence.loss_curve import LossCurve, loss_in
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.records import runs
-from lightning_mixprec.records.moves import told_shortly
+from lightning_mixprec.records.changes import told_shortly
 from lightning_mixprec.report.writing import write_report
 
 

@@ -26,7 +26,7 @@ from lightning_mixprec.planning.phases import LowRate, Moment, Now, Phase, Plate
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.policy.policy import PrecisionPolicy, describe_difference
-from lightning_mixprec.records.schedule import Came, Looks
+from lightning_mixprec.records.changes import Came, Looks
 
 
 class PrecisionScheduler(RunCallback):

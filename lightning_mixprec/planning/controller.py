@@ -17,7 +17,7 @@ from lightning_mixprec.planning.controller_state import ControllerCounts, Contro
 from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.planning.remedies import Candidate, Promotions, Remedies, Remedy, Try
 from lightning_mixprec.records.advice import min_cosine_to_act
-from lightning_mixprec.records.decisions import Decision
+from lightning_mixprec.records.changes import Decision
 from lightning_mixprec.records.words import listed
 
 _FIRST_SAMPLES = (0, 10, 30, 100, 300)

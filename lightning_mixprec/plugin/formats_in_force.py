@@ -16,8 +16,8 @@ from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
 from lightning_mixprec.plugin.arguments import check_running, check_storage_unchanged, choose_format
+from lightning_mixprec.plugin.notices import warn_of_whole_copies
 from lightning_mixprec.plugin.strategies import data_parallel_mesh
-from lightning_mixprec.plugin.warnings import warn_of_whole_copies
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
 

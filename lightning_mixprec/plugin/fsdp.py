@@ -47,18 +47,16 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
                 "manual optimization does not work with it; use ModelParallelStrategy (FSDP2)."
             )
         super().convert_module(module)
-        for assignment in (self._formats.training_assignment, self._formats.evaluation_assignment):
-            if assignment is not None:
-                _check_storage(assignment)
+        for assignment in filter(None, (self._formats.training_assignment, self._formats.evaluation_assignment)):
+            _check_storage(assignment)
         return module
 
     @override
     def connect(
         self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
-        for assignment in (self._formats.training_assignment, self._formats.evaluation_assignment):
-            if assignment is not None:
-                _check_gathered(model, assignment)
+        for assignment in filter(None, (self._formats.training_assignment, self._formats.evaluation_assignment)):
+            _check_gathered(model, assignment)
         return super().connect(model, optimizers, lr_schedulers)
 
     @override

@@ -22,14 +22,13 @@ from lightning_mixprec.optim.skipped_buffers import BufferGuard
 from lightning_mixprec.plugin import arguments
 from lightning_mixprec.plugin.formats_in_force import FormatsInForce, attributes_of_copy
 from lightning_mixprec.plugin.lightnings import Precision, check_lightning_module, raw
+from lightning_mixprec.plugin.notices import tell_throughput_monitors, warn_of_costs, warn_of_emulation
 from lightning_mixprec.plugin.state import PluginState, history_entries, saved_state, stock_scaler_state
 from lightning_mixprec.plugin.steps import StepLedger
 from lightning_mixprec.plugin.strategies import check_strategy, row_of
-from lightning_mixprec.plugin.throughput import tell_throughput_monitors
-from lightning_mixprec.plugin.warnings import warn_of_costs, warn_of_emulation
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
-from lightning_mixprec.records.moves import Move
+from lightning_mixprec.records.changes import Move
 
 
 class PerLayerPrecision(Precision):
@@ -391,8 +390,10 @@ class PerLayerPrecision(Precision):
                 self._adopt(moved, "checkpoint")
             return
         assert (policy := self._formats.configured) is not None
-        resumed = state.resumed(policy, self._configured, self._on_policy_change, model, self._resumed_step)
-        self._adopt(resumed.policy, "checkpoint")
-        self._configured, self.history = resumed.configured, resumed.history
+        policy, configured, history = state.resumed(
+            policy, self._configured, self._on_policy_change, model, self._resumed_step
+        )
+        self._adopt(policy, "checkpoint")
+        self._configured, self.history = configured, history
         self.scaler.load_state_dict(state.scaler)
         self._ledger.load_state_dict(state.steps)

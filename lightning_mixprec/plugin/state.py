@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy, describe_difference
-from lightning_mixprec.records.moves import Move
+from lightning_mixprec.records.changes import Move
 from lightning_mixprec.records.schema import Shapes, Tally, check_plain, is_plain
 from lightning_mixprec.records.states import Layout
 
@@ -95,8 +95,10 @@ class PluginState:
         on_policy_change: Literal["raise", "accept", "checkpoint"],
         model: nn.Module,
         step: int,
-    ) -> "Resumed":
-        """The policy and history that training goes on with. Nothing is changed by asking.
+    ) -> tuple[PrecisionPolicy, str | dict[str, Any], list[Move]]:
+        """What training goes on with: the policy to bring in force, the form that counts as configured, the history.
+
+        Nothing is changed by asking.
 
         Args:
             policy: The policy configured now, without moves that an earlier run made.
@@ -110,30 +112,16 @@ class PluginState:
         """
         taken = self.policy_to_resume(configured, on_policy_change)
         if taken is not None:
-            return Resumed(taken, self.configured, list(self.history))
+            return taken, self.configured, list(self.history)
         if configured == self.configured:
-            return Resumed(policy, configured, list(self.history))
+            return policy, configured, list(self.history)
         try:
             written_under = replace(PrecisionPolicy.from_dict(self.policy), allow_unmatched=True).resolve(model)
         except PolicyError as error:
             raise PolicyError(f"The checkpoint's policy does not fit the model: {error}") from None
         reason = "resumed with another configured policy"
         changes = history_entries(written_under, policy.resolve(model), step, reason)
-        return Resumed(policy, configured, [*self.history, *changes])
-
-
-class Resumed(NamedTuple):
-    """Policy and history of a resumed run.
-
-    Attributes:
-        policy: The policy to bring in force.
-        configured: What counts as configured from now on, in mapping form, or ``"auto"``.
-        history: The changes so far, those included that another configured policy makes.
-    """
-
-    policy: PrecisionPolicy
-    configured: str | dict[str, Any]
-    history: list[Move]
+        return policy, configured, [*self.history, *changes]
 
 
 def saved_state(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:

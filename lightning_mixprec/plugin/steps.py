@@ -24,6 +24,7 @@ from lightning_mixprec.numerics.finite import are_nonfinite
 from lightning_mixprec.optim.gradients import grads_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
+from lightning_mixprec.plugin.formats_in_force import attributes_of_copy
 from lightning_mixprec.plugin.strategies import forget_communication_errors
 from lightning_mixprec.policy.module_names import walk
 
@@ -68,9 +69,9 @@ class StepLedger:
         self._in_a_row: dict[int, int] = {}
         self._tallies: list[_Tally] = []
         self._warned_at_minimum = False
-        self._disconnect()
+        self._forget_run()
 
-    def _disconnect(self) -> None:
+    def _forget_run(self) -> None:
         self._model: pl.LightningModule | None = None
         self._optimizers: list[Optimizer] = []
         self._schedulers: list[LRSchedulerConfig] = []
@@ -79,10 +80,7 @@ class StepLedger:
     def __getstate__(self) -> dict[str, Any]:
         """A copy counts on from here, in no training; references to optimizers that may die cannot be copied."""
         self.settle()
-        copy = object.__new__(type(self))
-        vars(copy).update(vars(self))
-        copy._disconnect()
-        return {name: value for name, value in vars(copy).items() if name != "_last_skipped"}
+        return {name: value for name, value in attributes_of_copy(self).items() if name != "_last_skipped"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _last_skipped=weakref.WeakKeyDictionary())
@@ -104,7 +102,7 @@ class StepLedger:
             gate.remove()
         self._may_give_up = False
         self.settle()
-        self._disconnect()
+        self._forget_run()
 
     def note(self, optimizer: Optimizer, skipped: bool | Tensor, at_minimum: bool | Tensor) -> None:
         """Takes in the outcome of a step.

@@ -117,8 +117,11 @@ def row_of(strategy: Strategy) -> StrategyRow:
 def check_strategy(strategy: Strategy, plugin: str = _NAME) -> None:
     """Raises for strategies and devices on which a plugin of this name could not honour a policy."""
     row = row_of(strategy)
+    if row.plugin != plugin and plugin == _FSDP_NAME:
+        name = type(strategy).__name__
+        raise SupportError(f"{_FSDP_NAME} is for FSDPStrategy alone, and this Trainer has a {name}; use {_NAME}.")
     if row.plugin != plugin:
-        raise SupportError(_only_under_fsdp(strategy) if plugin == _FSDP_NAME else _not_supported(strategy, plugin))
+        raise SupportError(_not_supported(strategy, plugin))
     _check_hook_state(row.hook_state(strategy), plugin)
     _check_device(strategy, plugin)
 
@@ -170,10 +173,6 @@ def _not_supported(strategy: Strategy, who: str) -> str:
         f"{who} does not support {type(strategy).__name__}{row_of(strategy).why_not}; supported are "
         f"{', '.join(names)} and {last} ({examples})."
     )
-
-
-def _only_under_fsdp(strategy: Strategy) -> str:
-    return f"{_FSDP_NAME} is for FSDPStrategy alone, and this Trainer has a {type(strategy).__name__}; use {_NAME}."
 
 
 def _check_hook_state(state: Any, who: str) -> None:

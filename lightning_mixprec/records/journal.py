@@ -19,11 +19,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning_mixprec.records.decisions import Decided
+from lightning_mixprec.records.changes import Came, Decided
 from lightning_mixprec.records.events import Event
 from lightning_mixprec.records.runs import Change, Curve, End, Run, Sample
 from lightning_mixprec.records.samples import ClosenessRow, LossRow, NotObservedRow, StagnationRow, UnderflowRow
-from lightning_mixprec.records.schedule import Came
 
 FILE_NAME = "mixprec.jsonl"
 

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from typing_extensions import NotRequired, TypedDict
 
-from lightning_mixprec.records.moves import MoveInShort
+from lightning_mixprec.records.changes import MoveInShort
 from lightning_mixprec.records.schema import Count
 
 

@@ -1,9 +1,14 @@
-"""Warnings of costs in speed or accuracy, where something is allowed: one each, with what to do instead."""
+"""Notices as a run begins: one warning of each cost in speed or accuracy that is allowed, with what to do instead.
+
+And to Lightning's ``ThroughputMonitor``, which takes an unknown plugin for fp32, the formats.
+"""
 
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import throughput_monitor
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -11,8 +16,11 @@ from lightning_mixprec.engine.backends import backend_for
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.numerics.formats import get_format, half_dtypes
 from lightning_mixprec.plugin.arguments import choose_format, device_name
+from lightning_mixprec.plugin.lightnings import both
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.module_names import walk
+
+_MONITORS = both("callbacks", "ThroughputMonitor")
 
 
 def warn_of_costs(model: pl.LightningModule, training: Assignment, evaluation: Assignment | None) -> None:
@@ -68,3 +76,25 @@ def warn_of_whole_copies(model: nn.Module, mesh: Any, ranks: int) -> None:
             f"ModelParallelStrategy(data_parallel_size={ranks}, tensor_parallel_size=1), or call parallelize_module "
             "before fully_shard."
         )
+
+
+def tell_throughput_monitors(trainer: pl.Trainer, training: str, evaluation: str) -> None:
+    """Has the monitors compare with the device's peak in the default formats, once they and the device are set up.
+
+    Args:
+        trainer: The Trainer, whose callbacks are set up.
+        training: The default format of training.
+        evaluation: That of validate, test and predict.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for monitor in callbacks:
+        if not isinstance(monitor, _MONITORS):
+            continue
+        for stage, measured in monitor._throughputs.items():
+            format = training if stage == RunningStage.TRAINING else evaluation
+            measured.available_flops = _peak(trainer.strategy.root_device, format)
+        monitor.available_flops = _peak(trainer.strategy.root_device, training if trainer.training else evaluation)
+
+
+def _peak(device: torch.device, format: str) -> int | None:
+    return throughput_monitor.get_available_flops(device, get_format(format).dtype)
