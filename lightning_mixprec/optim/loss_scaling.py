@@ -75,7 +75,7 @@ class LossScaler:
         self._scale_waiting()
         if self.options is None:
             return loss
-        return loss * self._tensors(loss.device)[0].to(loss.device, non_blocking=True)
+        return loss * self._on(loss.device)[0].to(loss.device, non_blocking=True)
 
     def unscale_(self, optimizer: Optimizer) -> Tensor | None:
         """Divides the optimizer's gradients by the scale, once per step, and looks for non-finite ones.
@@ -86,10 +86,12 @@ class LossScaler:
         if self._is_prepared(optimizer) or not (self.is_active or self.guards):
             return self._unscaled.get(optimizer)
         fresh, done = self._gradients(optimizer)
-        device = self._scale.device if self._scale is not None else next(iter(fresh + done), torch.zeros(())).device
+        device = (
+            self._tensors[0].device if self._tensors is not None else next(iter(fresh + done), torch.zeros(())).device
+        )
         found_inf = scalar(0.0, device)
         if fresh:
-            divisor = self._tensors(device)[0].double().reciprocal().float() if self.is_active else scalar(1.0, device)
+            divisor = self._on(device)[0].double().reciprocal().float() if self.is_active else scalar(1.0, device)
             found_inf = check_and_unscale(fresh, divisor, found_inf)
         if done:
             found_inf = check_and_unscale(done, scalar(1.0, device), found_inf)
@@ -184,7 +186,7 @@ class LossScaler:
         marks, self._marks = self._marks, {}
         if self.options is None or not flags or self.options.is_static:
             return
-        scale = self._tensors(flags[0].device)[0]
+        scale = self._on(flags[0].device)[0]
         found_inf = flags[0] if len(flags) == 1 else torch.stack([flag.to(scale.device) for flag in flags]).amax()
         waiting = [optimizer for optimizer in waiting if not self._is_prepared(optimizer)]
         if not marks:
@@ -206,9 +208,8 @@ class LossScaler:
         self.options = options
         after = 1.0 if options is None else options.bounded(before) if was_active else options.init_scale
         self._start_at(after)
-        ratio = after / before
-        if ratio != 1:
-            self._rescale([optimizer for optimizer in waiting if not self._is_prepared(optimizer)], ratio)
+        if after != before:
+            self._rescale(waiting, after / before)
 
     def move_to(self, scale: float, waiting: Iterable[Optimizer] = ()) -> None:
         """Moves the scale between two steps, within the bounds, and counts anew. No host synchronisation.
@@ -230,13 +231,12 @@ class LossScaler:
             )
         after = self.options.bounded(float(scale))
         ratio = after / self.present_scale
-        if self._scale is None or self._growth_tracker is None or self._overflows is None:
+        if self._tensors is None:
             self._start_at(after)
         else:
-            self._scale.fill_(after)
-            self._growth_tracker.zero_()
-            self._overflows.zero_()
-        self._rescale([optimizer for optimizer in waiting if not self._is_prepared(optimizer)], ratio)
+            for tensor, value in zip(self._tensors, (after, 0, 0), strict=True):
+                tensor.fill_(value)
+        self._rescale(waiting, ratio)
 
     def forget_steps(self) -> None:
         """Drops what is left of a step that an exception cut short."""
@@ -246,7 +246,7 @@ class LossScaler:
     @property
     def present_scale(self) -> float | Tensor:
         """The present scale, as the device's own tensor once it is there: never waits, changes with the next update."""
-        return self._start["scale"] if self._scale is None else self._scale
+        return (self._tensors or self._start)[0]
 
     def found_inf(self, optimizer: Optimizer) -> Tensor | None:
         """The device's flag of non-finite gradients while the optimizer's step is being prepared."""
@@ -254,7 +254,7 @@ class LossScaler:
 
     def get_scale(self) -> float:
         """The present scale. Waits for the device."""
-        return float(self._state("scale", self._scale))
+        return float(self.present_scale)
 
     def is_at_minimum(self) -> bool | Tensor:
         """True if the scale can fall no further; on the device, once the scale is there."""
@@ -264,11 +264,8 @@ class LossScaler:
 
     def state_dict(self) -> dict[str, float | int]:
         """The scale and its counters as plain numbers. Waits for the device."""
-        return {
-            "scale": self.get_scale(),
-            "growth_tracker": int(self._state("growth_tracker", self._growth_tracker)),
-            "overflows": int(self._state("overflows", self._overflows)),
-        }
+        scale, growth_tracker, overflows = self._tensors or self._start
+        return {"scale": float(scale), "growth_tracker": int(growth_tracker), "overflows": int(overflows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over :meth:`state_dict`, or that of a ``torch.amp.GradScaler``; the options stay the configured ones.
@@ -289,27 +286,22 @@ class LossScaler:
                 stacklevel=2,
             )
             scale = self.options.init_scale
-        self._start_at(self.options.bounded(scale))
-        self._start |= {"growth_tracker": growth_tracker, "overflows": overflows}
+        self._start_at(self.options.bounded(scale), growth_tracker, overflows)
 
-    def _start_at(self, scale: float) -> None:
-        self._start = {"scale": scale, "growth_tracker": 0, "overflows": 0}
-        self._scale: Tensor | None = None
-        self._growth_tracker: Tensor | None = None
-        self._overflows: Tensor | None = None
+    def _start_at(self, scale: float, growth_tracker: int = 0, overflows: int = 0) -> None:
+        self._start = scale, growth_tracker, overflows
+        self._tensors: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def _state(self, name: str, tensor: Tensor | None) -> float:
-        return self._start[name] if tensor is None else tensor.item()
-
-    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        if self._scale is None or self._growth_tracker is None or self._overflows is None:
-            self._scale = scalar(self._start["scale"], device)
-            self._growth_tracker = torch.full((), int(self._start["growth_tracker"]), dtype=torch.int32, device=device)
-            self._overflows = torch.full((), int(self._start["overflows"]), dtype=torch.int32, device=device)
-        return self._scale, self._growth_tracker, self._overflows
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The scale, the batches since it changed, and the overflows, on the device that asks for them first."""
+        if self._tensors is None:
+            scale, *counts = self._start
+            tracker, overflows = (torch.full((), count, dtype=torch.int32, device=device) for count in counts)
+            self._tensors = scalar(scale, device), tracker, overflows
+        return self._tensors
 
     def _adapt(self, options: LossScaling, found_inf: Tensor) -> None:
-        scale, tracker, overflows = self._tensors(found_inf.device)
+        scale, tracker, overflows = self._on(found_inf.device)
         backs_off = found_inf
         if options.hysteresis > 1:
             overflows.add_(found_inf > 0)
