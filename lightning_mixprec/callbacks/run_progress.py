@@ -61,7 +61,7 @@ def metric(trainer: pl.Trainer, number: int, name: str) -> float:
     own: Tensor | None = metrics.get(name)
     _, value = ranks.first_found(None if own is None else float(own))
     if value is None:
-        near = did_you_mean(name, metrics) or ";"
+        near = did_you_mean(name, metrics)
         known = f"logged are {', '.join(sorted(metrics))}" if metrics else "nothing is logged"
         raise PolicyError(
             f"phase {number}: no metric {name!r} is logged{near} {known}. Log it in training_step, validation_step or "

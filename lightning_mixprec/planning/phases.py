@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard
 from lightning_mixprec.errors import MixPrecError, PolicyError
 from lightning_mixprec.policy.amending import read_edit
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
-from lightning_mixprec.policy.rules import did_you_mean
+from lightning_mixprec.policy.rules import check_keys, did_you_mean
 
 CONFIGURED = "configured"
 """The word for the policy that the plugin was given."""
@@ -180,7 +180,7 @@ def naming(number: int) -> Generator[None, None, None]:
 def _phase(number: int, given: object) -> Phase:
     if not isinstance(given, Mapping):
         raise PolicyError(f"a phase is {given!r}; write a mapping such as {{'at': '80%', 'policy': 'bf16'}}")
-    _check_keys(given, _PHASE_KEYS, "a phase")
+    check_keys(given, _PHASE_KEYS, "a phase")
     if "at" not in given:
         raise PolicyError(f"it does not say when it comes; add at: {_FORMS}")
     if ("policy" in given) == ("edit" in given):
@@ -219,7 +219,7 @@ def _when(at: object) -> When:
         raise PolicyError(f"at is {at!r} ({type(at).__name__}){hint} {_FORMS}")
     if "event" in at:
         return _event(at)
-    _check_keys(at, _AT_KEYS, "at")
+    check_keys(at, _AT_KEYS, "at")
     if len(at) != 1:
         raise PolicyError(f"at is {dict(at)!r}, which names {len(at)} moments; {_FORMS}")
     [(kind, value)] = at.items()
@@ -230,7 +230,7 @@ def _share(text: str) -> Moment:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if found is None:
         near = did_you_mean(text, _EVENT_KEYS)
-        raise PolicyError(f"at is {text!r}{near or ';'} {_FORMS}")
+        raise PolicyError(f"at is {text!r}{near} {_FORMS}")
     share = Fraction(found[1]) / 100
     if share >= 1:
         raise PolicyError(f"at is {text!r}, when training is over; write a share from 0% to below 100%")
@@ -241,8 +241,8 @@ def _event(at: Mapping[str, Any]) -> When:
     event = at["event"]
     if not isinstance(event, str) or event not in _EVENT_KEYS:
         near = did_you_mean(str(event), _EVENT_KEYS)
-        raise PolicyError(f"event is {event!r}{near or ';'} the events are {', '.join(_EVENT_KEYS)}")
-    _check_keys(at, _EVENT_KEYS[event], f"event {event}")
+        raise PolicyError(f"event is {event!r}{near} the events are {', '.join(_EVENT_KEYS)}")
+    check_keys(at, _EVENT_KEYS[event], f"event {event}")
     if event == "lr_below":
         share = at.get("share")
         if not _is_number(share) or not 0 < share <= 1:
@@ -268,13 +268,6 @@ def _check_order(earlier: Sequence[Phase], phase: Phase) -> None:
             raise PolicyError(
                 f"it comes at {when}, before phase {other.number} at {other.when}; list the phases in the order of time"
             )
-
-
-def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            near = did_you_mean(str(key), known)
-            raise PolicyError(f"unknown key {key!r} in {where}{near or ';'} the keys are {', '.join(known)}")
 
 
 def _count(name: str, value: object, least: int) -> int:

@@ -75,7 +75,7 @@ def _said(value: object) -> dict[str, Any]:
         for key in value:
             if key not in ("param", *_EDIT_KEYS):
                 near = did_you_mean(str(key), _EDIT_KEYS)
-                raise FieldError(f"unknown key {key!r}{near or ';'} an edit takes compute, output and recurse")
+                raise FieldError(f"unknown key {key!r}{near} an edit takes compute, output and recurse")
         said = dict(value)
         for key, format in said.items():
             if key != "recurse":

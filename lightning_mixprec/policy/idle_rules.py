@@ -27,8 +27,7 @@ def check_rules(resolution: Resolution, allow_unmatched: bool) -> None:
         else:
             problem = None if allow_unmatched else _unmatched_problem(resolution, rule)
         if problem is not None:
-            origin = f"{rule.origin}: " if rule.origin else ""
-            raise PolicyError(f"{origin}rule {number + 1} ({rule.label}) {problem}")
+            raise PolicyError(f"{rule.place}rule {number + 1} ({rule.label}) {problem}")
 
 
 def covered_layers(patterns: Sequence[str], model: nn.Module, argument: str) -> set[str]:

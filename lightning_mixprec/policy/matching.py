@@ -76,8 +76,8 @@ class NameTree:
         match segment:
             case AnyDepth():
                 return self._below(found)
-            case Slice():
-                return self._sliced(found, segment.as_slice())
+            case Slice(positions):
+                return self._sliced(found, positions)
             case Glob(regex):
                 matches = regex.match
                 return {place for text in self._by_segment if matches(text) for place in self._named(found, text)}

@@ -40,13 +40,7 @@ class Glob:
 class Slice:
     """A segment that takes a slice of the parent's numbered children, by position."""
 
-    start: int | None
-    stop: int | None
-    step: int | None
-
-    def as_slice(self) -> slice:
-        """The Python slice."""
-        return slice(self.start, self.stop, self.step)
+    positions: slice
 
 
 @dataclass(frozen=True)
@@ -161,7 +155,7 @@ def _segment(segment: str, whole: str) -> Segment:
         start, stop, step = (None if number is None else int(number) for number in found.groups())
         if step == 0:
             raise PolicyError(f"pattern {whole!r}: the step of slice {segment} is 0; write 1 or more, or leave it out")
-        return Slice(start, stop, step)
+        return Slice(slice(start, stop, step))
     for body in _bracketed(segment, whole):
         _check_class(body, segment, whole)
     if any(character in segment for character in "*?["):

@@ -139,7 +139,7 @@ def _ruled_parameters(rules: Sequence[Rule], inventory: Inventory, decided_by: l
             if ruled.setdefault(id(parameter), param) != param:
                 one, other = inventory.names[holder[id(parameter)]][0], inventory.names[layer][0]
                 raise PolicyError(
-                    f"{_origin(rules[number])}layers {one!r} and {other!r} share a weight, but rules store it as "
+                    f"{rules[number].place}layers {one!r} and {other!r} share a weight, but rules store it as "
                     f"{ruled[id(parameter)]} and as {param}; give both layers the same param"
                 )
             holder.setdefault(id(parameter), layer)
@@ -156,7 +156,7 @@ def _check_agreement(
             names = [_name_under(inventory, layer, sources[number]) for number in (one, other)]
             labels = [rules[number].label for number in (one, other)]
             raise PolicyError(
-                f"{_origin(rules[other])}layer {names[0]!r} is also {names[1]!r}, and rule {labels[0]!r} makes it "
+                f"{rules[other].place}layer {names[0]!r} is also {names[1]!r}, and rule {labels[0]!r} makes it "
                 f"{found[one]} while rule {labels[1]!r} makes it {found[other]}; write a rule for {names[0]} itself"
             )
 
@@ -179,7 +179,3 @@ def _tallies(resolution: Resolution) -> Iterator[RuleTally]:
         lost = [layer for layer in sorted(matched) if decided_by[layer] != number]
         winners = Counter(None if layer in unit else decided_by[layer] for layer in lost)
         yield RuleTally(rule, len(matched), decided[number], dict(winners))
-
-
-def _origin(rule: Rule) -> str:
-    return f"{rule.origin}: " if rule.origin else ""

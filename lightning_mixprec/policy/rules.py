@@ -1,7 +1,7 @@
 """A rule: the layers that it selects, and the formats that they get."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -122,6 +122,11 @@ class Rule:
                 result[entry.name] = list(value) if isinstance(value, tuple) else value
         return result
 
+    @property
+    def place(self) -> str:
+        """The beginning of an error about it: the file and line it was read from, if it was."""
+        return f"{self.origin}: " if self.origin else ""
+
     def read_from(self, origin: str) -> "Rule":
         """The same rule, knowing the file and line it was read from."""
         copy = Rule(**self.to_dict())
@@ -144,7 +149,7 @@ def check_format(name: str, value: object) -> None:
         return
     options = f"{name} takes {', '.join(allowed)}"
     meant = meant_by(value)
-    hint = f", did you mean {meant!r}?" if meant in allowed else did_you_mean(str(value), allowed) or ";"
+    hint = f", did you mean {meant!r}?" if meant in allowed else did_you_mean(str(value), allowed)
     if not isinstance(value, str):
         raise FieldError(f"{name} is {value!r} ({type(value).__name__}){hint} {options}", name)
     if value == "input":
@@ -195,13 +200,25 @@ def short_form(said: Mapping[str, str]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence that names the word that was probably meant; empty if none is near.
+    """The middle of an error that names the word that was probably meant; a semicolon if none is near.
 
-    >>> did_you_mean("computes", ["param", "compute"])
-    ', did you mean compute?'
+    >>> did_you_mean("computes", ["param", "compute"]), did_you_mean("color", ["param"])
+    (', did you mean compute?', ';')
     """
     near = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {near[0]}?" if near else ""
+    return f", did you mean {near[0]}?" if near else ";"
+
+
+def check_keys(given: Iterable[object], known: Sequence[str], where: str) -> None:
+    """Check that a mapping has known keys alone.
+
+    Raises:
+        FieldError: it has another one.
+    """
+    for key in given:
+        if key not in known:
+            near = did_you_mean(str(key), known)
+            raise FieldError(f"unknown key {key!r} in {where}{near} the keys are {', '.join(known)}", str(key))
 
 
 def _as_tuple(given: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...]:

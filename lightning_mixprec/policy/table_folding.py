@@ -5,7 +5,7 @@ Repeated blocks are folded first, then layers that get what the layer around the
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 MAX_UNFOLDED = 20
@@ -163,13 +163,10 @@ def _label(stem: str, numbers: list[int]) -> str:
 
 
 def _merged(run: list[_Branch], label: str) -> _Branch:
-    parameters: int | None = 0
-    for branch in run:
-        parameters = _sum(parameters, branch.row.parameters)
     below = zip(*(branch.children for branch in run), strict=True)
     return _Branch(
         label=label,
-        row=replace(run[0].row, parameters=parameters),
+        row=replace(run[0].row, parameters=_parameters(run)),
         children=[_merged(list(alike), alike[0].label) for alike in below],
         layers=sum(branch.layers for branch in run),
         copies=sum(branch.copies for branch in run),
@@ -178,20 +175,21 @@ def _merged(run: list[_Branch], label: str) -> _Branch:
 
 def _absorb_alike(root: _Branch) -> _Branch:
     """A layer that gets, all the way down, what the layer around it gets by the same rule is shown with it."""
-    kept: list[_Branch] = []
-    total, layers, is_tied = root.row.parameters, root.layers, root.row.is_tied
-    for child in map(_absorb_alike, root.children):
-        if child.children or child.key != root.key:
-            kept.append(child)
-        else:
-            total, layers = _sum(total, child.row.parameters), layers + child.layers
-            is_tied = is_tied or child.row.is_tied
-    row = replace(root.row, parameters=total, is_tied=is_tied)
-    return replace(root, row=row, layers=layers, children=kept)
+    children = [_absorb_alike(child) for child in root.children]
+    whole = [root, *(child for child in children if _is_alike(child, root))]
+    row = replace(root.row, parameters=_parameters(whole), is_tied=any(branch.row.is_tied for branch in whole))
+    kept = [child for child in children if not _is_alike(child, root)]
+    return replace(root, row=row, layers=sum(branch.layers for branch in whole), children=kept)
 
 
-def _sum(one: int | None, other: int | None) -> int | None:
-    return None if one is None or other is None else one + other
+def _is_alike(child: _Branch, around: _Branch) -> bool:
+    return not child.children and child.key == around.key
+
+
+def _parameters(branches: Sequence[_Branch]) -> int | None:
+    """The number of parameters of all; None if some are not initialised yet."""
+    known = [branch.row.parameters for branch in branches if branch.row.parameters is not None]
+    return sum(known) if len(known) == len(branches) else None
 
 
 def _prune(root: _Branch, limit: int) -> _Branch:
@@ -219,21 +217,18 @@ def _cut(branch: _Branch, depth: int) -> _Branch:
 
 def _summary(label: str, branches: list[_Branch]) -> _Branch:
     below = [branch for top in branches for branch in _walk(top)]
+    rules = {branch.row.rule for branch in below}
     layers = Counter[str]()
-    rules = Counter[str]()
-    parameters: int | None = 0
     for branch in below:
         layers[branch.row.formats] += branch.layers
-        rules[branch.row.rule] += branch.layers
-        parameters = _sum(parameters, branch.row.parameters)
     formats = [f"{formats} x {count}" for formats, count in layers.most_common(3)] + ["..."] * (len(layers) > 3)
     row = Row(
         name="",
         type_name=branches[0].row.type_name if len(branches) == 1 else "several",
-        parameters=parameters,
+        parameters=_parameters(below),
         is_tied=any(branch.row.is_tied for branch in below),
         formats=", ".join(formats) if len(layers) > 1 else next(iter(layers)),
-        rule=next(iter(rules)) if len(rules) == 1 else f"{len(rules)} rules",
+        rule=rules.pop() if len(rules) == 1 else f"{len(rules)} rules",
     )
     return _Branch(label, row, layers=layers.total(), copies=branches[0].copies if len(branches) == 1 else 1)
 

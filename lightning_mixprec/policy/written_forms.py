@@ -4,7 +4,15 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_mixprec.policy.rules import RULE_KEYS, FieldError, Rule, check_format, did_you_mean, parse_short_form
+from lightning_mixprec.policy.rules import (
+    RULE_KEYS,
+    FieldError,
+    Rule,
+    check_format,
+    check_keys,
+    did_you_mean,
+    parse_short_form,
+)
 
 POLICY_KEYS = ("default", "rules", "allow_unmatched")
 
@@ -50,10 +58,7 @@ def read_rule(given: object) -> Rule:
         return given
     if not isinstance(given, Mapping):
         raise FieldError(f"a rule is {given!r}; write a mapping such as {{layers: model.head, compute: fp32}}")
-    for key in given:
-        if key not in RULE_KEYS:
-            near = did_you_mean(str(key), RULE_KEYS)
-            raise FieldError(f"unknown key {key!r} in a rule{near or ';'} the keys are {', '.join(RULE_KEYS)}", key)
+    check_keys(given, RULE_KEYS, "a rule")
     return Rule(**given)
 
 
@@ -83,7 +88,7 @@ def _read_full(mapping: Mapping[str, Any]) -> Parts:
         if key not in POLICY_KEYS:
             near = did_you_mean(key, POLICY_KEYS)
             raise FieldError(
-                f"unknown key {key!r} beside rules{near or ';'} a pattern goes into the list: {{layers: {key}, ...}}",
+                f"unknown key {key!r} beside rules{near} a pattern goes into the list: {{layers: {key}, ...}}",
                 key,
             )
     rules = read_rules(mapping.get("rules", ()))
@@ -113,7 +118,7 @@ def _check_key(key: str, value: object) -> None:
     full = "the full form is {default: bf16, rules: [...], allow_unmatched: false}"
     if key == "allow_unmatched":
         raise FieldError(f"allow_unmatched goes beside rules, not beside patterns; {full}", key)
-    if near := did_you_mean(key, POLICY_KEYS):
+    if (near := did_you_mean(key, POLICY_KEYS)) != ";":
         raise FieldError(f"{key} is {value!r}, which is no format{near} {full}", key)
 
 
