@@ -390,10 +390,8 @@ class PerLayerPrecision(Precision):
                 self._adopt(moved, "checkpoint")
             return
         assert (policy := self._formats.configured) is not None
-        policy, configured, history = state.resumed(
-            policy, self._configured, self._on_policy_change, model, self._resumed_step
-        )
-        self._adopt(policy, "checkpoint")
-        self._configured, self.history = configured, history
+        resumed = state.resumed(policy, self._configured, self._on_policy_change, model, self._resumed_step)
+        self._adopt(resumed[0], "checkpoint")
+        self._configured, self.history = resumed[1:]
         self.scaler.load_state_dict(state.scaler)
         self._ledger.load_state_dict(state.steps)

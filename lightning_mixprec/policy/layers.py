@@ -91,18 +91,15 @@ def stored_formats(inventory: Inventory, ruled: dict[int, str]) -> list[str]:
         inventory: the model's layers.
         ruled: formats that rules give to parameters, by the parameter's id.
     """
-    count = len(inventory.modules)
-    own = [_own_format(inventory, layer, ruled) for layer in range(count)]
-    below = list(own)
-    for layer in _children_first(inventory):
-        if below[layer] is None:
-            below[layer] = next((format for child in inventory.children[layer] if (format := below[child])), None)
-    stored = [format or "" for format in below]
+    order, children = _children_first(inventory), inventory.children
+    stored = [_own_format(inventory, layer, ruled) for layer in range(len(inventory.modules))]
+    for layer in order:
+        stored[layer] = stored[layer] or next(filter(None, (stored[child] for child in children[layer])), None)
     stored[0] = stored[0] or REFERENCE
-    for layer in reversed(_children_first(inventory)):
-        for child in inventory.children[layer]:
+    for layer in reversed(order):
+        for child in children[layer]:
             stored[child] = stored[child] or stored[layer]
-    return stored
+    return [format or REFERENCE for format in stored]
 
 
 def _own_format(inventory: Inventory, layer: int, ruled: dict[int, str]) -> str | None:
@@ -115,16 +112,15 @@ def _own_format(inventory: Inventory, layer: int, ruled: dict[int, str]) -> str 
 def _children_first(inventory: Inventory) -> list[int]:
     order: list[int] = []
     entered = {0}
-    waiting = [(0, iter(inventory.children[0]))]
-    while waiting:
-        layer, rest = waiting[-1]
-        child = next((child for child in rest if child not in entered), None)
-        if child is None:
-            order.append(layer)
-            waiting.pop()
-        else:
-            entered.add(child)
-            waiting.append((child, iter(inventory.children[child])))
+
+    def enter(layer: int) -> None:
+        for child in inventory.children[layer]:
+            if child not in entered:
+                entered.add(child)
+                enter(child)
+        order.append(layer)
+
+    enter(0)
     return order
 
 
