@@ -96,9 +96,7 @@ class PluginState:
         model: nn.Module,
         step: int,
     ) -> tuple[PrecisionPolicy, str | dict[str, Any], list[Move]]:
-        """What training goes on with: the policy to bring in force, the form that counts as configured, the history.
-
-        Nothing is changed by asking.
+        """The policy to go on with, the form that counts as configured, and the history. Nothing is changed by asking.
 
         Args:
             policy: The policy configured now, without moves that an earlier run made.
