@@ -172,7 +172,7 @@ def histograms(groups: Sequence[Sequence[Tensor]], max_elements: int | None = No
     moments = torch.zeros(len(flat), 2, dtype=torch.float64, device=device)
     amax = torch.zeros(len(flat), dtype=torch.float64, device=device)
     for rows, pieces in by_kind([sample(group, max_elements) for group in flat]):
-        for total, part in zip((table, moments), _tables(pieces, len(rows)), strict=True):
+        for total, part in zip((table, moments), _count(pieces, len(rows)), strict=True):
             total += placed(part, rows, total)
     for rows, pieces in by_kind(flat):
         amax = torch.maximum(amax, placed(_largest(pieces, len(rows)), rows, amax))
@@ -218,7 +218,7 @@ def _magnitude_bits(values: Tensor, layout: _Layout) -> Tensor:
     return values.to(layout.float_dtype).view(layout.int_dtype) & (layout.infinity | (layout.smallest_normal - 1))
 
 
-def _tables(pieces: list[tuple[int, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
+def _count(pieces: list[tuple[int, Tensor]], rows: int) -> tuple[Tensor, Tensor]:
     """Counts, int64 [rows, _COLUMNS], and sums of log2 and of its square, fp64 [rows, 2], of one dtype and device."""
     device, layout = pieces[0][1].device, _layout(pieces[0][1].dtype)
     table = torch.zeros(rows, _COLUMNS, dtype=torch.int64, device=device)
@@ -290,17 +290,24 @@ def _tally(column: Tensor, batch: Batch) -> Tensor:
     stretches = len(batch.sizes)
     if stretches > 1:
         torch._foreach_add_(column.split(batch.sizes), [index * _COLUMNS for index in range(stretches)])
-    return _count(column, stretches * _COLUMNS).view(stretches, _COLUMNS)
+    count = _count_on_cpu if column.device.type == "cpu" else _count_elsewhere
+    return count(column, stretches * _COLUMNS).view(stretches, _COLUMNS)
 
 
-def _count(codes: Tensor, bins: int) -> Tensor:
+def _count_on_cpu(codes: Tensor, bins: int) -> Tensor:
+    return torch.bincount(codes, minlength=bins)
+
+
+def _count_elsewhere(codes: Tensor, bins: int) -> Tensor:
     """As bincount, which on a GPU waits for the largest code; a batch is too small to overflow 32-bit counters."""
-    if codes.device.type == "cpu":
-        return torch.bincount(codes, minlength=bins)
     if torch.are_deterministic_algorithms_enabled():
-        edges = torch.arange(bins + 1, dtype=codes.dtype, device=codes.device)
-        return torch.searchsorted(codes.sort().values, edges).diff()
+        return _count_by_sorting(codes, bins)
     return torch.histc(codes.int(), bins=bins, min=0, max=bins)
+
+
+def _count_by_sorting(codes: Tensor, bins: int) -> Tensor:
+    edges = torch.arange(bins + 1, dtype=codes.dtype, device=codes.device)
+    return torch.searchsorted(codes.sort().values, edges).diff()
 
 
 def _largest(pieces: list[tuple[int, Tensor]], rows: int) -> Tensor:
