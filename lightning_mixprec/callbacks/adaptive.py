@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, AdaptiveRun, Steered
-from lightning_mixprec.callbacks.failure_monitor import FailureMonitor
+from lightning_mixprec.callbacks.failure_monitor import FailureMonitor, note
 from lightning_mixprec.callbacks.monitor import (
     ROWS,
     check_count,
@@ -21,12 +21,13 @@ from lightning_mixprec.callbacks.monitor import (
 from lightning_mixprec.errors import MixPrecError, SupportError
 from lightning_mixprec.evidence.failures import FailureWatch
 from lightning_mixprec.evidence.run_formats import PluginFormats
-from lightning_mixprec.evidence.step_window import KeptBatch
+from lightning_mixprec.evidence.step_window import KeptBatch, StepWindow
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.planning.controller_state import Options
 from lightning_mixprec.plugin.arguments import check_choice
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
+from lightning_mixprec.plugin.step_errors import Remedy
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.records.changes import Decision, Made
@@ -201,7 +202,7 @@ class AdaptivePrecision(FailureMonitor):
     def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         watch, run = self._failures, self._run
         assert watch is not None and run is not None
-        may_sample = not (watch.is_in_window or self._has_no_batches(trainer))
+        may_sample = watch.window is None and not self._has_no_batches(trainer)
         run.begin_batch(KeptBatch(batch, batch_idx, None), may_sample=may_sample)
         self._follow_up()
         if not takes_iterator(trainer):
@@ -251,7 +252,7 @@ class AdaptivePrecision(FailureMonitor):
     def _follow_up(self) -> None:
         run, watch = self._run, self._failures
         assert run is not None and watch is not None
-        if run.pending is None or watch.is_in_window:
+        if run.pending is None or watch.window is not None:
             return
         if self.mode == "act":
             decision = run.carry_out()
@@ -259,6 +260,27 @@ class AdaptivePrecision(FailureMonitor):
         else:
             self._advise(run.withdraw())
         self._log_progress()
+
+    @override
+    def _look_into_error(self, window: StepWindow, error: Exception, is_over: bool) -> Remedy | None:
+        trainer, run = self._trainer, self._run
+        assert trainer is not None and run is not None
+        may_repeat = not is_over and trainer.accumulate_grad_batches == 1 and run.pending is None
+        found = run.see_error(window, error, decides=may_repeat)
+        if found is not None:
+            note(error, found.diagnosis.cause["message"])
+        if not may_repeat or run.pending is None:
+            return None
+        if self.mode == "advise":
+            self._advise(run.withdraw())
+            return None
+
+        def take_again() -> None:
+            self._say(run.carry_out(), "")
+            self._log_progress()
+            window.begin_anew()
+
+        return take_again
 
     def _take_in(
         self, place: Mapping[str, int], decision: Decision | None = None, passes: int | None = None, **seen: Any

@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, Comparison, Wanted
-from lightning_mixprec.evidence.failures import Found, diagnosed
+from lightning_mixprec.evidence.failures import Found, diagnosed, diagnosed_error
 from lightning_mixprec.evidence.findings import SHORT, describe
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
@@ -212,19 +212,37 @@ class AdaptiveRun:
             if verdict == "model":
                 self._is_damaged()
             return
-        if not (falls or self.controller.accuse()):
-            return
+        if falls or self.controller.accuse():
+            self._decide(found, outcome.scale, falls=falls)
+
+    def see_error(self, window: StepWindow, error: Exception, *, decides: bool) -> Found | None:
+        """A step raised, which ends the run: says why, if that was for want of precision.
+
+        Args:
+            window: The batches since the last optimizer step.
+            error: What was raised.
+            decides: Whether something is to be decided at once.
+        """
+        replay = StepReplay(self._module, PluginFormats(self._plugin), window.device)
+        found = diagnosed_error(replay, window, error, self._wanted(statistics=decides))
+        if decides and found is not None and found.diagnosis.cause["verdict"] == "precision":
+            self._decide(found, float(window.formats.scale))
+        return found
+
+    def _decide(self, found: Found, scale: float, *, falls: bool = False) -> None:
+        """Decides on a step that failed; ``falls`` if the loss scale does, and no layer is accused."""
         trials = self._trials(found.comparison or self._comparison(found.kept, statistics=True))
         if not trials.is_possible:
             self.controller.give_up_looking()
             return
         if falls:
-            decision = self.controller.decide_on_falling_scale(outcome.scale, trials.run)
+            decision = self.controller.decide_on_falling_scale(scale, trials.run)
         else:
             told: dict[str, Any] = {key: found.diagnosis.cause[key] for key in _ACCUSED}
-            decision = self.controller.decide_on_failure(suspects(found), outcome.scale, trials.run, told)
-        self._take(decision, found.kept, trials, outcome.scale)
+            decision = self.controller.decide_on_failure(found.suspects, scale, trials.run, told)
+        self._take(decision, found.kept, trials, scale)
         if decision is None:
+            verdict = found.diagnosis.cause["verdict"]
             self._report(self._place(found.kept), verdict=verdict, remedy=None, passes=trials.passes)
 
     def _is_damaged(self) -> bool:
@@ -376,13 +394,3 @@ def heights(sites: Sequence[Site]) -> dict[str, int]:
     for site in sites:
         height(site, frozenset())
     return known
-
-
-def suspects(found: Found) -> list[str]:
-    """The layer that a diagnosis accuses, and those around it, the nearest first."""
-    name = found.diagnosis.cause["layer"] or ""
-    names = [name]
-    while name:
-        name = name.rpartition(".")[0]
-        names.append(name)
-    return names

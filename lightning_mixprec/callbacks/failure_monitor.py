@@ -1,6 +1,7 @@
 """Base class of the callbacks that are told the outcome of every optimizer step."""
 
 import math
+import traceback
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,13 @@ from typing_extensions import override
 
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.monitor import Monitor, is_validated_next
+from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.failures import FailureWatch
+from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
+from lightning_mixprec.evidence.step_window import StepWindow
+from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.plugin.precision import PerLayerPrecision
+from lightning_mixprec.plugin.step_errors import Remedy
 
 
 class FailureMonitor(Monitor):
@@ -23,6 +30,7 @@ class FailureMonitor(Monitor):
         self._trainer: pl.Trainer | None = None
         self._failures: FailureWatch | None = None
         self._ranks_end_together = True
+        self._looked_into: int | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -33,7 +41,15 @@ class FailureMonitor(Monitor):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         lengths = set(ranks.all_values(trainer.num_training_batches))
         self._ranks_end_together = not ranks.are_many() or (len(lengths) == 1 and math.inf not in lengths)
+        if isinstance(trainer.precision_plugin, PerLayerPrecision):
+            trainer.precision_plugin.step_errors.asked.append(self._see_error)
         super().on_train_start(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Exception) and self._looked_into != id(exception) and _is_of_step(exception):
+            self._see_error(exception, is_over=True)
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -78,5 +94,40 @@ class FailureMonitor(Monitor):
             self._failures.settle()
             self._follow_up()
 
+    def _see_error(self, error: Exception, is_over: bool = False) -> Remedy | None:
+        """Looks into what a step raised, while its weights are in place.
+
+        Args:
+            error: The exception.
+            is_over: Whether the run has ended, so that no remedy is asked for.
+        """
+        self._looked_into = id(error)
+        window = self._failures.window if self._failures is not None else None
+        if window is None or isinstance(error, MixPrecError) or is_out_of_memory(error):
+            return None
+        if not ranks.are_many():
+            return self._look_into_error(window, error, is_over)
+        if any(get_format(format).is_low_precision for format in window.formats.in_use):
+            note(error, "the other ranks' steps go on, so it was not looked into; lightning_mixprec.diagnose can")
+        return None
+
+    def _look_into_error(self, window: StepWindow, error: Exception, is_over: bool) -> Remedy | None:
+        """Says why the last batch's step raised; what makes it worth taking again, if there is something."""
+        raise NotImplementedError
+
     def _follow_up(self) -> None:
         """Acts on outcomes that have come in; between steps."""
+
+
+def note(error: Exception, message: str) -> None:
+    """Adds what is known of an exception to it, once."""
+    notes, text = vars(error).setdefault("__notes__", []), f"lightning_mixprec: {message}."
+    if text not in notes:
+        notes.append(text)  # Python 3.10 has no ``add_note``, and shows none
+
+
+def _is_of_step(error: Exception) -> bool:
+    """True if a training step raised it, or its backward."""
+    return any(
+        frame.f_code.co_name in ("training_step", "backward") for frame, _ in traceback.walk_tb(error.__traceback__)
+    )

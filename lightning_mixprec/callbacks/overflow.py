@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_mixprec import ranks
-from lightning_mixprec.callbacks.failure_monitor import FailureMonitor
+from lightning_mixprec.callbacks.failure_monitor import FailureMonitor, note
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import Diagnosis
-from lightning_mixprec.evidence.failures import FailureWatch, diagnosed
+from lightning_mixprec.evidence.failures import FailureWatch, diagnosed, diagnosed_error
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.saved_batches import save_batch
 from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
@@ -52,7 +52,8 @@ class OverflowMonitor(FailureMonitor):
         events: One plain dict per diagnosed overflow: ``step`` (optimizer steps taken before), ``epoch``,
             ``batch_idx``, ``layer`` (``""`` is the LightningModule's own operations; None for "scale" and "data"),
             ``direction``, ``verdict`` (``"precision"``, ``"scale"``, ``"data"`` or ``"model"``), ``op``, ``format``,
-            ``value``, ``fits``, ``loss_scale``, ``smaller_scale``, ``detail``, ``message``.
+            ``value``, ``fits``, ``loss_scale``, ``smaller_scale``, ``detail``, ``message``; ``raised`` where the step
+            raised, and ``op`` is None where nothing overflowed until then.
         skipped_steps: Optimizer steps that were skipped. A fused optimizer under Lightning's own fp16 plugin skips by
             itself, which shows in the loss scale alone: one step for each time it falls.
         reasons: How many failed steps had each verdict; ``"unknown"`` for those that were not replayed or whose replay
@@ -139,6 +140,22 @@ class OverflowMonitor(FailureMonitor):
             verdict, self._has_lost_weights = found.cause["verdict"], found.has_lost_weights
         self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
         self._journal.flush()
+
+    @override
+    def _look_into_error(self, window: StepWindow, error: Exception, is_over: bool) -> None:
+        trainer = self._trainer
+        assert trainer is not None
+        if self._diagnoses >= self.max_diagnoses:
+            return
+        self._diagnoses += 1
+        found = diagnosed_error(StepReplay(trainer.lightning_module, window.formats, window.device), window, error)
+        if found is None:
+            return
+        verdict = found.diagnosis.cause["verdict"]
+        self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
+        self._tell(trainer, trainer.global_step, found.rank, found.kept, found.diagnosis)
+        self._journal.flush()
+        note(error, found.diagnosis.cause["message"])
 
     def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, scale: float) -> Diagnosis | None:
         replay = StepReplay(trainer.lightning_module, window.formats, window.device)

@@ -70,7 +70,8 @@ def diagnose(
         policy = saved.policy if policy == _DEFAULT_POLICY else policy
     formats = PolicyFormats(module, policy, module.device, loss_scale)
     scale = float(formats.scale)
-    judge = Judge(StepReplay(module, formats, module.device), KeptBatch(batch, batch_idx, random), scale)
+    kept = KeptBatch(batch, batch_idx, random)
+    judge = Judge(StepReplay(module, formats, module.device), kept, scale, may_raise=True)
     found = judge.judge()
     if judge.problem is not None:
         raise MixPrecError(_reason(judge.problem))

@@ -14,7 +14,9 @@ from lightning_mixprec import ranks
 from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.errors import one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
+from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters, weight_gradients
+from lightning_mixprec.evidence.instruments.raised import layer_of, origin_of
 from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.evidence.instruments.trace import Origin, Trace
@@ -39,6 +41,7 @@ USUAL_SCALE = 65536.0
 
 _LEAST_POWER = -14
 _TRIES = 6
+_MOST_CHARACTERS = 100
 _HALVED = "on half of the batch, as memory ran out"
 
 
@@ -63,7 +66,7 @@ class Diagnosis:
         cls,
         verdict: Verdict,
         loss_scale: float,
-        where: tuple[str, Direction, str, str | None] | None = None,
+        where: tuple[str, Direction, str | None, str | None] | None = None,
         *,
         value: float | None = None,
         fits: str | None = None,
@@ -71,6 +74,7 @@ class Diagnosis:
         is_search: bool = True,
         lost_weights: Sequence[str] = (),
         detail: str = "",
+        raised: str | None = None,
         frames: tuple[Frame, ...] = (),
     ) -> "Diagnosis":
         """A diagnosis with its record; what failed first is in ``where``: layer, direction, operation and format."""
@@ -87,6 +91,8 @@ class Diagnosis:
             "smaller_scale": smaller_scale,
             "detail": f"weights that are not finite: {', '.join(lost_weights[:3])}" if lost_weights else detail,
         }
+        if raised is not None:
+            cause["raised"] = raised
         return cls(cause, frames, is_search, bool(lost_weights))._in_words()
 
     def on_half_of_the_batch(self) -> "Diagnosis":
@@ -105,6 +111,8 @@ class _Traced:
     origin: Origin | None
     is_finite: bool
     scale: float = 1.0
+    raised: str | None = None
+    raised_in: str = ""
 
 
 class Judge:
@@ -117,14 +125,17 @@ class Judge:
         kept: The batch, on the device.
         scale: The loss scale of the step.
         wanted: What else is to be asked of the step in fp32; None for nothing.
+        may_raise: Whether the step may have raised; what the replay of another raises is a problem.
 
     Attributes:
         problem: What went wrong on this rank, if something did.
         comparison: The batch with its step in fp32, once it was run; None where that took half of the batch.
     """
 
-    def __init__(self, replay: StepReplay, kept: KeptBatch, scale: float, wanted: Wanted | None = None) -> None:
-        self._replay, self._scale, self._wanted = replay, scale, wanted or Wanted()
+    def __init__(
+        self, replay: StepReplay, kept: KeptBatch, scale: float, wanted: Wanted | None = None, may_raise: bool = False
+    ) -> None:
+        self._replay, self._scale, self._wanted, self._may_raise = replay, scale, wanted or Wanted(), may_raise
         _, self._batch_idx, self._random = kept
         self._halving = Halving(replay.module, kept.batch)
         self.problem: str | None = None
@@ -162,10 +173,12 @@ class Judge:
             return self._model(wide)
         if smaller is not None:
             is_search = self._replay.formats.searches_scale
-            return Diagnosis.of("scale", self._scale, smaller_scale=smaller, is_search=is_search)
-        if low.origin is None or wide.trace is None:
+            return Diagnosis.of("scale", self._scale, smaller_scale=smaller, is_search=is_search, raised=low.raised)
+        if wide.trace is None:
             return None
-        return self._precision(low.origin, low.scale, wide.trace)
+        if low.origin is None:
+            return None if low.raised is None else self._raising(low.raised, low.raised_in)
+        return self._precision(low.origin, low.scale, wide.trace, low.raised)
 
     @property
     def _batch(self) -> Any:
@@ -185,10 +198,17 @@ class Judge:
 
         def traced(stand_ins: Sandbox) -> Replayed:
             batch = replay.own_batch(stand_ins, self._batch)
-            with Trace(replay.module) as trace:
-                replayed = replay.run_on_own(stand_ins, batch, self._batch_idx, scale=scale, random=self._random)
-                gradients = [_values(gradient) for gradient in replayed.gradients.values()]
-                origin = trace.origin(replayed.losses) or trace.origin(gradients)
+            try:
+                with Trace(replay.module) as trace:
+                    replayed = replay.run_on_own(stand_ins, batch, self._batch_idx, scale=scale, random=self._random)
+                    gradients = [_values(gradient) for gradient in replayed.gradients.values()]
+                    origin = trace.origin(replayed.losses) or trace.origin(gradients)
+            except Exception as error:
+                if reference or not self._tells(error):
+                    raise
+                where = origin_of(error, trace), layer_of(error, replay.module)
+                seen.append(_Traced(Replayed(), trace, where[0], False, scale, _shortened(one_line(error)), where[1]))
+                return Replayed()
             seen.append(_Traced(replayed, trace, origin, bool(is_finite(replayed)), scale))
             return replayed
 
@@ -205,6 +225,10 @@ class Judge:
         self._tried(run)
         return seen[-1] if seen else _Traced(Replayed(), None, None, True)
 
+    def _tells(self, error: Exception) -> bool:
+        """True for an exception that may be how the step failed."""
+        return self._may_raise and not is_out_of_memory(error)
+
     def _tried(self, run: Callable[[], T]) -> T | None:
         """Runs a replay; its errors are kept, not raised: a monitor ends no run, and the other ranks wait."""
         try:
@@ -218,8 +242,14 @@ class Judge:
         return not self._on_any_rank(self._tried(partial(self._is_finite_at, scale)) is not True)
 
     def _is_finite_at(self, scale: float) -> bool:
+        """True if the step is finite at another loss scale; one that raises is not."""
         with self._replay.opened() as stand_ins:
-            replayed = self._replay.run(stand_ins, self._batch, self._batch_idx, scale=scale, random=self._random)
+            try:
+                replayed = self._replay.run(stand_ins, self._batch, self._batch_idx, scale=scale, random=self._random)
+            except Exception as error:
+                if not self._tells(error):
+                    raise
+                return False
         return bool(is_finite(replayed))
 
     def _is_finite_repaired(self) -> bool:
@@ -305,7 +335,12 @@ class Judge:
         where = (origin.layer, origin.direction, origin.op, origin.format)
         return Diagnosis.of("model", self._scale, where, lost_weights=weights, frames=origin.frames)
 
-    def _precision(self, origin: Origin, scale: float, wide: Trace) -> Diagnosis:
+    def _raising(self, raised: str, layer: str) -> Diagnosis:
+        """What a step raises although all is finite: numbers that a format has rounded too far, or does not hold."""
+        where: tuple[str, Direction, None, str] = (layer, "forward", None, self._replay.formats.of(layer))
+        return Diagnosis.of("precision", self._scale, where, raised=raised)
+
+    def _precision(self, origin: Origin, scale: float, wide: Trace, raised: str | None) -> Diagnosis:
         layer, value = origin.layer, wide.amax_of(origin.layer, origin.direction, origin.op, origin.occurrence)
         times = self._scale if origin.direction == "backward" else 1.0
         if value is None or not math.isfinite(value):
@@ -318,10 +353,17 @@ class Judge:
         format = min(origin.format, self._replay.formats.of(layer), key=_bits)
         value = None if value is None else value * times
         where, wider = (layer, origin.direction, origin.op, format), promoted_for_range(format, value)
-        return Diagnosis.of("precision", self._scale, where, value=value, fits=wider, frames=origin.frames)
+        return Diagnosis.of(
+            "precision", self._scale, where, value=value, fits=wider, raised=raised, frames=origin.frames
+        )
 
     def _on_any_rank(self, claim: bool) -> bool:
         return ranks.is_any(claim, self._replay.device)
+
+
+def _shortened(message: str) -> str:
+    message = message.rstrip(" :;,.")
+    return message if len(message) <= _MOST_CHARACTERS else f"{message[:_MOST_CHARACTERS]}..."
 
 
 def _is_backward(origin: Origin | None) -> bool:

@@ -50,9 +50,9 @@ class FailureWatch:
         self._late: tuple[StepWindow, Transfer] | None = None
 
     @property
-    def is_in_window(self) -> bool:
-        """True if batches were kept since the last optimizer step."""
-        return self._window is not None
+    def window(self) -> StepWindow | None:
+        """The batches since the last optimizer step; None if there are none."""
+        return self._window
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Keeps a batch for the window of the next optimizer step."""
@@ -146,6 +146,14 @@ class Found(NamedTuple):
     diagnosis: Diagnosis
     comparison: Comparison | None
 
+    @property
+    def suspects(self) -> list[str]:
+        """The layer that is accused, and those around it, the nearest first."""
+        names = [self.diagnosis.cause["layer"] or ""]
+        while names[-1]:
+            names.append(names[-1].rpartition(".")[0])
+        return names
+
 
 class Problem(NamedTuple):
     """A batch that could not be replayed on some rank, and the reason."""
@@ -187,3 +195,23 @@ def diagnosed(
         for rank, each in enumerate(ranks.all_values(problems))
         for problem in each
     ]
+
+
+def diagnosed_error(
+    replay: StepReplay, window: StepWindow, error: Exception, wanted: Wanted | None = None
+) -> Found | None:
+    """Says why the last batch's step raised, if it raises again in the run's formats and does not in fp32.
+
+    For a single rank: others know nothing of the exception.
+
+    Args:
+        replay: How to replay a batch.
+        window: The batches since the last optimizer step.
+        error: The exception.
+        wanted: As for :func:`diagnosed`.
+    """
+    judge = Judge(replay, window.batches[-1], float(window.formats.scale), wanted, may_raise=True)
+    diagnosis = judge.judge()
+    if diagnosis is None or not diagnosis.cause.get("raised", "").startswith(f"{type(error).__name__}:"):
+        return None
+    return Found(0, window.batches[-1], diagnosis, judge.comparison)

@@ -127,6 +127,12 @@ class StepWindow:
         else:
             self._flag_comes_later = self.formats.is_guarded
 
+    def begin_anew(self) -> None:
+        """Has the last batch's step taken once more, from the random numbers that it began with."""
+        self._losses.clear()
+        if (random := self.batches[-1].random) is not None:
+            random.restore()
+
     @property
     def is_known_before_step(self) -> bool:
         """True where the outcome can be read before the optimizer steps, without waiting for a device."""

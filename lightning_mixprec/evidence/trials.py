@@ -9,6 +9,7 @@ from lightning_mixprec import ranks
 from lightning_mixprec.errors import one_line
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, is_finite
 from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.run_formats import PluginFormats, TrialFormats
 from lightning_mixprec.planning.agreement import Agreement
 from lightning_mixprec.planning.promotions import Promotion
@@ -73,16 +74,20 @@ class Trials:
             promoted: Promotions by layer; the others compute as the user's policy says.
             scale: The loss scale.
         """
-        return self._agreement(scale, lambda: TrialFormats(self._plugin, self._policy_with(promoted)))
+        return self._agreement(scale, lambda: TrialFormats(self._plugin, self._policy_with(promoted)), is_trial=True)
 
     def run_as_is(self, scale: float) -> Agreement:
         """Agreement of the step with fp32 in the formats in force."""
         return self._agreement(scale, lambda: PluginFormats(self._plugin))
 
-    def _agreement(self, scale: float, formats: Callable[[], PluginFormats]) -> Agreement:
+    def _agreement(self, scale: float, formats: Callable[[], PluginFormats], *, is_trial: bool = False) -> Agreement:
+        """Agreement in some formats; a trial that raises, unless memory ran out, has found that they do not do."""
         self.passes += 1
         comparison, least = self._comparison, self._least_loss
-        told = self._tried(lambda: comparison.measured(comparison.run_in(formats(), scale).replayed, least_loss=least))
+        told = self._tried(
+            lambda: comparison.measured(comparison.run_in(formats(), scale).replayed, least_loss=least),
+            is_trial=is_trial,
+        )
         if told is None:
             told = Measured.nothing(len(comparison.layers))
             told.is_bad += 1
@@ -110,9 +115,10 @@ class Trials:
     def _gathered(self, told: Measured, scale: float) -> tuple[Measured, float]:
         return Gathered(told, self._comparison.device, scale).read()
 
-    def _tried(self, run: Callable[[], T]) -> T | None:
+    def _tried(self, run: Callable[[], T], *, is_trial: bool = False) -> T | None:
         try:
             return run()
         except Exception as error:  # a callback that watches ends no run, and the other ranks wait
-            self.problem = one_line(error)
+            if not is_trial or is_out_of_memory(error):
+                self.problem = one_line(error)
             return None

@@ -10,7 +10,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -24,6 +23,7 @@ from lightning_mixprec.plugin.formats_in_force import FormatsInForce, attributes
 from lightning_mixprec.plugin.lightnings import Precision, check_lightning_module, raw
 from lightning_mixprec.plugin.notices import tell_throughput_monitors, warn_of_costs, warn_of_emulation
 from lightning_mixprec.plugin.state import PluginState, history_entries, saved_state, stock_scaler_state
+from lightning_mixprec.plugin.step_errors import StepErrors, taken_again
 from lightning_mixprec.plugin.steps import StepLedger
 from lightning_mixprec.plugin.strategies import check_strategy, row_of
 from lightning_mixprec.policy.assignment import Assignment
@@ -48,6 +48,7 @@ class PerLayerPrecision(Precision):
     Attributes:
         scaler: The loss scaler; ``get_scale()`` is 1 while nothing is scaled.
         history: One plain dict per change (the first assignment is none): step, layer, from, to, reason, any evidence.
+        step_errors: Asks callbacks for a remedy when the evaluation of a step raises.
 
     Raises:
         MixPrecError: An argument is malformed; one line that says what is allowed.
@@ -81,6 +82,7 @@ class PerLayerPrecision(Precision):
         self._forget_run()
 
     def _forget_run(self) -> None:
+        self.step_errors = StepErrors()
         self._model: weakref.ref[pl.LightningModule] | None = None
         self._buffers: BufferGuard | None = None
         self._optimizers: list[Optimizer] = []
@@ -314,7 +316,8 @@ class PerLayerPrecision(Precision):
         return super().post_backward(tensor, module)
 
     @override
-    def optimizer_step(  # type: ignore[override]
+    @taken_again
+    def optimizer_step(
         self, optimizer: Optimizer, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         evaluate, prepare = partial(self._evaluate, closure), partial(self._after_closure, model, optimizer)
@@ -339,21 +342,16 @@ class PerLayerPrecision(Precision):
         return closure_result
 
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        result = closure()
+        result = self.step_errors.noting(closure)
         # Only now that the device has this batch's work: waiting for the last one's outcome leaves it no gap.
         self._ledger.settle_earlier_batches()
         return result
 
     @override
-    def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        clip_val: int | float = 0.0,
-        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
-    ) -> None:
+    def clip_gradients(self, optimizer: Optimizer, clip_val: int | float = 0.0, *args: Any, **kwargs: Any) -> None:
         if clip_val > 0:
             self.scaler.unscale_(raw(optimizer))
-        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+        super().clip_gradients(optimizer, clip_val, *args, **kwargs)
 
     # Checkpoints
 

@@ -202,8 +202,12 @@ def overflow(cause: Mapping[str, Any], *, is_search: bool = True) -> Advice:
     if verdict == "model":
         seen = f"{where} is not finite in fp32 either{f' ({detail})' if detail else ''}: not a matter of precision"
         return Advice(seen, "look for a division by zero, a log of zero or weights that diverged; no format helps")
-    value, fits = cause["value"], cause["fits"]
-    seen = f"{where} overflows in {cause['format']}{'' if value is None else f', where fp32 has {value:.3g}'}"
+    value, fits, raised = cause["value"], cause["fits"], cause.get("raised")
+    if cause["op"] is None:
+        seen = f"the step raises {raised} in {named(layer)}, in {cause['format']} and not in fp32"
+    else:
+        seen = f"{where} overflows in {cause['format']}{'' if value is None else f', where fp32 has {value:.3g}'}"
+        seen += f", and the step raises {raised}" if raised else ""
     which = repr(layer) if layer else "the LightningModule's own operations (layers: '', recurse: false)"
     do = f"compute {which}, and where it goes, in {fits or 'fp32'}"
     return Advice(seen, f"{fits} holds it: {do}" if fits else do)

@@ -56,6 +56,7 @@ class Cause(TypedDict):
         fits: The narrowest format that holds it.
         smaller_scale: A loss scale at which the step is finite.
         detail: What else is known.
+        raised: The exception that the step raised because of it, in one line; only where it raised one.
         message: One line for a person.
     """
 
@@ -69,6 +70,7 @@ class Cause(TypedDict):
     fits: str | None
     smaller_scale: NotRequired[float | None]
     detail: NotRequired[str]
+    raised: NotRequired[str]
     message: NotRequired[str]
 
 
