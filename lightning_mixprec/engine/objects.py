@@ -30,6 +30,10 @@ Change = Callable[[Tensor], Tensor]
 """What becomes of a tensor; itself if nothing does."""
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
+Done = list[tuple[Tensor, Tensor]]
+"""Pairs of a tensor that was changed and what it became."""
+
+_PLAIN = (tuple, list, dict)
 _CONTAINERS = (tuple, list, dict, set, frozenset, deque)
 _OPEN = (object, *_CONTAINERS, SimpleNamespace)
 _OPEN_MODULES = (
@@ -110,17 +114,56 @@ def mapped(value: Any, change: Change) -> Any:
     >>> mapped((torch.ones(1), [torch.zeros(1)]), lambda tensor: tensor + 1)
     (tensor([2.]), [tensor([1.])])
     """
-    return _Rewriting(change)(value)
+    done: Done = []
+    try:
+        return _mapped_tree(value, change, done, set())[0]
+    except _NoTreeError:
+        return _Rewriting(change, done)(value)
 
 
 def rebuilt(value: Any) -> Any:
     """A value in containers and objects of its own, with the same tensors: what is taken out of one stays in it."""
-    return _Rewriting(lambda tensor: tensor, renews=True)(value)
+    return _Rewriting(lambda tensor: tensor, [], renews=True)(value)
 
 
 def copied(value: Any) -> Any:
     """A copy of a value, in containers and objects of its own, with tensors of its own that are outside the graph."""
-    return _Rewriting(_copied_tensor, renews=True, copies=True)(value)
+    return _Rewriting(_copied_tensor, [], renews=True, copies=True)(value)
+
+
+def _changed(tensor: Tensor, change: Change, done: Done) -> Tensor:
+    # Attention tells by identity that query, key and value are one tensor.
+    for old, new in done:
+        if old is tensor:
+            return new
+    new = change(tensor)
+    if new is not tensor:
+        done.append((tensor, new))
+    return new
+
+
+class _NoTreeError(Exception):
+    """An object that is no plain container, or one that is met twice."""
+
+
+def _mapped_tree(value: Any, change: Change, done: Done, seen: set[int]) -> tuple[Any, bool]:
+    """The usual case, for what runs at every call: a tree of tuples, lists and dicts; and whether it changed."""
+    if isinstance(value, Tensor):
+        new = _changed(value, change, done)
+        return new, new is not value
+    cls = type(value)
+    if cls in _ATOMS or not value and cls in _CONTAINERS:
+        return value, False
+    if cls not in _PLAIN and not _has_parts(value):
+        return value, False
+    if cls not in _PLAIN or id(value) in seen:
+        raise _NoTreeError
+    seen.add(id(value))
+    results = [_mapped_tree(part, change, done, seen) for part in (value.values() if cls is dict else value)]
+    if not any(changed for _, changed in results):
+        return value, False
+    parts = [part for part, _ in results]
+    return dict(zip(value, parts, strict=True)) if cls is dict else cls(parts), True
 
 
 class _Rewriting:
@@ -128,15 +171,16 @@ class _Rewriting:
 
     Args:
         change: what becomes of a tensor; itself if nothing does.
+        done: what became of tensors so far.
         renews: True to rebuild every object that has parts, whether a tensor in it changes or not.
         copies: True to copy objects without parts, too, if they can be.
     """
 
-    def __init__(self, change: Change, renews: bool = False, copies: bool = False) -> None:
+    def __init__(self, change: Change, done: Done, renews: bool = False, copies: bool = False) -> None:
         self._change = change
+        self._done = done
         self._renews = renews
         self._copies = copies
-        self._tensors: list[tuple[Tensor, Tensor]] = []
         self._new: dict[int, Any] = {}
         self._made_later: set[int] = set()
 
@@ -159,14 +203,7 @@ class _Rewriting:
         return self._built(value)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        # Attention tells by identity that query, key and value are one tensor.
-        for old, new in self._tensors:
-            if old is tensor:
-                return new
-        new = self._change(tensor)
-        if new is not tensor:
-            self._tensors.append((tensor, new))
-        return new
+        return _changed(tensor, self._change, self._done)
 
     def _changing(self, value: Any) -> list[Any]:
         """The objects that change: those with a tensor that does, and from there all that hold them."""
