@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_mixprec import ranks
-from lightning_mixprec.engine.objects import tensors_in
+from lightning_mixprec.engine.objects import mapped, named_tensors
 from lightning_mixprec.errors import one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
@@ -24,7 +23,6 @@ from lightning_mixprec.evidence.replay import (
     Halving,
     Replayed,
     StepReplay,
-    copied,
 )
 from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.numerics.finite import all_finite
@@ -379,17 +377,18 @@ def _bits(format: str) -> int:
 
 
 def _nonfinite_in(batch: Any) -> Iterator[str]:
-    for path, leaf in tree_flatten_with_path(batch)[0]:
-        for tensor in tensors_in(leaf):
-            if tensor.is_floating_point() and not all_finite([values := flatten(tensor)]):
-                bad = (~torch.isfinite(values)).sum().item()
-                yield f"{bad} of {tensor.numel()} values in batch{keystr(path)}"
+    for where, tensor in named_tensors(batch):
+        if tensor.is_floating_point() and not all_finite([values := flatten(tensor)]):
+            bad = (~torch.isfinite(values)).sum().item()
+            yield f"{bad} of {tensor.numel()} values in batch{where}"
 
 
 def _repaired(batch: Any) -> Any:
     """A copy of a batch with zeros in place of what is not finite: a mask of -inf in the batch is no broken data."""
-    repaired, mine = copied(batch), {id(tensor) for tensor in tensors_in(batch)}
-    for tensor in tensors_in(repaired):
-        if tensor.is_floating_point() and id(tensor) not in mine:
-            tensor.nan_to_num_(0.0, 0.0, 0.0)
-    return repaired
+    return mapped(batch, _repaired_tensor)
+
+
+def _repaired_tensor(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().nan_to_num(0.0, 0.0, 0.0).requires_grad_(tensor.requires_grad)

@@ -7,7 +7,6 @@ weights from before the step.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,9 +16,9 @@ import torch
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_mixprec import ranks
+from lightning_mixprec.engine.objects import copied, mapped, tensors_in
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import SupportError, one_line
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
@@ -322,26 +321,20 @@ def is_shared(module: pl.LightningModule) -> bool:
     return any(map(is_sharded, module.parameters()))
 
 
-def copied(batch: Any) -> Any:
-    """A copy of a batch, so that a step that writes to it writes to the copy."""
-    try:
-        return copy.deepcopy(batch)
-    except Exception:
-        return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, batch)
-
-
 def halved(batch: Any) -> Any:
     """The first half of a batch: of every tensor as long as its first one; itself if there is none to halve."""
-    lengths = [len(leaf) for leaf in tree_leaves(batch) if _has_rows(leaf)]
+    lengths = [len(tensor) for tensor in tensors_in(batch) if _has_rows(tensor)]
     if not lengths or lengths[0] < 2:
         return batch
     length = lengths[0]
-    return tree_map(lambda leaf: leaf[: length // 2] if _has_rows(leaf) and len(leaf) == length else leaf, batch)
+    return mapped(
+        batch, lambda tensor: tensor[: length // 2] if _has_rows(tensor) and len(tensor) == length else tensor
+    )
 
 
-def _has_rows(leaf: Any) -> bool:
+def _has_rows(tensor: Tensor) -> bool:
     """True for tensors that can be sliced; sparse and nested ones cannot."""
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested and leaf.dim() > 0
+    return tensor.layout == torch.strided and not tensor.is_nested and tensor.dim() > 0
 
 
 class Halving:

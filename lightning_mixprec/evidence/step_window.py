@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec import ranks
+from lightning_mixprec.engine.objects import rebuilt
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.run_formats import RunFormats
@@ -103,7 +104,7 @@ class StepWindow:
 
     def add_batch(self, batch: Any, batch_idx: int, random: RandomState | None) -> None:
         """Keeps a batch, and the random numbers that its step begins with."""
-        self.batches = [*self.batches, KeptBatch(_rebuilt(batch), batch_idx, random)][-MOST_BATCHES:]
+        self.batches = [*self.batches, KeptBatch(rebuilt(batch), batch_idx, random)][-MOST_BATCHES:]
 
     def add_loss(self, loss: Tensor) -> None:
         """Notes a loss that goes backward."""
@@ -180,10 +181,3 @@ def received(transfer: Transfer) -> Outcome:
     """The outcome that :meth:`StepWindow.send` sent. Waits until it has arrived."""
     loss_is_bad, skipped, scale = transfer.get()[0].tolist()
     return Outcome(loss_is_bad > 0, int(skipped), scale)
-
-
-def _rebuilt(batch: Any) -> Any:
-    """The batch in containers of its own: a step that takes something out of it takes it out of its own."""
-    if type(batch) in (list, tuple):
-        return type(batch)(map(_rebuilt, batch))
-    return {key: _rebuilt(value) for key, value in batch.items()} if type(batch) is dict else batch

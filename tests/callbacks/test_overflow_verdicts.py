@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ class Nested(Watched):
         return super().training_step(self.take(batch), batch_idx)
 
 
+class Graph:
+    def __init__(self, x):
+        self.nodes, self.whole = {"x": x}, self
+
+
 @dataclasses.dataclass
 class Pair:
     x: torch.Tensor
@@ -54,7 +60,9 @@ DATA = {
         lambda batch: batch["views"][0]["x"],
         "1 of 32 values in batch['views'][0]['x']",
     ),
-    "dataclass": (lambda bad: [Pair(bad, torch.zeros(1))], lambda batch: batch[0].x, "1 of 32 values in batch[0]"),
+    "dataclass": (lambda bad: [Pair(bad, torch.zeros(1))], lambda batch: batch[0].x, "1 of 32 values in batch[0].x"),
+    "own class": (lambda bad: Graph(bad), lambda batch: batch.nodes["x"], "1 of 32 values in batch.nodes['x']"),
+    "UserDict": (lambda bad: UserDict(x=bad), lambda batch: batch["x"], "1 of 32 values in batch['x']"),
 }
 
 
