@@ -152,13 +152,14 @@ class Judge:
         if self._on_any_rank(bool(broken)):
             # Through the gradients, or the step's own messages, it spoils the other ranks' steps as well.
             return self._marked(Diagnosis.of("data", self._scale, detail=", ".join(broken[:3]))) if broken else None
-        is_backward, smaller, stubborn = wide.is_finite and _is_backward(low.origin), None, self._scale
-        if self._is_scaled and self._on_any_rank(is_backward):
+        is_of_gradients = wide.is_finite and low.origin is not None and low.origin.is_of_gradients
+        smaller, stubborn = None, self._scale
+        if self._is_scaled and self._on_any_rank(is_of_gradients):
             smaller, stubborn = self._smaller_scale(wide)
         if smaller is None and stubborn < self._scale:
             # What overflows at the step's scale alone, here or on another rank, hides what overflows at every scale.
             stubbornly = self._traced(reference=False, scale=stubborn)
-            low = stubbornly if is_backward else low
+            low = stubbornly if is_of_gradients else low
         if low.is_finite or self.problem is not None:
             return None
         return self._marked(self._tried(partial(self._judged, low, wide, smaller)))
@@ -362,10 +363,6 @@ class Judge:
 def _shortened(message: str) -> str:
     message = message.rstrip(" :;,.")
     return message if len(message) <= _MOST_CHARACTERS else f"{message[:_MOST_CHARACTERS]}..."
-
-
-def _is_backward(origin: Origin | None) -> bool:
-    return origin is not None and origin.direction == "backward"
 
 
 def _values(gradient: Tensor) -> Tensor:

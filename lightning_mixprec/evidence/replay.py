@@ -1,21 +1,29 @@
 """Replays a training step without a trace: the same batch, weights and random numbers, in the run's formats or in fp32.
 
-The replay runs in a sandbox (see ``instruments.sandbox``), outside DDP, with stand-ins for what a
-LightningModule reaches through its Trainer: ``self.log`` and loggers take nothing, optimizers and schedules do not
-step, ``self.manual_backward`` keeps the gradients to itself. In manual optimization every optimizer therefore sees the
-weights from before the step.
+The replay runs in a sandbox (see ``instruments.sandbox``), outside DDP. What a LightningModule reaches through its
+Trainer is a stand-in: ``self.log`` and loggers take nothing, ``self.manual_backward`` keeps the gradients to itself,
+optimizers and schedules are copies (see ``instruments.optimizer_copies``), whose own methods do to the stand-ins what
+they would do to the weights. Only ``step`` of an optimizer moves nothing: the gradients that it is called with are the
+step's. In manual optimization every optimizer therefore sees the weights from before the step.
 """
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from types import MethodType
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.core.optimizer import LightningOptimizer, _configure_optimizers
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.objects import copied, mapped, tensors_in
@@ -23,10 +31,16 @@ from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import SupportError, one_line
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
 from lightning_mixprec.evidence.instruments.memory import free_host_bytes, is_out_of_memory
+from lightning_mixprec.evidence.instruments.optimizer_copies import Copies
 from lightning_mixprec.evidence.instruments.probe import cast_to_fp32
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox, sandbox
 from lightning_mixprec.evidence.run_formats import Formats
-from lightning_mixprec.plugin.lightnings import DummyLogger
+from lightning_mixprec.plugin.lightnings import DummyLogger, both
+
+_LIGHTNING_OPTIMIZERS = both("core.optimizer", "LightningOptimizer")
+_STEPPED = (Optimizer, LRScheduler, *_LIGHTNING_OPTIMIZERS)
+_NOT_THE_USERS = {"_trainer", "_fabric"}
+_MOST_ITEMS = 100
 
 T = TypeVar("T")
 
@@ -133,6 +147,8 @@ class _Step:
         self.module, self.replayed = module, replayed
         self._stand_ins, self._scale = stand_ins, scale
         self._name_of = {id(stand_in): name for name, stand_in in stand_ins.parameters.items()}
+        self._zeroed: dict[str, Tensor] = {}
+        self.copies = Copies(stand_ins, _LIGHTNING_OPTIMIZERS, on_step=self.keep, on_zero=self.note_zeroed)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Runs backward of a loss, scaled, outside autocast."""
@@ -141,22 +157,23 @@ class _Step:
             with torch.autocast(loss.device.type, enabled=False):
                 (loss * self._scale).backward(*args, **kwargs)
 
-    def zero_grad(self, parameters: Iterable[Tensor]) -> None:
-        """Forgets the gradients of an optimizer's parameters."""
-        for stand_in in self._of(parameters):
-            stand_in.grad = None
-
     def keep(self, parameters: Iterable[Tensor]) -> None:
         """Keeps the gradients that an optimizer would step with."""
-        for stand_in in self._of(parameters):
-            if stand_in.grad is not None:
-                self.replayed.gradients[self._name_of[id(stand_in)]] = stand_in.grad.detach().clone()
+        for name, gradient in self._gradients(parameters):
+            self.replayed.gradients[name] = gradient.clone()
+            self._zeroed.pop(name, None)
 
-    def toggle(self, optimizer: "_Optimizer", others: Iterable["_Optimizer"]) -> None:
+    def note_zeroed(self, parameters: Iterable[Tensor]) -> None:
+        """Notes gradients that nobody has stepped with, as far as is known: an optimizer may in a way of its own."""
+        for name, gradient in self._gradients(parameters):
+            if name not in self.replayed.gradients:
+                self._zeroed[name] = gradient.clone()
+
+    def toggle(self, optimizer: Any, others: Iterable[Any]) -> None:
         """Gradients for one optimizer's parameters, none for the others'."""
-        chosen = {id(stand_in) for stand_in in self._of(optimizer.parameters)}
+        chosen = set(map(id, _parameters_of(optimizer)))
         for other in others:
-            for stand_in in self._of(other.parameters):
+            for stand_in in _parameters_of(other):
                 stand_in.requires_grad_(id(stand_in) in chosen and stand_in.requires_grad)
 
     def untoggle(self) -> None:
@@ -164,138 +181,136 @@ class _Step:
         for name, stand_in in self._stand_ins.parameters.items():
             stand_in.requires_grad_(name in self._stand_ins.trained)
 
+    def refuse(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Refuses the step of an optimizer that holds weights of the run; one of the step's own may do as it likes."""
+        if any(self._stand_ins.of(param) is not None for param in _parameters_of(optimizer)):
+            raise SupportError(
+                f"training_step steps the run's {type(optimizer).__name__}, which it has from elsewhere than "
+                "self.optimizers() or an attribute of the module, so that no replay can be kept from moving weights; "
+                "let it take the optimizer from self.optimizers()"
+            )
+
     def finish(self) -> None:
         """Keeps the gradients that no optimizer has stepped with."""
         for name, stand_in in self._stand_ins.parameters.items():
             if stand_in.grad is not None:
                 self.replayed.gradients.setdefault(name, stand_in.grad.detach())
                 stand_in.grad = None
+        for name, gradient in self._zeroed.items():
+            self.replayed.gradients.setdefault(name, gradient)
 
-    def _of(self, parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-        for parameter in parameters:
-            if id(parameter) in self._name_of:
-                yield parameter
-            elif (stand_in := self._stand_ins.of(parameter)) is not None:
-                yield stand_in
-
-
-class _Optimizer:
-    """Stands in for an optimizer whose step is not to change anything."""
-
-    def __init__(self, optimizer: Any, step: _Step) -> None:
-        self._optimizer, self._step = optimizer, step
-        self.param_groups = [dict(group) for group in optimizer.param_groups]
-
-    @property
-    def optimizer(self) -> "_Optimizer":
-        """The optimizer inside Lightning's wrapper: it is not to step, either."""
-        return self
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [param for group in self._optimizer.param_groups for param in group["params"]]
-
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-        self._step.keep(self.parameters)
-        return result
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._step.zero_grad(self.parameters)
-
-    @contextlib.contextmanager
-    def toggle_model(self, sync_grad: bool = True) -> Generator[None, None, None]:
-        self._step.module.toggle_optimizer(self)  # type: ignore[arg-type]
-        yield
-        self._step.module.untoggle_optimizer(self)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
+    def _gradients(self, parameters: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for stand_in in parameters:
+            if stand_in.grad is not None and id(stand_in) in self._name_of:
+                yield self._name_of[id(stand_in)], stand_in.grad.detach()
 
 
-class _Schedule:
-    """Stands in for a learning-rate schedule that is not to move."""
-
-    def __init__(self, schedule: Any) -> None:
-        self._schedule = schedule
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._schedule, name)
+def _parameters_of(optimizer: Any) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 @contextlib.contextmanager
 def _stand_ins_for_the_trainer(module: pl.LightningModule, step: _Step) -> Generator[None, None, None]:
-    trainer = module._trainer
-    given = {name: vars(module)[name] for name in _REPLACED if name in vars(module)}
-    vars(module).update(_replacements(module, trainer, step))
-    loggers, should_stop = (trainer.loggers, trainer.should_stop) if trainer is not None else ([], False)
-    if trainer is not None:
-        trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer, run = module._trainer, _OfRun(module, step)
+    with contextlib.ExitStack() as stack:
+        stack.callback(register_optimizer_step_pre_hook(step.refuse).remove)
+        stack.enter_context(_replaced(vars(module), run.for_module()))
+        if trainer is not None:
+            stack.enter_context(_replaced(vars(trainer.strategy), run.for_strategy()))
+            stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
+            stack.callback(setattr, trainer, "loggers", trainer.loggers)
+            trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(attributes: dict[str, Any], new: dict[str, Any]) -> Generator[None, None, None]:
+    before = {name: attributes[name] for name in new if name in attributes}
+    attributes.update(new)
     try:
         yield
     finally:
+        for name in new.keys() - before.keys():
+            attributes.pop(name, None)
+        attributes.update(before)
+
+
+class _OfRun:
+    """The copies of a run's optimizers and schedules, and what reaches them."""
+
+    def __init__(self, module: pl.LightningModule, step: _Step) -> None:
+        self._module, self._step, self._trainer = module, step, module._trainer
+
+    def for_module(self) -> dict[str, Any]:
+        """Attributes for the module."""
+        step, attributes = self._step, vars(self._module)
+        own = {name: value for name, value in attributes.items() if name not in _NOT_THE_USERS}
+        return {
+            **{name: step.copies.of(value) for name, value in own.items() if _reaches_optimizer(value)},
+            **dict.fromkeys(("log", "log_dict", "print", "clip_gradients"), _nothing),
+            "optimizers": self._optimizers,
+            "lr_schedulers": self._lr_schedulers,
+            "manual_backward": step.backward,
+            "toggle_optimizer": lambda optimizer: step.toggle(optimizer, self._configured[0]),
+            "untoggle_optimizer": lambda optimizer: step.untoggle(),
+        }
+
+    def for_strategy(self) -> dict[str, Any]:
+        """Attributes for the strategy, of which the Trainer has its optimizers."""
+        assert self._trainer is not None
+        strategy, of = self._trainer.strategy, self._step.copies.of
+        configs = [replace(each, scheduler=of(each.scheduler)) for each in strategy.lr_scheduler_configs]
+        return {
+            "_optimizers": [of(each) for each in strategy._optimizers],
+            "_lightning_optimizers": [of(each) for each in strategy._lightning_optimizers],
+            "lr_scheduler_configs": configs,
+        }
+
+    def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        wrapped, plain, _ = self._configured
+        return _one_or_all(wrapped if use_pl_optimizer else plain)
+
+    def _lr_schedulers(self) -> Any:
+        return _one_or_all(self._configured[2]) if self._configured[2] else None
+
+    @functools.cached_property
+    def _configured(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Optimizers with Lightning's wrapper around them and without, and schedules."""
+        of, trainer = self._step.copies.of, self._trainer
         if trainer is not None:
-            trainer.loggers, trainer.should_stop = loggers, should_stop
-        for name in _REPLACED:
-            vars(module).pop(name, None)
-        vars(module).update(given)
+            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+            return list(trainer.strategy._lightning_optimizers), list(trainer.optimizers), schedules
+        configured: Any = self._module.configure_optimizers()
+        optimizers, schedules, _ = _configure_optimizers(configured)
+        wrapped = list(map(LightningOptimizer, optimizers))
+        for each in wrapped:
+            each._strategy = _NoStrategy(self._module)  # type: ignore[assignment]
+        plain = [each["scheduler"] if isinstance(each, dict) else each for each in schedules]
+        return list(map(of, wrapped)), list(map(of, optimizers)), list(map(of, plain))
 
 
-_REPLACED = (
-    "log",
-    "log_dict",
-    "print",
-    "optimizers",
-    "lr_schedulers",
-    "manual_backward",
-    "clip_gradients",
-    "toggle_optimizer",
-    "untoggle_optimizer",
-)
+@dataclass
+class _NoStrategy:
+    """Stands in for the strategy of optimizers that have no Trainer, which ``toggle_model`` asks for the module."""
+
+    lightning_module: pl.LightningModule
 
 
-def _replacements(module: pl.LightningModule, trainer: pl.Trainer | None, step: _Step) -> dict[str, Any]:
-    made: list[_Optimizer] = []
-    schedules: list[_Schedule] = []
-
-    def make() -> None:
-        if not made:
-            optimizers, schedulers = _configured(module, trainer)
-            made.extend(_Optimizer(optimizer, step) for optimizer in optimizers)
-            schedules.extend(map(_Schedule, schedulers))
-
-    def optimizers(use_pl_optimizer: bool = True) -> Any:
-        make()
-        return made[0] if len(made) == 1 else list(made)
-
-    def lr_schedulers() -> Any:
-        make()
-        return None if not schedules else schedules[0] if len(schedules) == 1 else list(schedules)
-
-    def toggle_optimizer(optimizer: Any) -> None:
-        make()
-        step.toggle(_Optimizer(optimizer, step), made)
-
-    def untoggle_optimizer(optimizer: Any) -> None:
-        step.untoggle()
-
-    functions = (optimizers, lr_schedulers, step.backward, _nothing, toggle_optimizer, untoggle_optimizer)
-    return dict(zip(_REPLACED, (_nothing, _nothing, _nothing, *functions), strict=True))
+def _one_or_all(made: list[Any]) -> Any:
+    return made[0] if len(made) == 1 else list(made)
 
 
-def _configured(module: pl.LightningModule, trainer: pl.Trainer | None) -> tuple[list[Any], list[Any]]:
-    """The optimizers of a module and its learning-rate schedules."""
-    if trainer is not None:
-        return list(trainer.optimizers), [config.scheduler for config in trainer.lr_scheduler_configs]
-    configured: Any = module.configure_optimizers()
-    optimizers, schedules, _ = _configure_optimizers(configured)
-    return list(optimizers), [each["scheduler"] if isinstance(each, dict) else each for each in schedules]
+def _reaches_optimizer(value: Any, depth: int = 2) -> bool:
+    """True for an optimizer or a schedule, and for a method, a container or an object that holds one."""
+    if isinstance(value, MethodType):
+        value = value.__self__
+    if type(value) in weakref.ProxyTypes or isinstance(value, (nn.Module, type)):
+        return False
+    if depth == 0 or isinstance(value, _STEPPED):
+        return isinstance(value, _STEPPED)
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    attributes = vars(value).values() if hasattr(value, "__dict__") else ()
+    return any(_reaches_optimizer(each, depth - 1) for each in (*islice(held, _MOST_ITEMS), *attributes))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -32,6 +32,7 @@ class Origin:
             format, so this finds the same operation in another format's trace unless it is a cast itself.
         reader: the layer of the first operation that read what it made, None if none did. A gradient that is cast goes
             to the layer whose output was cast in forward: that layer's format is what the gradient has to fit.
+        is_of_gradients: whether it ran in backward, or on what backward made: its numbers depend on the loss scale.
         is_leaf: whether the operation is not at fault: a number it was given (a weight, buffer or batch, or an argument
             like ``-inf``) was not finite.
         frames: the last operations up to and including it, and a few that follow.
@@ -44,6 +45,7 @@ class Origin:
     input_amax: float
     occurrence: int
     reader: str | None
+    is_of_gradients: bool
     is_leaf: bool
     frames: tuple[Frame, ...]
 
@@ -118,7 +120,7 @@ class Trace:
         origin, calls = values[found], self._recorder.calls
         call = origin.call or _first_reader(found, values, calls)
         if call is None:
-            return Origin("", "forward", "", _format(origin), origin.amax, 0, None, True, ())
+            return Origin("", "forward", "", _format(origin), origin.amax, 0, None, False, True, ())
         first = max(call.index + 1 - _FRAMES, 0)
         shown = calls[first : call.index + 1 + _FRAMES_AFTER]
         return Origin(
@@ -127,6 +129,7 @@ class Trace:
             input_amax=max((values[place].amax for place in call.inputs), default=0.0),
             occurrence=sum(_key(each) == _key(call) for each in calls[: call.index]),
             reader=reader.layer if (reader := _first_reader(found, values, calls)) is not None else None,
+            is_of_gradients=_is_of_gradients(found, values),
             is_leaf=is_given(origin),
             frames=tuple(_frame(each, values) for each in shown),
         )
@@ -140,6 +143,19 @@ def _first_reader(found: int, values: Sequence[Value], calls: Iterable[Call]) ->
     """The first operation that read a value, or a part of it."""
     ways = {found, *(place for place, value in enumerate(values) if value.call is None and found in value.inputs)}
     return next((call for call in calls if not ways.isdisjoint(call.inputs)), None)
+
+
+def _is_of_gradients(found: int, values: Sequence[Value]) -> bool:
+    """True if a value was made in backward, or of something that was."""
+    waiting, seen = [found], {found}
+    while waiting:
+        value = values[waiting.pop()]
+        if value.call is not None and value.call.direction == "backward":
+            return True
+        new = set(value.inputs) - seen
+        waiting += new
+        seen |= new
+    return False
 
 
 def _frame(call: Call, values: Sequence[Value]) -> Frame:
