@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.policy.layers import Inventory
+from lightning_mixprec.policy.layers import Inventory, with_below
 from lightning_mixprec.policy.matching import near_layers, near_words
 from lightning_mixprec.policy.resolving import Resolution, matches_of, resolve
 from lightning_mixprec.policy.rules import Rule
@@ -162,14 +162,8 @@ def _winners(resolution: Resolution, number: int) -> tuple[str, str]:
 
 
 def _covered(resolution: Resolution, number: int) -> set[int]:
-    covered = set(resolution.matched[number])
-    waiting = list(covered) if resolution.rules[number].recurse else []
-    while waiting:
-        for child in resolution.inventory.children[waiting.pop()]:
-            if child not in covered:
-                covered.add(child)
-                waiting.append(child)
-    return covered
+    matched = resolution.matched[number]
+    return with_below(matched, resolution.inventory.children) if resolution.rules[number].recurse else matched
 
 
 def _concerned(rule: Rule, inventory: Inventory, layer: int) -> bool:

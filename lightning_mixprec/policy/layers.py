@@ -1,6 +1,6 @@
 """The inventory of a model: its distinct layers with their names, children, parameters and stored formats."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -76,12 +76,20 @@ def _units(modules: list[nn.Module], children: list[tuple[int, ...]], number: di
     for layer, module in enumerate(modules):
         if isinstance(module, nn.MultiheadAttention):
             parts = (module._modules.get(name) for name in ("out_proj", "parametrizations"))
-            waiting = [number[id(part)] for part in parts if part is not None and id(part) in number]
-            while waiting:
-                part_number = waiting.pop()
-                unit[part_number] = layer
-                waiting += children[part_number]
+            known = [number[id(part)] for part in parts if part is not None and id(part) in number]
+            unit |= dict.fromkeys(with_below(known, children), layer)
     return unit
+
+
+def with_below(layers: Iterable[int], children: Sequence[tuple[int, ...]]) -> set[int]:
+    """Some layers and all layers below them."""
+    reached = set(layers)
+    waiting = list(reached)
+    while waiting:
+        further = set(children[waiting.pop()]) - reached
+        reached |= further
+        waiting += further
+    return reached
 
 
 def stored_formats(inventory: Inventory, ruled: dict[int, str]) -> list[str]:

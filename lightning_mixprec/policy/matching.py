@@ -157,21 +157,15 @@ class ClassIndex:
 def near_layers(text: str, tree: NameTree) -> list[str]:
     """Up to three patterns or names that are near a pattern and match something, best first."""
     pattern = parse(text)
-    if pattern.regex is None:
-        for candidates in (_with_prefix(pattern, tree), _with_segment_corrected(pattern, tree)):
-            if candidates:
-                return candidates[:_MAX_SHOWN]
+    if candidates := _with_prefix(pattern, tree) or _with_segment_corrected(pattern, tree):
+        return candidates[:_MAX_SHOWN]
     word = text.removeprefix(REGEX_PREFIX)
     names = tree.names[1 : _MAX_COMPARED + 1]
-    near = difflib.get_close_matches(word, names, n=_MAX_SHOWN)
-    return (
-        near
-        or [
-            tree.names[place]
-            for last in difflib.get_close_matches(word.rpartition(".")[2], tree.last_segments, n=1)
-            for place in sorted(tree.find(Pattern("", (AnyDepth(), Literal(last)))))
-        ][:_MAX_SHOWN]
-    )
+    if near := difflib.get_close_matches(word, names, n=_MAX_SHOWN):
+        return near
+    last = difflib.get_close_matches(word.rpartition(".")[2], tree.last_segments, n=1)
+    found = tree.find(Pattern("", (AnyDepth(), *map(Literal, last)))) if last else ()
+    return [tree.names[place] for place in sorted(found)][:_MAX_SHOWN]
 
 
 def near_words(text: str, known: list[str]) -> list[str]:

@@ -67,13 +67,12 @@ def fold(rows: Iterable[Row]) -> list[Row]:
         rows: A row for each layer, parents first, from the model itself (``""``) on.
     """
     root = _grow(rows)
-    for folding, limit in (
-        (_merge_repeated, MAX_UNFOLDED),
-        (_absorb_alike, MAX_ROWS),
-        (_merge_scattered, MAX_ROWS),
-    ):
-        if _size(root) > limit:
-            root = folding(root)
+    if _size(root) > MAX_UNFOLDED:
+        root = _merge(root, lambda last, number: last + 1 == number)
+    if _size(root) > MAX_ROWS:
+        root = _absorb_alike(root)
+    if _size(root) > MAX_ROWS:
+        root = _merge(root, lambda last, number: True)
     return list(_rows(_prune(root, MAX_ROWS), ""))
 
 
@@ -99,20 +98,12 @@ def _walk(branch: _Branch) -> Iterator[_Branch]:
         waiting += current.children
 
 
-def _merge_repeated(root: _Branch) -> _Branch:
-    """Consecutive numbered siblings that are alike all the way down become one.
-
-    ``0`` to ``11`` become ``[0:12]``, and blocks ``layer_0`` to ``layer_11`` become ``layer_{0..11}``.
-    """
-    return _merge(root, lambda last, number: last + 1 == number)
-
-
-def _merge_scattered(root: _Branch) -> _Branch:
-    """Any numbered siblings that are alike become one: every second as ``[0:12:2]``, irregular ones as a list."""
-    return _merge(root, lambda last, number: True)
-
-
 def _merge(root: _Branch, belongs: Callable[[int, int], bool]) -> _Branch:
+    """Numbered siblings that are alike all the way down become one, if the number of each belongs to the last one's.
+
+    ``0`` to ``11`` become ``[0:12]``, every second of them ``[0:12:2]``, blocks ``layer_0`` to ``layer_11`` become
+    ``layer_{0..11}``, and irregular ones a list.
+    """
     known: dict[object, int] = {}
 
     def visit(branch: _Branch) -> tuple[_Branch, int]:
