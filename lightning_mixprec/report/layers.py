@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from lightning_mixprec.records.words import cell
@@ -96,16 +97,20 @@ def _least(*values: float | None) -> float | None:
 
 def _spans(formats: Sequence[tuple[int, str]], first: int, end: int) -> list[Span]:
     """Spans from the moments at which formats begin; a format known only later holds from the start."""
+    begins = [first, *(max(first, step) for step, _ in formats[1:]), end]
+    pieces = zip(formats, begins, begins[1:], strict=False)
+    return _joined((start, min(max(stop, start), end), format) for (_, format), start, stop in pieces)
+
+
+def _joined(pieces: Iterable[Span]) -> list[Span]:
+    """Pieces of time, neighbours of one format as one."""
     spans: list[Span] = []
-    for place, (_, format) in enumerate(formats):
-        start = first if place == 0 else max(first, formats[place][0])
-        stop = formats[place + 1][0] if place + 1 < len(formats) else end
-        stop = min(max(stop, start), end)
+    for start, stop, format in pieces:
         if spans and spans[-1][2] == format:
             spans[-1] = (spans[-1][0], stop, format)
-        elif stop > start or not spans:
+        elif stop > start:
             spans.append((start, stop, format))
-    return [span for span in spans if span[1] > span[0]]
+    return spans
 
 
 def rows(layers: dict[str, LayerLife], first: int, end: int, runs: int = 1) -> tuple[list[int], list[dict[str, Any]]]:
@@ -167,17 +172,13 @@ def _label(members: list[tuple[str, LayerLife]], depth: int) -> str:
     return f"{prefix}.* ({len(members)} layers)" if prefix else f"* ({len(members)} layers)"
 
 
-def _common_spans(lives: list[list[Span]], first: int, end: int) -> list[list[Any]]:
+def _common_spans(lives: list[list[Span]], first: int, end: int) -> list[Span]:
     """The format of all members over time; ``"several"`` where they differ."""
     if all(life == lives[0] for life in lives):
-        return [list(span) for span in lives[0]]
+        return lives[0]
     moments = sorted({first, end, *(moment for life in lives for start, stop, _ in life for moment in (start, stop))})
-    common: list[list[Any]] = []
-    for start, stop in zip(moments, moments[1:], strict=False):
+    pieces: list[Span] = []
+    for start, stop in pairwise(moments):
         formats = {format for life in lives for begin, until, format in life if begin <= start < until}
-        format = formats.pop() if len(formats) == 1 else "several"
-        if common and common[-1][2] == format:
-            common[-1][1] = stop
-        else:
-            common.append([start, stop, format])
-    return common
+        pieces.append((start, stop, formats.pop() if len(formats) == 1 else "several"))
+    return _joined(pieces)
