@@ -5,12 +5,14 @@ skipped: one outlier batch then leaves them at inf, training goes on healthily i
 NaN. A skipped step is not a step, so the buffers return to what they were when its accumulation window opened.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_mixprec.optim.gradients import params_of
 
 
 class _Slot(NamedTuple):
@@ -181,30 +183,20 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _slots_by_owner(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[_Slot]]:
     owner_of = {
-        id(param): index
-        for index, optimizer in reversed(list(enumerate(optimizers)))
-        for group in optimizer.param_groups
-        for param in group["params"]
+        id(param): index for index, optimizer in reversed(list(enumerate(optimizers))) for param in params_of(optimizer)
     }
     modules = dict(model.named_modules())
     slots: list[list[_Slot]] = [[] for _ in optimizers]
     for name, module in modules.items():
         own = [_Slot(module, buffer) for buffer, tensor in module._buffers.items() if tensor is not None]
         if own and slots:
-            slots[_owner(_enclosing(name, modules), owner_of)] += own
+            slots[_owner(name, modules, owner_of)] += own
     return slots
 
 
-def _enclosing(name: str, modules: dict[str, nn.Module]) -> Iterable[nn.Module]:
-    yield modules[name]
-    while name:
-        name = name.rpartition(".")[0]
-        yield modules[name]
-
-
-def _owner(modules: Iterable[nn.Module], owner_of: dict[int, int]) -> int:
-    for module in modules:
-        for param in module.parameters():
-            if id(param) in owner_of:
-                return owner_of[id(param)]
-    return 0
+def _owner(name: str, modules: dict[str, nn.Module], owner_of: dict[int, int]) -> int:
+    """The optimizer of a module's parameters, or of the nearest module around it that has some."""
+    owner = next((owner_of[id(param)] for param in modules[name].parameters() if id(param) in owner_of), None)
+    if owner is None and name:
+        return _owner(name.rpartition(".")[0], modules, owner_of)
+    return owner or 0
