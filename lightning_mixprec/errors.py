@@ -7,6 +7,8 @@
         ├── FormatError        a number format that does not exist, or a tensor that cannot be rounded to one
         ├── PolicyError        a rule or policy is malformed, or does not fit the model
         ├── ScalingError       a loss-scaling option is invalid, or the loss scale cannot go on
+        ├── ReplayError        a step that cannot be replayed without a trace; none is left
+        ├── TraceLeftError     a replay changed the training and it could not be put back
         └── SupportError       a device, strategy or optimizer that is not supported
 """
 
@@ -25,6 +27,14 @@ class PolicyError(MixPrecError):
 
 class ScalingError(MixPrecError):
     """A loss-scaling option is invalid, or the loss scale cannot go on."""
+
+
+class ReplayError(MixPrecError):
+    """A step that cannot be replayed without a trace: what it left was put back, and no other step is tried."""
+
+
+class TraceLeftError(MixPrecError):
+    """A replay changed the training in a way that could not be put back; no monitor keeps it to itself."""
 
 
 class SupportError(MixPrecError):

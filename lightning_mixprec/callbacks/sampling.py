@@ -8,6 +8,7 @@ from typing_extensions import override
 from lightning_mixprec.callbacks.monitor import Monitor, check_count, monitors, takes_iterator
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.instruments.sandbox import is_stopped
 from lightning_mixprec.evidence.sampled_step import SampledStep
 from lightning_mixprec.records.schema import Count, Shapes
 
@@ -94,12 +95,12 @@ class SamplingMonitor(Monitor):
             if found.problem is not None:
                 self._write(found.place, problem=found.problem, is_sampled=found.is_complete)
                 if not found.is_complete:
-                    self._warn_once("problem", self._apology(found))
+                    self._warn_once("problem", self._apology(found, is_stopped(trainer)))
             if found.is_any:
                 self._take_in(trainer, found)
             self._journal.flush()
         self._send_to_loggers(trainer)
 
-    def _apology(self, found: Findings) -> str:
+    def _apology(self, found: Findings, is_last: bool) -> str:
         step = f"{type(self).__name__} could not sample step {found.place['step']}"
-        return f"{step} ({found.problem}); training goes on, and later steps are tried."
+        return f"{step} ({found.problem}); training goes on{'' if is_last else ', and later steps are tried'}."

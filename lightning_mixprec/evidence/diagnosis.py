@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.objects import mapped, named_tensors
-from lightning_mixprec.errors import one_line
+from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters, weight_gradients
@@ -232,6 +232,8 @@ class Judge:
         """Runs a replay; its errors are kept, not raised: a monitor ends no run, and the other ranks wait."""
         try:
             return self._halving.run(lambda batch: run())
+        except TraceLeftError:
+            raise
         except Exception as error:
             self.problem = one_line(error)
             return None
@@ -257,6 +259,8 @@ class Judge:
             batch = _repaired(self._batch)
             with self._replay.opened(reference=True) as stand_ins:
                 replayed = self._replay.run(stand_ins, batch, self._batch_idx, random=self._random)
+        except TraceLeftError:
+            raise
         except Exception:
             return False
         return bool(is_finite(replayed))

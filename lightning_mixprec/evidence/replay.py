@@ -72,12 +72,19 @@ class StepReplay:
 
     @contextlib.contextmanager
     def opened(self, *, reference: bool = False) -> Generator[Sandbox, None, None]:
-        """Formats and sandbox for one or several runs and what else is to be computed under the same conditions."""
+        """Formats and sandbox for one or several runs and what else is to be computed under the same conditions.
+
+        Raises:
+            ReplayError: The step left a trace, which was put back, or one of this run did before.
+        """
         _agree_on_room(self.module, self.device)
         context = self.formats.reference() if reference else self.formats.low()
         exact = without_tf32(self.device) if reference else contextlib.nullcontext()
         widen = reference and self.formats.widens
-        with torch.enable_grad(), context, exact, sandbox(self.module, self.device, widen=widen) as stand_ins:
+        run = self.module._trainer
+        optimizers = run.optimizers if run is not None else ()
+        opening = sandbox(self.module, self.device, widen=widen, optimizers=optimizers, run=run)
+        with torch.enable_grad(), context, exact, opening as stand_ins:
             yield stand_ins
 
     def run(

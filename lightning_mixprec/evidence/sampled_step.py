@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_mixprec import ranks
-from lightning_mixprec.errors import one_line
+from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, Recorded, Wanted
 from lightning_mixprec.evidence.findings import Findings, describe, is_at_stake
 from lightning_mixprec.evidence.instruments.probe import layers_of
@@ -81,6 +81,8 @@ class SampledStep:
             measured = halving.run(self._compared)
             found.is_complete, found.problem = True, halving.shortage
             return measured
+        except TraceLeftError:
+            raise
         except Exception as error:  # a monitor ends no run
             found.problem = one_line(error)
         return Measured.nothing(len(found.layers), len(self._wanted.layers), statistics=self._wanted.statistics)

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 
 from lightning_mixprec import ranks
-from lightning_mixprec.errors import one_line
+from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, is_finite
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
@@ -118,6 +118,8 @@ class Trials:
     def _tried(self, run: Callable[[], T], *, is_trial: bool = False) -> T | None:
         try:
             return run()
+        except TraceLeftError:
+            raise
         except Exception as error:  # a callback that watches ends no run, and the other ranks wait
             if not is_trial or is_out_of_memory(error):
                 self.problem = one_line(error)

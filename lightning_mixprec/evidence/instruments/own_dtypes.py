@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.objects import tensors_in
-from lightning_mixprec.evidence.instruments.attributes import version_of
+from lightning_mixprec.evidence.instruments.restoring.contents import version_of
 
 _CAST = "ToCopyBackward0"
 

@@ -4,25 +4,31 @@ While a sandbox is open the model holds copies of its parameters and buffers, so
 statistics, an averaged copy of the weights, clipped weights, gradients) is gone with the copies. Random numbers and the
 modules' Python attributes are recorded before and put back after.
 
-What is *not* put back: iterators and open files, what objects of other kinds hold below their own attributes, and
-anything that is not within reach of the modules' attributes (see ``attributes`` in this room).
+What cannot be put back, an iterator or a queue, answers the step with an error, so that nothing is taken from it (see
+``refusals`` in this room). Not seen at all is what is not within reach of the modules' attributes, as global variables
+are, and the state of objects that are written in C.
 """
 
 import contextlib
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.optim import Optimizer
 
+from lightning_mixprec import ranks
 from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.compiling import uncompiled
-from lightning_mixprec.errors import SupportError
-from lightning_mixprec.evidence.instruments.attributes import Attributes
+from lightning_mixprec.errors import MixPrecError, ReplayError, SupportError, TraceLeftError
+from lightning_mixprec.evidence.instruments.restoring.attributes import Attributes
+from lightning_mixprec.evidence.instruments.restoring.contents import version_of
+from lightning_mixprec.evidence.instruments.restoring.guard import Guard
 from lightning_mixprec.numerics.formats import half_dtypes
 
 
@@ -85,59 +91,73 @@ class Sandbox:
         is_wide: Whether 16-bit weights and buffers have fp32 stand-ins.
     """
 
-    def __init__(self, model: nn.Module, widen: bool, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, model: nn.Module, widen: bool, device: torch.device, optimizers: Iterable[Optimizer]) -> None:
         self.is_wide = widen
-        self._copies: dict[int, Tensor] = {}
-        self._kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._attributes = Attributes(model)
+        self._refused: list[str] = []
+        self._attributes = Attributes(model, self._refuse)
+        _refuse_lazy(self._attributes.modules)
         originals = dict(model.named_parameters())
-        modules = self._attributes.modules
-        every = {id(param): param for module in modules for param in module._parameters.values() if param is not None}
-        _refuse_lazy(modules)
-        self._grads = [(param, param.grad, param.requires_grad) for param in every.values()]
+        names = {id(tensor): name for name, tensor in (*originals.items(), *model.named_buffers())}
+        self._guard = Guard(self._attributes.modules, names, self._attributes.leaves, optimizers)
+        self._copies = {id(each.tensor): _copy(each.tensor, widen, device) for each in self._guard.own}
         self.trained = {name for name, param in originals.items() if param.requires_grad}
-        self.parameters = {name: self._stand_in(param) for name, param in originals.items()}
-        self._of_original = {id(param): self.parameters[name] for name, param in originals.items()}
+        self.parameters = {name: self._copies[id(param)] for name, param in originals.items()}
+        self._versions = {key: version_of(stand_in) for key, stand_in in self._copies.items()}
 
     def of(self, original: Tensor) -> Tensor | None:
-        """The stand-in of one of the model's own parameters."""
-        return self._of_original.get(id(original))
+        """The stand-in of one of the model's own tensors."""
+        return self._copies.get(id(original))
 
     def open(self) -> None:
         """Puts the stand-ins in place."""
-        for module in self._attributes.modules:
-            both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in both:
-                self._kept.append((tensors, dict(tensors)))
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = self._stand_in(tensor)
-        self._attributes.replace(lambda tensor: self._copies.get(id(tensor)))
-        # Whatever still reaches an original is a constant, so that no hook on it fires.
-        for param, _, _ in self._grads:
-            param.grad = None
-            param.requires_grad_(False)
+        self._attributes.open(self._copies)
+        self._guard.open()
 
-    def close(self) -> None:
-        """Puts the originals and the attributes back."""
-        self._attributes.restore()
-        for tensors, originals in self._kept:
-            tensors.clear()
-            tensors.update(originals)
-        for param, _, requires_grad in self._grads:
-            param.requires_grad_(requires_grad)
-        for param, grad, _ in self._grads:
-            param.grad = grad
+    def close(self, random: RandomState, error: BaseException | None) -> MixPrecError | None:
+        """Puts everything back, each part whatever becomes of the others, and checks it.
 
-    def _stand_in(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._copies:
-            self._copies[id(tensor)] = _copy(tensor, self.is_wide, self._device)
-        return self._copies[id(tensor)]
+        Args:
+            random: The random numbers to go on with.
+            error: What the step raised.
+
+        Returns:
+            The error that says what could not be put back, or what the step did that no replay may do.
+        """
+        failed: list[Exception] = []
+        for step in (*self._guard.put_back(), random.restore, *self._attributes.put_back(), torch.clear_autocast_cache):
+            try:
+                step()
+            except Exception as problem:
+                failed.append(problem)
+        written, lost = self._guard.check(self._pristine)
+        locked = list(self._attributes.contents.locked)
+        if failed or lost:
+            reason = f"it wrote to {_some(lost)}" if lost else f"{type(failed[0]).__name__}: {failed[0]}"
+            return TraceLeftError(_LOST.format(reason.splitlines()[0]))
+        if written:
+            return ReplayError(_WRITTEN.format(_some(written)))
+        if locked and isinstance(error, ValueError) and "read-only" in str(error):
+            return ReplayError(_LOCKED.format(_some(locked)))
+        return ReplayError(_REFUSED.format(self._refused[0])) if self._refused else None
+
+    def _refuse(self, name: str) -> ReplayError:
+        self._refused.append(name)
+        return ReplayError(_REFUSED.format(name))
+
+    def _pristine(self, original: Tensor) -> Tensor | None:
+        stand_in = self._copies[id(original)]
+        return stand_in if version_of(stand_in) == self._versions[id(original)] else None
 
 
 @contextlib.contextmanager
-def sandbox(model: nn.Module, device: torch.device, *, widen: bool = False) -> Iterator[Sandbox]:
+def sandbox(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    widen: bool = False,
+    optimizers: Iterable[Optimizer] = (),
+    run: object = None,
+) -> Iterator[Sandbox]:
     """Opens a sandbox around a model: whatever is run inside leaves the model and the random numbers as they were.
 
     Compiled modules run eagerly inside. Takes a copy of the weights and buffers in memory for as long as it is open; of
@@ -147,22 +167,78 @@ def sandbox(model: nn.Module, device: torch.device, *, widen: bool = False) -> I
         model: The model.
         device: The device it runs on.
         widen: Whether stand-ins of 16-bit weights and buffers are fp32.
+        optimizers: The optimizers of the run, whose states are put back or checked as well.
+        run: What stands for the run; after the first ReplayError none of its steps is run in a sandbox any more.
 
     Raises:
         SupportError: The model has lazy parameters that are not initialised yet.
+        ReplayError: The step used or wrote to something that no replay may; all is as it was.
+        TraceLeftError: Something could not be put back.
     """
+    _refuse_if_stopped(run, model, device)
     state = RandomState(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sharding.bypassed(model))
-        opened = Sandbox(model, widen, device)
+        opened = Sandbox(model, widen, device, optimizers)
         stack.enter_context(uncompiled())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.callback(state.restore)
-        stack.callback(torch.clear_autocast_cache)
-        stack.callback(opened.close)
-        opened.open()
-        yield opened
+        try:
+            opened.open()
+            yield opened
+        except BaseException as error:
+            found = opened.close(state, error)
+            if found is not None and isinstance(error, Exception):
+                raise _remembered(found, run) from error
+            raise
+        found = opened.close(state, None)
+        if found is not None:
+            raise _remembered(found, run)
+
+
+def is_stopped(run: object) -> bool:
+    """True for a run of which no step is run in a sandbox any more."""
+    return run in _STOPPED
+
+
+def _remembered(found: MixPrecError, run: object) -> MixPrecError:
+    if isinstance(found, ReplayError) and run is not None:
+        _STOPPED[run] = str(found)
+    return found
+
+
+def _refuse_if_stopped(run: object, model: nn.Module, device: torch.device) -> None:
+    """Raises where a step of the run has left a trace; where weights are sharded on all ranks, which open together."""
+    reason = None if run is None else _STOPPED.get(run)
+    is_shared = any(map(sharding.is_sharded, model.parameters()))
+    if ranks.is_any(reason is not None, device) if is_shared else reason is not None:
+        raise ReplayError(reason or f"a step left a trace on another rank, and {_NO_FURTHER}")
+
+
+_STOPPED: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+"""The runs of which a step left a trace in a sandbox, and the error that said so."""
+
+_NO_FURTHER = "no further step of this run is replayed"
+_WRITTEN = (
+    "the step writes to the weights, buffers or optimizer states of the run themselves ({}), past the copies that a "
+    f"replay gives to the model; they were put back, and {_NO_FURTHER}"
+)
+_REFUSED = (
+    "the step uses {}, which cannot be put back after a replay; nothing was taken from it or given to it, and "
+    f"{_NO_FURTHER}: use it outside training_step, or in a function of your own that is not within the module's reach"
+)
+_LOCKED = (
+    "the step writes to {}, which is too large to be copied for a replay; nothing was written, and "
+    f"{_NO_FURTHER}: make it a tensor, of which only what is written is copied"
+)
+_LOST = (
+    "a replay of the step changed the training, and that could not be put back ({}); resume the run from its last "
+    "checkpoint, without the callbacks that replay steps"
+)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _copy(tensor: Tensor, widen: bool, device: torch.device) -> Tensor:

@@ -1,0 +1,234 @@
+"""The Python objects that modules hold: found before a step, replaced for it where need be, put back after it."""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from functools import partial
+from types import BuiltinMethodType, FunctionType, MappingProxyType, MethodType, MethodWrapperType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mixprec.evidence.instruments.restoring import containers, refusals
+from lightning_mixprec.evidence.instruments.restoring.containers import Kind
+from lightning_mixprec.evidence.instruments.restoring.contents import (
+    Contents,
+    PutBack,
+    is_array,
+    is_settable,
+    setter_of,
+)
+
+_PLAIN: tuple[type, ...] = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...))
+_PLAIN += (torch.Size, torch.dtype, torch.device, torch.layout)
+_NOT_LOOKED_INTO = (type, ModuleType, Enum, *_PLAIN)
+_OTHERS = (sys.stdlib_module_names - {"collections", "types", "argparse", "weakref"}) | {"torch", "numpy"}
+_OTHERS |= {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_mixprec"}
+_MOST_ITEMS = 1000
+_MOST_OBJECTS = 10_000
+
+Path = tuple[Any, ...]
+"""Where an object was found: its holder's path, and its name or place there; empty for the model."""
+
+
+class Attributes:
+    """Everything that modules hold, recorded to be put back, with the tables of their parameters, buffers and hooks.
+
+    Looks into containers of all kinds, into objects of classes that are not torch's or Lightning's and whatever these
+    hold in turn, and into the variables that functions close over. Restores tensors, arrays of NumPy and random number
+    generators, too. Of a container with more than a thousand objects it restores which it holds in which order, and it
+    looks at ten thousand objects in all.
+
+    Attributes:
+        modules: The modules of the model, and those that it holds without having them registered.
+        leaves: Tensors that require a gradient and are no module's parameters.
+        contents: Tensors and arrays that are restored.
+    """
+
+    def __init__(self, model: nn.Module, refused: Callable[[str], Exception]) -> None:
+        self.modules: list[nn.Module] = []
+        self.leaves: list[Tensor] = []
+        self.contents = Contents()
+        self._refused = refused
+        self._held: list[tuple[Kind, Any, Any]] = []
+        self._to_replace: set[int | None] = set()
+        self._stand_ins: dict[int, Any] = {}
+        self._own: set[int] = set()
+        self._known: set[Any] = set()
+        self._restores: list[PutBack] = []
+        self._takers: dict[type, Any] = {type(model): self._take_module}
+        self._found: deque[tuple[Any, Path, int | None]] = deque([(model, (), None)])
+        while self._found and len(self._known) < _MOST_OBJECTS:
+            value, path, holder = self._found.popleft()
+            key = (id(value), holder) if isinstance(value, tuple) else id(value)
+            if key not in self._known:
+                self._known.add(key)
+                self._takers[type(value)](value, path, holder)
+            if id(value) in self._stand_ins or isinstance(value, Tensor):
+                self._to_replace.add(holder)
+
+    def open(self, stand_ins: Mapping[int, Tensor]) -> None:
+        """Puts stand-ins in the places of parameters and buffers, by their ``id``, and of what the step may not use."""
+        self._stand_ins.update(stand_ins)
+        for place in self._to_replace - {None}:
+            kind, container, before = self._held[place]  # type: ignore[index]
+            replaced = self._replaced(before)
+            if not containers.is_same(replaced, before):
+                kind.write(container, replaced)
+        self.contents.open()
+
+    def put_back(self) -> Iterator[PutBack]:
+        """The steps that put everything back, tables of parameters and buffers first."""
+        for kind, container, before in self._held:
+            yield partial(containers.put_back, kind, container, before)
+        yield from self.contents.put_back()
+        yield from self._restores
+
+    def _replaced(self, value: Any) -> Any:
+        """A container's items, or one of them that may be a tuple of further ones, with stand-ins in place."""
+        if type(value) is dict:
+            return {self._replaced_item(key): self._replaced_item(item) for key, item in value.items()}
+        return type(value)(map(self._replaced_item, value))
+
+    def _replaced_item(self, item: Any) -> Any:
+        if isinstance(item, tuple) and id(item) not in self._stand_ins:
+            before = list(tuple.__iter__(item))
+            items = [self._replaced_item(each) for each in before]
+            return item if containers.is_same(items, before) else tuple.__new__(type(item), items)
+        return self._stand_ins.get(id(item), item)
+
+    def _hold(self, kind: Kind, container: Any, path: Path) -> None:
+        """Records what a container holds, and has it looked at."""
+        before = kind.read(container)
+        self._held.append((kind, container, before))
+        if before:
+            self._look_at(before, path, len(self._held) - 1)
+
+    def _look_at(self, items: Any, path: Path, holder: int | None) -> None:
+        if len(items) > _MOST_ITEMS and not all(issubclass(each, (Tensor, *_PLAIN)) for each in set(map(type, items))):
+            return
+        pairs: Iterable[tuple[Any, Any]] = items.items() if isinstance(items, dict) else enumerate(items)
+        for key, value in pairs:
+            for each in (value,) if type(key) in _PLAIN else (key, value):
+                kind = type(each)
+                if kind not in self._takers:
+                    self._takers[kind] = self._taker(kind)
+                if self._takers[kind] is not None:
+                    self._found.append((each, (path, key), holder))
+
+    def _taker(self, kind: type) -> Any:
+        """The method that records objects of a class; None for a class without a state."""
+        is_others = kind.__module__.partition(".")[0] in _OTHERS and not kind.__module__.startswith("torch.utils.data")
+        choices = (
+            (issubclass(kind, _NOT_LOOKED_INTO), None),
+            (issubclass(kind, Tensor), self._take_tensor),
+            (issubclass(kind, nn.Module), self._take_module),
+            (issubclass(kind, (tuple, frozenset, MappingProxyType)), self._take_fixed),
+            (issubclass(kind, FunctionType), self._take_function),
+            (issubclass(kind, (MethodType, BuiltinMethodType, MethodWrapperType, partial)), self._take_call),
+            (is_settable(kind), self._take_settable),
+            (is_array(kind), self._take_array),
+            (_is_refused(kind), self._refuse),
+            (containers.kind_of(kind) is not None, self._take_container),
+            (is_others, None),
+        )
+        return next((taker for is_chosen, taker in choices if is_chosen), self._take_object)
+
+    def _take_tensor(self, tensor: Tensor, path: Path, holder: int | None) -> None:
+        if id(tensor) not in self._own:
+            if tensor.requires_grad and tensor.is_leaf:
+                self.leaves.append(tensor)
+            self.contents.add_tensor(tensor)
+
+    def _take_module(self, module: nn.Module, path: Path, holder: int | None) -> None:
+        new = [(name, each) for name, each in module.named_modules() if each is module or id(each) not in self._known]
+        for _, each in new:
+            self.modules.append(each)
+            self._known.update((id(each), id(each._parameters), id(each._buffers)))
+            for table in (each._parameters, each._buffers):
+                self._own.update(map(id, table.values()))
+                self._hold(containers.table_kind(table), table, ())
+        for name, each in new:
+            self._hold(containers.ATTRIBUTES, vars(each), (path, name) if name else path)
+            self._restores.append(partial(_give_class, each, type(each)))
+            if isinstance(each, torch.jit.ScriptModule):
+                self._restores += containers.scripted_attributes(each)
+
+    def _take_fixed(self, value: Any, path: Path, holder: int | None) -> None:
+        """A tuple, whose holder is given another one if something in it is replaced; or another read-only container."""
+        kept = holder if isinstance(value, tuple) else None
+        self._look_at(dict(value) if isinstance(value, MappingProxyType) else list(value), path, kept)
+
+    def _take_container(self, value: Any, path: Path, holder: int | None) -> None:
+        kind = containers.kind_of(type(value))
+        assert kind is not None
+        self._hold(kind, value, path)
+        attributes = containers.attributes_of(value)
+        if attributes:
+            self._hold(containers.ATTRIBUTES, attributes, path)
+
+    def _take_function(self, function: FunctionType, path: Path, holder: int | None) -> None:
+        if (function.__module__ or "").partition(".")[0] in _OTHERS:
+            return
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            self._look_at({name: cell}, path, None)
+        self._look_at([vars(function), function.__defaults__, function.__kwdefaults__], path, None)
+
+    def _take_call(self, call: Any, path: Path, holder: int | None) -> None:
+        """A bound method or a partial; of what may not be used neither may its methods."""
+        parts = (call.func, *call.args, call.keywords) if isinstance(call, partial) else (call.__self__,)
+        if any(_is_refused(type(part)) for part in parts):
+            self._refuse(call, path, holder)
+        else:
+            self._look_at(parts, path, None)
+
+    def _take_settable(self, value: Any, path: Path, holder: int | None) -> None:
+        setter = setter_of(value)
+        if setter is not None:
+            self._restores.append(setter)
+
+    def _take_array(self, array: Any, path: Path, holder: int | None) -> None:
+        if array.flags.writeable:
+            self.contents.add_array(array, named(path))
+
+    def _take_object(self, value: Any, path: Path, holder: int | None) -> None:
+        attributes, slots = containers.attributes_of(value), containers.slots_of(type(value))
+        parts = [(containers.ATTRIBUTES, attributes)] if attributes is not None else []
+        parts += [(containers.slots_kind(slots), value)] if slots else []
+        if any(_holds_live(kind.read(held)) for kind, held in parts):
+            self._refuse(value, path, holder)  # others are at work on it, so nothing of it can be put back
+            return
+        for kind, held in parts:
+            self._hold(kind, held, path)
+
+    def _refuse(self, value: Any, path: Path, holder: int | None) -> None:
+        copied = refusals.copied(value)
+        refused = refusals.refusal(value, partial(self._refused, named(path))) if copied is None else copied
+        self._stand_ins[id(value)] = refused
+
+
+def named(path: Path) -> str:
+    """A path as a user would write it."""
+    names = []
+    while path:
+        path, name = path
+        names.append(str(name))
+    return ".".join(reversed(names))
+
+
+def _is_refused(kind: type) -> bool:
+    """True for what waits, for what other threads are at work on, and for iterators that are not a user's own class."""
+    is_own = kind.__module__.partition(".")[0] not in _OTHERS
+    return refusals.is_live(kind) or (refusals.is_consumed(kind) and not is_own)
+
+
+def _holds_live(held: Any) -> bool:
+    within = (item for value in held.values() if type(value) in (list, tuple) for item in value[:_MOST_ITEMS])
+    return any(refusals.is_live(type(each)) for each in (*held.values(), *within))
+
+
+def _give_class(module: nn.Module, kind: type) -> None:
+    if type(module) is not kind:
+        module.__class__ = kind

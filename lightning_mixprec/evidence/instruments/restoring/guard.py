@@ -1,0 +1,133 @@
+"""What a run goes on with after a replay, recorded before it, put back and checked after it.
+
+Weights, buffers, gradients, the states of optimizers and hooks. A write to a tensor is known by its version, so that
+nothing is read and the device is not waited for.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mixprec.engine.sharding import is_sharded
+from lightning_mixprec.evidence.instruments.restoring import containers
+from lightning_mixprec.evidence.instruments.restoring.containers import Kind
+from lightning_mixprec.evidence.instruments.restoring.contents import PutBack, reshape, version_of
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+class Own(NamedTuple):
+    """A tensor that the run goes on with, the number of writes to it so far, and its name."""
+
+    name: str
+    tensor: Tensor
+    version: int
+
+    @property
+    def is_written(self) -> bool:
+        """True if it was written to since."""
+        return version_of(self.tensor) != self.version
+
+
+class Guard:
+    """The tensors that a run goes on with, and the tables around them.
+
+    Args:
+        modules: All modules of the model.
+        names: The names of parameters and buffers, by ``id``.
+        leaves: Further tensors that require a gradient.
+        optimizers: The optimizers of the run.
+
+    Attributes:
+        own: The model's parameters and buffers, each one once.
+    """
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        names: Mapping[int, str],
+        leaves: Iterable[Tensor],
+        optimizers: Iterable[Optimizer],
+    ) -> None:
+        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        tensors = {id(tensor): tensor for table in tables for tensor in table.values() if tensor is not None}
+        self.own = [Own(names.get(key, "a tensor"), each, version_of(each)) for key, each in tensors.items()]
+        self._aliases = [(local := getattr(each, "_local_tensor", each), local.detach()) for each in tensors.values()]
+        self._params = [each for each in tensors.values() if isinstance(each, nn.Parameter)]
+        trained = [*self._params, *leaves]
+        self._grads = [(each, each.grad, each.requires_grad) for each in trained]
+        self._others = [Own("a gradient", grad, version_of(grad)) for _, grad, _ in self._grads if grad is not None]
+        self._held: list[tuple[Kind, Any, Any]] = []
+        self._hold(*_global_hooks())
+        self._without_hooks = []
+        for param in self._params:
+            for name in _HOOKS:
+                hooks = getattr(param, name)
+                if hooks is None:
+                    self._without_hooks.append((param, name))
+                else:
+                    self._hold(hooks)
+        for optimizer in optimizers:
+            self._take(optimizer)
+
+    def open(self) -> None:
+        """Takes gradients away, and makes constants of the parameters themselves, so that no hook on one fires."""
+        for tensor, _, _ in self._grads:
+            tensor.grad = None
+        for param in self._params:
+            param.requires_grad_(False)
+
+    def put_back(self) -> Iterator[PutBack]:
+        """The steps that put gradients, hooks, and the tables of optimizers back."""
+        for local, alias in self._aliases:
+            yield partial(reshape, local, alias)
+        for tensor, grad, requires_grad in self._grads:
+            yield partial(tensor.requires_grad_, requires_grad)
+            yield partial(setattr, tensor, "grad", grad)
+        for kind, container, before in self._held:
+            yield partial(containers.put_back, kind, container, before)
+        for param, name in self._without_hooks:
+            if getattr(param, name) is not None:
+                yield getattr(param, name).clear
+
+    def check(self, copy_of: Callable[[Tensor], Tensor | None]) -> tuple[list[str], list[str]]:
+        """Looks for tensors that were written to.
+
+        Args:
+            copy_of: Gives a copy of one of the model's own tensors that is as the tensor was, where there is one.
+
+        Returns:
+            The names of those that were written back, and of those that could not be.
+        """
+        written: list[str] = []
+        lost = [each.name for each in self._others if each.is_written]
+        for each in self.own:
+            if each.is_written:
+                copy = None if is_sharded(each.tensor) else copy_of(each.tensor)
+                if copy is not None:
+                    each.tensor.data.copy_(copy)
+                (lost if copy is None else written).append(each.name)
+        return written, lost
+
+    def _take(self, optimizer: Optimizer) -> None:
+        groups, state = optimizer.param_groups, optimizer.state
+        self._hold(groups, *groups, *(group["params"] for group in groups), state, *state.values())
+        for values in state.values():
+            for name, value in values.items() if isinstance(values, dict) else ():
+                if isinstance(value, Tensor):
+                    self._others.append(Own(f"{name!r} of {type(optimizer).__name__}", value, version_of(value)))
+
+    def _hold(self, *held: Any) -> None:
+        for each in held:
+            kind = containers.kind_of(type(each))
+            if kind is not None:
+                self._held.append((kind, each, kind.read(each)))
+
+
+def _global_hooks() -> list[Any]:
+    tables = vars(torch.nn.modules.module).items()
+    return [table for name, table in tables if name.startswith("_global_") and isinstance(table, dict)]
