@@ -205,15 +205,14 @@ class AdaptiveRun:
         for problem in problems:
             self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
         verdict = None if found is None else found.diagnosis.cause["verdict"]
-        falls = verdict == "scale" and self.controller.scale_keeps_falling
-        if found is None or not (verdict == "precision" or falls):
+        if found is None or verdict != "precision":
             self.controller.give_up_looking()
             self._report(self._place(window.batches[-1]), verdict=verdict)
             if verdict == "model":
                 self._is_damaged()
             return
-        if falls or self.controller.accuse():
-            self._decide(found, outcome.scale, falls=falls)
+        if self.controller.accuse():
+            self._decide(found, outcome.scale)
 
     def see_error(self, window: StepWindow, error: Exception, *, decides: bool) -> Found | None:
         """A step raised, which ends the run: says why, if that was for want of precision.
@@ -229,17 +228,14 @@ class AdaptiveRun:
             self._decide(found, float(window.formats.scale))
         return found
 
-    def _decide(self, found: Found, scale: float, *, falls: bool = False) -> None:
-        """Decides on a step that failed; ``falls`` if the loss scale does, and no layer is accused."""
+    def _decide(self, found: Found, scale: float) -> None:
+        """Decides on a step that failed for want of precision."""
         trials = self._trials(found.comparison or self._comparison(found.kept, statistics=True))
         if not trials.is_possible:
             self.controller.give_up_looking()
             return
-        if falls:
-            decision = self.controller.decide_on_falling_scale(scale, trials.run)
-        else:
-            told: dict[str, Any] = {key: found.diagnosis.cause[key] for key in _ACCUSED}
-            decision = self.controller.decide_on_failure(found.suspects, scale, trials.run, told)
+        told: dict[str, Any] = {key: found.diagnosis.cause[key] for key in _ACCUSED}
+        decision = self.controller.decide_on_failure(found.suspects, scale, trials.run, told)
         self._take(decision, found.kept, trials, scale)
         if decision is None:
             verdict = found.diagnosis.cause["verdict"]

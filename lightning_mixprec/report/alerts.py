@@ -3,6 +3,7 @@
 Of single layers the latest sample counts. A layer that has moved since is passed over: what was seen of it is past.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -289,8 +290,7 @@ def _loss_gap(records: Records, layers: Lives) -> Iterator[Alert]:
 
 
 def _headroom(records: Records, layers: Lives) -> Iterator[Alert]:
-    measured = _measured(records, layers, "headroom_bits")
-    latest = {name: known[-1] for name, known in measured.items() if known[-1][1] < advice.MIN_HEADROOM_BITS}
+    latest = {name: told for name, told in _room(records, layers).items() if told[1] < advice.MIN_HEADROOM_BITS}
     if latest:
         worst = _worst_first(latest)[0]
         step, bits = latest[worst]
@@ -298,6 +298,32 @@ def _headroom(records: Records, layers: Lives) -> Iterator[Alert]:
         title = "Values overflow" if bits < 0 else "Close to an overflow"
         told = advice.headroom(worst, bits, layers[worst].compute, _use(layers[worst].compute))
         yield Alert.of_layers(level, title, told, worst, step, len(latest))
+
+
+def _room(records: Records, layers: Lives) -> dict[str, tuple[int, float]]:
+    """By layer its latest sample and the headroom there, that of gradients at the loss scale that holds.
+
+    A scale that was lowered since gives gradients more room, and one that is above 1 is searched for: it is the largest
+    that fits, and comes down where gradients grow.
+    """
+    seen = [(row["step"], row["loss_scale"], row["layer"], row) for row in records.underflow if "format" in row]
+    seen += [
+        (row["step"], row["sample"]["loss_scale"], name, told._asdict())
+        for row in records.samples
+        for name, told in row["sample"]["layers"].items()
+    ]
+    known = [(step, scale) for step, _, scale, _ in records.curve if scale] or [
+        (step, scale) for step, scale, *_ in seen
+    ]
+    now = max(known, default=(0, 1.0))[1]
+    found = {}
+    for step, scale, name, told in sorted(seen, key=lambda each: each[0]):
+        if step > layers[name].last_move and told["headroom_bits"] is not None:
+            gradient = told["headroom_bits"] + max(math.log2(scale / now), 0.0)
+            gradient = math.inf if now > _LOW_SCALE and gradient >= 0 else gradient
+            output = told["output_headroom_bits"]
+            found[name] = step, gradient if output is None else min(gradient, output)
+    return found
 
 
 def _stagnation(records: Records, layers: Lives) -> Iterator[Alert]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adaptive_models import (
+    ADAM,
     Encoding,
     Lessons,
     Loud,
@@ -265,3 +266,17 @@ def test_rows_tell_of_samples_and_decisions():
     assert 0 < decision["passes"] <= 48 + 2
     gaps = [row["sample"]["min_grad_cosine"] for row in rows if "sample" in row]
     assert max(gaps[:2]) < 0.99 < min(gaps[2:])
+
+
+class Summed(Task):
+    """A loss that is a sum over many numbers, whose gradients fit fp16 at a small loss scale alone."""
+
+    def training_step(self, batch, batch_idx):
+        return 300 * super().training_step(batch, batch_idx)
+
+
+def test_a_long_search_for_the_loss_scale_accuses_no_layer():
+    plugin, adaptive = PerLayerPrecision("fp16"), AdaptivePrecision()
+    net = nn.Sequential(nn.Linear(6, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 2))
+    train(partial(Summed, net, ADAM), plugin, [adaptive], Lessons(20))
+    assert 6 <= plugin.skipped_steps < 9 and adaptive.decisions == []

@@ -182,6 +182,24 @@ def test_headroom_is_the_smaller_of_gradient_and_output(tmp_path):
     assert alerts_of(tmp_path, *start, sample(0, a=values(output=None))) == {}
 
 
+@pytest.mark.parametrize(
+    "scales", [[65536.0] * 2 + [1024.0] * 7, [65536.0] * 9], ids=["a scale that fell", "one that holds"]
+)
+def test_gradients_are_judged_at_the_loss_scale_that_holds(tmp_path, scales):
+    """Gradients that are four times too large for fp16 at a scale of 65536 have four bits to spare at 1024."""
+    first = report(0, sample={"layers": {"a": values(headroom=-2.0)}, "histograms": {}, "loss_scale": 65536.0})
+    found = alerts_of(tmp_path, began(layer("a")), curve(range(9), scale=scales), first)
+    assert list(found) == ([] if scales[-1] == 1024 else ["Values overflow"])
+    output = report(0, sample={"layers": {"a": values(output=-2.0)}, "histograms": {}, "loss_scale": 65536.0})
+    assert "Values overflow" in alerts_of(tmp_path, began(layer("a")), curve(range(9), scale=scales), output)
+
+
+@pytest.mark.parametrize(("scale", "titles"), [(1024.0, []), (1.0, ["Close to an overflow"])])
+def test_gradients_nearly_as_large_as_fp16_holds_are_what_the_search_for_the_scale_comes_to(tmp_path, scale, titles):
+    row = underflow(8, 0.0, headroom_bits=0.5, loss_scale=scale)
+    assert list(alerts_of(tmp_path, began(layer("a")), curve(range(9), scale=scale), row)) == titles
+
+
 def fidelity(step: int, **row: Any) -> dict[str, Any]:
     rest = {"loss_scale": 1.0, "too_large": []} if "loss_gap" in row else {}
     return {"monitor": "fidelity", "step": step, "epoch": 0, "batch_idx": step, **row, **rest}
