@@ -284,7 +284,8 @@ class PerLayerPrecision(Precision):
         with self._formats.train_step():
             if self._buffers is not None:
                 self._buffers.open()
-            yield
+            with self._ledger.batch():
+                yield
         if (model := self._current_model()) is not None and not model.automatic_optimization:
             self.scaler.update(self._optimizers)
 
@@ -320,6 +321,7 @@ class PerLayerPrecision(Precision):
     def optimizer_step(
         self, optimizer: Optimizer, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
+        self._ledger.begin()
         evaluate, prepare = partial(self._evaluate, closure), partial(self._after_closure, model, optimizer)
         if self.scaler.is_active:
             with torch.enable_grad():

@@ -5,8 +5,9 @@ accelerator is never waited for: its outcome is copied to the host in the backgr
 optimizer step of the next batch (always exactly then, so that all ranks agree), or when somebody asks.
 """
 
+import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from lightning_mixprec.optim.gradients import grads_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.plugin.formats_in_force import attributes_of_copy
+from lightning_mixprec.plugin.past_steps import PastSteps
 from lightning_mixprec.plugin.strategies import forget_communication_errors
 from lightning_mixprec.policy.module_names import walk
 
@@ -75,6 +77,7 @@ class StepLedger:
         self._model: pl.LightningModule | None = None
         self._optimizers: list[Optimizer] = []
         self._schedulers: list[LRSchedulerConfig] = []
+        self._past: PastSteps | None = None
         self._may_give_up = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +95,7 @@ class StepLedger:
         self._model, self._optimizers, self._schedulers = model, list(optimizers), list(schedulers)
         self._tallies = [_Tally() for _ in self._schedulers]
         self._in_a_row = {}
+        self._past = PastSteps(self._optimizers, self._scaler)
         if model.automatic_optimization and any(config.interval == "step" for config in schedulers):
             SchedulerGate(model, self)
 
@@ -100,9 +104,26 @@ class StepLedger:
         gate = vars(self._model).get("lr_scheduler_step") if self._model is not None else None
         if isinstance(gate, SchedulerGate):
             gate.remove()
+        if self._past is not None:
+            self._past.remove()
         self._may_give_up = False
         self.settle()
         self._forget_run()
+
+    @contextlib.contextmanager
+    def batch(self) -> Generator[None, None, None]:
+        """A training step is run within."""
+        past = self._past if self._model is not None and not self._model.automatic_optimization else None
+        if past is not None:
+            past.begin_batch()
+        yield
+        if past is not None:
+            past.end_batch()
+
+    def begin(self) -> None:
+        """The plugin is about to take a step, whose outcome it will :meth:`note`."""
+        if self._past is not None:
+            self._past.begin_own()
 
     def note(self, optimizer: Optimizer, skipped: bool | Tensor, at_minimum: bool | Tensor) -> None:
         """Takes in the outcome of a step.
@@ -115,6 +136,8 @@ class StepLedger:
         Raises:
             ScalingError: Training cannot go on; names the layers and what to try.
         """
+        if self._past is not None:
+            self._past.end_own()
         self._hold_global_step(self._owed_holds)
         self._owed_holds = 0
         if isinstance(skipped, Tensor):
