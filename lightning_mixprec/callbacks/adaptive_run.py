@@ -26,6 +26,7 @@ from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.planning.remedies import Candidate
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
+from lightning_mixprec.policy.module_names import is_scripted
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.records.changes import Decision
@@ -106,6 +107,7 @@ class AdaptiveRun:
                 height=self._heights[site.name],
             )
             for site in survey(self._module)
+            if not is_scripted(site.module)
         ]
         return Controller(layers, options)
 

@@ -14,7 +14,7 @@ from lightning_mixprec.engine.weights import Slot, mismatches, unusable_in
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format
 from lightning_mixprec.policy.assignment import LayerPrecision
-from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.module_names import is_scripted, walk
 
 
 @dataclass(eq=False)
@@ -51,13 +51,13 @@ def survey(model: nn.Module) -> list[Site]:
     """The sites of a model, the root first and parents before children under their first names.
 
     ModuleList and the like are transparent: a child's parent is the next module with a forward. An attention module is
-    one unit, because it computes with its children's weights and never calls them.
+    one unit, because it computes with its children's weights and never calls them, and so is what TorchScript made.
     """
     sites: dict[int, Site] = {}
     site_of: dict[str, Site] = {}
     for name, module, _ in walk(model):
         parent = site_of.get(name.rpartition(".")[0]) if name else None
-        if parent is not None and (_has_no_forward(module) or isinstance(parent.module, nn.MultiheadAttention)):
+        if parent is not None and (_has_no_forward(module) or _is_unit(parent.module)):
             site_of[name] = parent
             if not any(module is part for part in parent.parts):
                 parent.parts.append(module)
@@ -71,9 +71,13 @@ def survey(model: nn.Module) -> list[Site]:
 
 
 def _has_no_forward(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+    if is_scripted(module) or "forward" in module.__dict__:
         return False
     return type(module).forward is nn.Module.forward
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return is_scripted(module) or isinstance(module, nn.MultiheadAttention)
 
 
 class Plan(NamedTuple):
@@ -167,7 +171,7 @@ def _wide(callers: Iterable[str]) -> torch.dtype | None:
 
 
 def _own_slots(site: Site, unusable: Mapping[torch.dtype, torch.dtype]) -> list[Slot]:
-    return [slot for part in site.parts for slot in mismatches(part, unusable)]
+    return [slot for part in site.parts if not is_scripted(part) for slot in mismatches(part, unusable)]
 
 
 def _region_slots(top: Site, formats: dict[Site, str], slots: dict[Site, list[Slot]]) -> tuple[Slot, ...]:
@@ -186,7 +190,7 @@ def _region_slots(top: Site, formats: dict[Site, str], slots: dict[Site, list[Sl
 
 def _refuse_scripted(crossings: Iterable[Site]) -> None:
     for site in crossings:
-        if isinstance(site.module, torch.jit.ScriptModule):
+        if is_scripted(site.module):
             raise PolicyError(
                 f"layer {site.name!r} is a TorchScript module, whose forward cannot be given a format of its own; give "
                 "it the format of the layer that calls it, or use the module it was scripted from"

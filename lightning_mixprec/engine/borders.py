@@ -16,6 +16,7 @@ from lightning_mixprec.engine.backends import backend_for
 from lightning_mixprec.engine.casting import FLOATING, Casts, all_to, cast, first_floating, holds_dtype
 from lightning_mixprec.engine.fastpath import arrive_cast
 from lightning_mixprec.engine.weights import Gate, Slot, with_seen
+from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format
 
 _COMPUTED = tuple(dtype for dtype in FLOATING if dtype.itemsize > 1)
@@ -105,6 +106,7 @@ class Border:
             return
         self.inner = module.__dict__.get("forward")
         module.__dict__["forward"] = self.method
+        module.__dict__["__prepare_scriptable__"] = refuse_scripting
         hooks = module._forward_pre_hooks
         self.order = list(hooks)
         self.hooks = {key: hook for key, hook in hooks.items() if isinstance(hook, _REPARAMETRIZATIONS)}
@@ -115,6 +117,7 @@ class Border:
         """Gives the module its own forward and hooks back."""
         module = self.module
         if border_of(module) is self:
+            del module.__dict__["__prepare_scriptable__"]
             if self.inner is None:
                 del module.__dict__["forward"]
             else:
@@ -186,6 +189,18 @@ class Border:
         with self.region.context():
             result = self._compute(args, kwargs)
         return _handed_on(result, output, back_from_fp64 if output is torch.float64 else back)
+
+
+def refuse_scripting() -> None:
+    """An error that torch.jit.script is given before it compiles a module that has a border.
+
+    Raises:
+        PolicyError: always.
+    """
+    raise PolicyError(
+        "a model is to be scripted while its layers compute in formats of their own, which TorchScript cannot express; "
+        "script it after the run (or Attachment.detach), when it has its own forwards back, or use torch.jit.trace"
+    )
 
 
 def border_of(module: nn.Module) -> Border | None:

@@ -12,6 +12,7 @@ from lightning_mixprec.engine.borders import Border
 from lightning_mixprec.engine.compiling import compiled_parts
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.assignment import LayerPrecision
+from lightning_mixprec.policy.module_names import is_scripted
 
 
 class _Witness:
@@ -49,7 +50,7 @@ class FirstStepCheck:
         for border in borders.values():
             border.entered = False
         for site in {inner: None for watched in self._watched for inner in watched.below()}:
-            if site not in borders and site not in compiled:
+            if site not in borders and site not in compiled and not is_scripted(site.module):
                 self._witnesses[site] = _Witness()
                 self._handles.append(site.module.register_forward_pre_hook(self._witnesses[site]))
 

@@ -7,6 +7,7 @@ from torch import nn
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.layers import Inventory, with_below
 from lightning_mixprec.policy.matching import near_layers, near_words
+from lightning_mixprec.policy.module_names import is_scripted
 from lightning_mixprec.policy.resolving import Resolution, matches_of, resolve
 from lightning_mixprec.policy.rules import Rule
 
@@ -115,20 +116,25 @@ def _problem(resolution: Resolution, number: int, active: set[int]) -> str | Non
 
 
 def _part_problem(resolution: Resolution, number: int) -> str | None:
-    """The error about a pattern for the parts of an attention module, which take the formats of the whole."""
+    """The error about a pattern for mere parts of a layer, which take the formats of the whole."""
     inventory, rule = resolution.inventory, resolution.rules[number]
     if inventory.unit.keys().isdisjoint(resolution.matched[number]):
         return None
     for pattern in rule.patterns or (None,):
         found = matches_of(rule, inventory, resolution.classes, pattern)
-        if not found <= inventory.unit.keys():
-            continue
-        for layer in sorted(found):
-            if _disagrees(resolution, rule, layer):
-                unit = inventory.names[inventory.unit[layer]][0]
+        is_for_parts = found <= inventory.unit.keys()
+        for layer in sorted(found & inventory.unit.keys()):
+            scripted = is_scripted(inventory.modules[layer])
+            if (is_for_parts or scripted) and _disagrees(resolution, rule, layer):
+                name, unit = inventory.names[layer][0], inventory.names[inventory.unit[layer]][0] or '""'
+                if scripted:
+                    return (
+                        f"is for {name}, which is TorchScript and computes in the format of the layer that calls it; "
+                        f"write the rule for {unit}, or use the module it was made from"
+                    )
                 return (
-                    f"is for {inventory.names[layer][0]}, whose forward never runs: MultiheadAttention uses its "
-                    f"weights directly; write the rule for {unit}"
+                    f"is for {name}, whose forward never runs: MultiheadAttention uses its weights directly; write the "
+                    f"rule for {unit}"
                 )
     return None
 

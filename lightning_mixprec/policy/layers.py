@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_mixprec.numerics.formats import REFERENCE, format_of
 from lightning_mixprec.policy.matching import NameTree
-from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.module_names import is_scripted, walk
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Inventory:
         names: Its names.
         children: The numbers of its children.
         has_forward: Whether it has operations of its own.
-        unit: The attention module that a layer is a mere part of: ``nn.MultiheadAttention`` reads the weights of its
-            parts and never calls their forward.
+        unit: The layer that another one is a mere part of: ``nn.MultiheadAttention`` reads the weights of its parts and
+            never calls their forward, and TorchScript computes in the format of what calls it.
     """
 
     tree: NameTree
@@ -68,17 +68,22 @@ def take_inventory(model: nn.Module) -> Inventory:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+    return is_scripted(module) or type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _units(modules: list[nn.Module], children: list[tuple[int, ...]], number: dict[int, int]) -> dict[int, int]:
     unit: dict[int, int] = {}
     for layer, module in enumerate(modules):
-        if isinstance(module, nn.MultiheadAttention):
-            parts = (module._modules.get(name) for name in ("out_proj", "parametrizations"))
-            known = [number[id(part)] for part in parts if part is not None and id(part) in number]
+        known = [number[id(part)] for part in _parts(module) if id(part) in number]
+        if layer not in unit:
             unit |= dict.fromkeys(with_below(known, children), layer)
     return unit
+
+
+def _parts(module: nn.Module) -> Iterable[nn.Module]:
+    if isinstance(module, nn.MultiheadAttention):
+        return filter(None, (module._modules.get(name) for name in ("out_proj", "parametrizations")))
+    return filter(is_scripted, module.children())
 
 
 def with_below(layers: Iterable[int], children: Sequence[tuple[int, ...]]) -> set[int]:

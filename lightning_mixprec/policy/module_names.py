@@ -8,6 +8,7 @@ the wrapper's name, the wrapper itself does not appear.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 _WRAPPED_AS = {
@@ -46,6 +47,11 @@ def walk(model: nn.Module) -> Iterator[Node]:
     ['', '0', '1', '2']
     """
     yield from _walk(unwrap(model), "", None, set())
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """True of what torch.jit.script or torch.jit.trace made: it takes no hooks, and calls no part of it by itself."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _walk(module: nn.Module, name: str, parent: nn.Module | None, path: set[int]) -> Iterator[Node]:
