@@ -31,10 +31,10 @@ class FidelityMonitor(SamplingMonitor):
 
     Logs ``mixprec/loss_gap`` (``|L_low - L_fp32| / |L_fp32|``) and ``mixprec/min_grad_cosine`` (of the worst layer).
     Rows of the JSONL file: ``loss_gap`` with ``loss_scale``, ``too_large`` (the layers that ``max_bytes`` left out) and
-    ``not_compared`` (those whose call could not be run again, with the reasons), and by layer ``grad_cosine`` and
-    ``sqnr_db``. A step that could not be replayed has ``problem``, and ``is_sampled``
-    says whether half of the batch could. With several ranks the cosine is that of all ranks' gradients side by side,
-    and the loss gap is the largest.
+    ``not_compared`` (those whose call could not be run again, with the reasons), ``not_in_fp32`` (those that fail in
+    fp32 and were left in the run's format), and by layer ``grad_cosine`` and ``sqnr_db``. A step that could not be
+    replayed has ``problem``, and ``is_sampled`` says whether half of the batch could. With several ranks the cosine is
+    that of all ranks' gradients side by side, and the loss gap is the largest.
 
     Warns of gradients and losses that are off in two samples in a row, and names a layer whose output is noise, at the
     limits and in the sentences of the report (:mod:`lightning_mixprec.records.advice`).
@@ -112,7 +112,8 @@ class FidelityMonitor(SamplingMonitor):
         if cosines and all(map(math.isnan, cosines.values())) and self._ask_again():
             cosines = {}  # the gradients overflowed, as in the first steps of nearly every fp16 run
         layers = self.latest["layers"]
-        self._not_compared |= found.not_compared
+        known = {**self._not_compared, **found.not_compared}
+        self._not_compared = {layer: why for layer, why in known.items() if layer not in found.sqnr_db}
         compared = [layer for layer in found.layers if layer in cosines or layer in found.sqnr_db]
         for layer in compared:
             layers.setdefault(layer, {"sqnr_db": None, "grad_cosine": None})
@@ -133,6 +134,8 @@ class FidelityMonitor(SamplingMonitor):
 
     def _row(self, found: Findings, gap: float) -> LossRow:
         row: LossRow = {"loss_gap": gap, "loss_scale": found.scale, "too_large": found.too_large}
+        if found.not_in_fp32:
+            row["not_in_fp32"] = found.not_in_fp32
         if found.not_compared:
             row["not_compared"] = found.not_compared
         if (limit := self._limit()) != advice.MIN_COSINE or self.min_cosine is not None:

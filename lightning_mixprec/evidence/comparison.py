@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.evidence.half_only import in_fp32
 from lightning_mixprec.evidence.instruments.flops import FlopCount
 from lightning_mixprec.evidence.instruments.own_dtypes import DtypeRecorder, OwnDtypes
 from lightning_mixprec.evidence.instruments.probe import (
@@ -34,6 +35,7 @@ from lightning_mixprec.evidence.run_formats import Formats
 from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.numerics.exponents import BINS
 from lightning_mixprec.numerics.finite import all_finite
+from lightning_mixprec.numerics.formats import is_scaling_needed
 from lightning_mixprec.numerics.similarity import cosine_of
 from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
 
@@ -221,11 +223,11 @@ class Comparison:
         self.reference: Replayed | None = None
         self.flops: dict[str, int] = {}
         self.not_compared: dict[str, str] = {}
-        self._module, self._kept, self._wanted = module, kept, wanted
+        self._module, self._formats, self._kept, self._wanted = module, formats, kept, wanted
         self._owned = own_parameters(module, self.layers)
         self._replay = StepReplay(module, formats, module.device)
         self._own = own
-        self._observer = Observer(self.layers, wanted.max_elements, own) if wanted.statistics else None
+        self._observer: Observer | None = None
         self._statistics: tuple[Tensor, Tensor] | None = None
 
     def run_in(self, formats: Formats | None, scale: float | Tensor, compared: Sequence[str] = ()) -> Recorded:
@@ -263,13 +265,24 @@ class Comparison:
             The :meth:`energies` of the compared layers.
         """
         assert self.reference is None, "one reference per batch"
-        run, count = run or self._run, FlopCount(self.layers) if self._wanted.flops else None
-        with self._replay.opened(reference=True) as stand_ins:
-            energies = self._energies(calls or {}, compared)
-            with self._observer or contextlib.nullcontext(), count or contextlib.nullcontext():
-                replayed = run(stand_ins)
-        self.reference, self.flops = replayed, count.flops if count is not None else {}
+        energies = self._no_energies(compared)
+
+        def observed(stand_ins: Sandbox) -> None:
+            self._take_energies(energies, calls or {}, compared)
+            self.reference = self._observed(stand_ins, run or self._run)
+
+        in_fp32(self._replay, observed)
         return energies
+
+    def _observed(self, stand_ins: Sandbox, run: Callable[[Sandbox], Replayed]) -> Replayed:
+        """The step in fp32, and what is to be seen of it."""
+        wanted, scale = self._wanted, self._reference_scale if run == self._run else 1.0
+        self._observer = Observer(self.layers, wanted.max_elements, self._own, scale) if wanted.statistics else None
+        count = FlopCount(self.layers) if wanted.flops else None
+        with self._observer or contextlib.nullcontext(), count or contextlib.nullcontext():
+            replayed = run(stand_ins)
+        self.flops = count.flops if count is not None else {}
+        return replayed
 
     @property
     def not_observed(self) -> dict[str, str]:
@@ -283,8 +296,10 @@ class Comparison:
             Energies of the outputs and of their errors: fp64 [compared, 2]; zeros for a layer that was not recorded, or
             could not be run again.
         """
+        energies = self._no_energies(compared)
         with self._replay.opened(reference=True):
-            return self._energies(calls, compared)
+            self._take_energies(energies, calls, compared)
+        return energies
 
     def measured(
         self,
@@ -316,8 +331,17 @@ class Comparison:
         return told
 
     def _run(self, stand_ins: Sandbox) -> Replayed:
-        kept = self._kept
-        return self._replay.run(stand_ins, kept.batch, kept.batch_idx, random=kept.random)
+        kept, scale = self._kept, self._reference_scale
+        replayed = self._replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)
+        if self._formats.not_in_fp32:
+            replayed.gradients = {name: each / scale for name, each in replayed.gradients.items()}
+        return replayed
+
+    @property
+    def _reference_scale(self) -> float | Tensor:
+        """The loss scale of the step in fp32: 1, unless gradients go through layers that compute in fp16 there, too."""
+        needs = is_scaling_needed({self._formats.of(layer) for layer in self._formats.not_in_fp32})
+        return self._formats.scale if needs else 1.0
 
     def _counted(self) -> tuple[Tensor, Tensor]:
         if self._statistics is None:
@@ -328,13 +352,19 @@ class Comparison:
             self._statistics = tables, amax
         return self._statistics
 
-    def _energies(self, calls: dict[str, LayerCall], compared: Sequence[str]) -> Tensor:
-        energies = torch.zeros(len(compared), 2, dtype=torch.float64, device=self.device)
+    def _no_energies(self, compared: Sequence[str]) -> Tensor:
+        return torch.zeros(len(compared), 2, dtype=torch.float64, device=self.device)
+
+    def _take_energies(self, energies: Tensor, calls: dict[str, LayerCall], compared: Sequence[str]) -> None:
         for row, name in enumerate(compared):
-            if name in calls:
-                with leaving_out(name, self.not_compared):
-                    energies[row] = computed_again(calls.pop(name))  # and lets go of the call
-        return energies
+            if name not in calls:
+                continue
+            call = calls.pop(name)  # and lets go of it
+            if name in self._formats.not_in_fp32:
+                self.not_compared[name] = self._formats.not_in_fp32[name]
+                continue
+            with leaving_out(name, self.not_compared):
+                energies[row] = computed_again(call)
 
 
 def is_finite(replayed: Replayed) -> Tensor:

@@ -36,6 +36,7 @@ class Findings:
         flops: By layer what its own matrix products take in forward, of the batch of this rank.
         too_large: Layers whose input and output would not have fitted.
         not_compared: By layer the reason that its output could not be compared on this rank.
+        not_in_fp32: The layers whose own operations were left in the run's format, as they fail in fp32.
         not_observed: By layer the reason that statistics of this rank lack something of it.
         problem: What went wrong, if something did, on this rank; if its batch was left out, on the first such rank.
         is_complete: Whether the batches of all ranks, or half of them, were looked at.
@@ -54,6 +55,7 @@ class Findings:
     flops: dict[str, int] = field(default_factory=dict)
     too_large: list[str] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)
+    not_in_fp32: list[str] = field(default_factory=list)
     not_observed: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
     is_complete: bool = False

@@ -80,10 +80,9 @@ class StepReplay:
         _agree_on_room(self.module, self.device)
         context = self.formats.reference() if reference else self.formats.low()
         exact = without_tf32(self.device) if reference else contextlib.nullcontext()
-        widen = reference and self.formats.widens
         run = self.module._trainer
         optimizers = run.optimizers if run is not None else ()
-        opening = sandbox(self.module, self.device, widen=widen, optimizers=optimizers, run=run)
+        opening = sandbox(self.module, self.device, widen=reference, optimizers=optimizers, run=run)
         with torch.enable_grad(), context, exact, opening as stand_ins:
             yield stand_ins
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec.engine.apply import attach
+from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes
-from lightning_mixprec.numerics.formats import REFERENCE, is_scaling_needed, is_wider, trained_in
-from lightning_mixprec.plugin.formats_in_force import in_fp32
+from lightning_mixprec.numerics.formats import REFERENCE, half_dtypes, is_scaling_needed, is_wider, trained_in
+from lightning_mixprec.plugin.formats_in_force import all_in_fp32
 from lightning_mixprec.plugin.lightnings import Precision, both
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.strategies import check_replay
@@ -29,9 +30,6 @@ _WITH_FORMATS = _HALF + _MIXED + both("plugins.precision", "DoublePrecision")
 class Formats(Protocol):
     """Formats as a replay needs them."""
 
-    widens: bool
-    """True where 16-bit weights and inputs have to be cast to fp32 for the reference."""
-
     def of(self, layer: str) -> str:
         """The format that a layer computes in."""
 
@@ -39,7 +37,11 @@ class Formats(Protocol):
         """Everything within computes as the run does."""
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
-        """Everything within computes in fp32; fp64 stays."""
+        """Everything within computes in fp32, but for :attr:`not_in_fp32`; fp64 stays."""
+
+    @property
+    def not_in_fp32(self) -> dict[str, str]:
+        """By layer the error that it raises in fp32; its own operations compute in the run's format all the same."""
 
     @property
     def searches_scale(self) -> bool:
@@ -52,8 +54,6 @@ class Formats(Protocol):
 
 class PluginFormats:
     """The formats of a run under :class:`PerLayerPrecision`."""
-
-    widens = False
 
     def __init__(self, plugin: PerLayerPrecision) -> None:
         self._plugin = plugin
@@ -85,8 +85,13 @@ class PluginFormats:
         return self._plugin.replay_context()
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
-        """Everything within computes in fp32; fp64 stays."""
+        """Everything within computes in fp32, but for :attr:`not_in_fp32`; fp64 stays."""
         return self._plugin.reference_context()
+
+    @property
+    def not_in_fp32(self) -> dict[str, str]:
+        """The layers that cannot compute in fp32; all formats of the plugin share them."""
+        return self._plugin.not_in_fp32
 
     @property
     def scale(self) -> float | Tensor:
@@ -127,15 +132,21 @@ class TrialFormats(PluginFormats):
 
 
 class StockFormats:
-    """The formats of a run under one of Lightning's own plugins: one for all layers."""
+    """The formats of a run under one of Lightning's own plugins: one for all layers.
+
+    Args:
+        plugin: The plugin.
+        model: The model in training.
+        device: The device it is on.
+    """
 
     searches_scale = True
 
-    def __init__(self, plugin: Precision, device: torch.device) -> None:
-        self._plugin, self._device = plugin, device
+    def __init__(self, plugin: Precision, model: torch.nn.Module, device: torch.device) -> None:
+        self._plugin, self._model, self._device = plugin, model, device
+        self.not_in_fp32: dict[str, str] = {}
         self._format = trained_in(str(plugin.precision)) or REFERENCE
         self._scaler: Any = plugin.scaler if isinstance(plugin, _MIXED) else None
-        self.widens = isinstance(plugin, _HALF)
         self.own = OwnDtypes()
 
     def of(self, layer: str) -> str:
@@ -152,10 +163,17 @@ class StockFormats:
         return self._plugin.forward_context()
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
-        """Everything within computes in fp32; fp64 stays."""
+        """Everything within computes in fp32, but for :attr:`not_in_fp32`; fp64 stays.
+
+        Where weights are stored in 16 bits, code of the model's own casts what it gives them to 16 bits: there layers
+        have to cast what they are given.
+        """
         if is_wider(self._format, REFERENCE):
             return self._plugin.forward_context()
-        return torch.autocast(self._device.type, enabled=False)
+        if not (self.not_in_fp32 or _stores_in_16_bits(self._model)):
+            return torch.autocast(self._device.type, enabled=False)
+        assignment = as_policy(self._format).resolve(self._model)
+        return _attached(self._model, all_in_fp32(assignment, self.not_in_fp32), self._device)
 
     @property
     def scale(self) -> float | Tensor:
@@ -187,11 +205,11 @@ class PolicyFormats:
         scale: The loss scale, where the policy has a layer compute in fp16; elsewhere it is 1.
     """
 
-    widens = False
     searches_scale = False
 
     def __init__(self, model: torch.nn.Module, policy: Any, device: torch.device, scale: float) -> None:
         self._model, self._device = model, device
+        self.not_in_fp32: dict[str, str] = {}
         resolved: PrecisionPolicy = as_policy(policy)
         self._assignment = resolved.resolve(model)
         self.scale: float | Tensor = scale if is_scaling_needed(self._assignment.compute_formats) else 1.0
@@ -202,20 +220,29 @@ class PolicyFormats:
 
     def low(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as the policy says."""
-        return self._attached(self._assignment)
+        return _attached(self._model, self._assignment, self._device)
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
-        """Everything within computes in fp32; fp64 stays."""
-        return self._attached({name: in_fp32(layer) for name, layer in self._assignment.items()})
+        """Everything within computes in fp32, but for :attr:`not_in_fp32`; fp64 stays."""
+        return _attached(self._model, all_in_fp32(self._assignment, self.not_in_fp32), self._device)
 
-    @contextlib.contextmanager
-    def _attached(self, assignment: Mapping[str, LayerPrecision]) -> Generator[None, None, None]:
-        attachment = attach(self._model, assignment, self._device.type)
-        try:
-            with attachment.context():
-                yield
-        finally:
-            attachment.detach()
+
+@contextlib.contextmanager
+def _attached(
+    model: torch.nn.Module, assignment: Mapping[str, LayerPrecision], device: torch.device
+) -> Generator[None, None, None]:
+    attachment = attach(model, assignment, device.type)
+    try:
+        with attachment.context():
+            yield
+    finally:
+        attachment.detach()
+
+
+def _stores_in_16_bits(model: torch.nn.Module) -> bool:
+    """True if a rank's own weights or buffers are stored in 16 bits; those that are sharded stay as they are."""
+    tensors = (*model.parameters(), *model.buffers())
+    return any(each.dtype in half_dtypes() and not is_sharded(each) for each in tensors)
 
 
 RunFormats = PluginFormats | StockFormats
@@ -236,7 +263,7 @@ def formats_of(trainer: pl.Trainer, who: str) -> RunFormats:
     if isinstance(plugin, PerLayerPrecision):
         return PluginFormats(plugin)
     if type(plugin) in _PLAIN or isinstance(plugin, _WITH_FORMATS):
-        return StockFormats(plugin, trainer.strategy.root_device)
+        return StockFormats(plugin, trainer.lightning_module, trainer.strategy.root_device)
     raise SupportError(
         f"{who} does not know the precision plugin {type(plugin).__name__}; it works with PerLayerPrecision and "
         "with Trainer(precision='16-mixed', 'bf16-mixed', '16-true', 'bf16-true', '32-true' or '64-true')"

@@ -98,4 +98,5 @@ class SampledStep:
         energies = comparison.run_reference(low.calls, wanted.layers)
         found.flops, found.too_large = comparison.flops, low.too_large
         found.not_compared, found.not_observed = comparison.not_compared, comparison.not_observed
+        found.not_in_fp32 = list(self._formats.not_in_fp32)
         return comparison.measured(low.replayed, energies, statistics=wanted.statistics)

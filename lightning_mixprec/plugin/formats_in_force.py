@@ -1,7 +1,7 @@
 """The policies of training and of evaluation, each brought in force on the running model when it is to hold."""
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class FormatsInForce:
         self._forget_run()
 
     def _forget_run(self) -> None:
+        self.not_in_fp32: dict[str, str] = {}
         self._attachment: Attachment | None = None
         self._in_force: Assignment | None = None
         self._to_watch = {"train", "eval"}
@@ -150,13 +151,13 @@ class FormatsInForce:
 
     @contextlib.contextmanager
     def reference(self) -> Generator[None, None, None]:
-        """As :meth:`replay`, but in fp32, and in fp64 what is to compute in fp64."""
+        """As :meth:`replay`, but in fp32, and in fp64 what is to compute in fp64; see :func:`all_in_fp32`."""
         assignment = self.training_assignment
         self._bring_in_force(assignment)
         if self._attachment is None or assignment is None:
             yield
             return
-        with self._lent_to({name: in_fp32(layer) for name, layer in assignment.items()}):
+        with self._lent_to(all_in_fp32(assignment, self.not_in_fp32)):
             yield
 
     @contextlib.contextmanager
@@ -253,9 +254,20 @@ class FormatsInForce:
         return attributes_of_copy(self)
 
 
-def in_fp32(layer: LayerPrecision) -> LayerPrecision:
-    """The layer where everything computes in fp32; fp64 stays."""
-    return replace(layer, compute=layer.compute if is_wider(layer.compute, REFERENCE) else REFERENCE, output=None)
+def all_in_fp32(assignment: Mapping[str, LayerPrecision], but_for: Collection[str] = ()) -> dict[str, LayerPrecision]:
+    """The assignment where everything computes in fp32; fp64 stays.
+
+    Args:
+        assignment: The assignment.
+        but_for: Layers whose own operations stay as they are. What is inside them hands on what these take: 16 bits.
+    """
+
+    def wide(name: str, layer: LayerPrecision) -> LayerPrecision:
+        is_inside = get_format(layer.compute).is_half and any(name.startswith(f"{outer}.") for outer in but_for)
+        compute = layer.compute if is_wider(layer.compute, REFERENCE) else REFERENCE
+        return replace(layer, compute=compute, output=layer.compute if is_inside else None)
+
+    return {name: layer if name in but_for else wide(name, layer) for name, layer in assignment.items()}
 
 
 def attributes_of_copy(owner: Any) -> dict[str, Any]:

@@ -268,6 +268,11 @@ class PerLayerPrecision(Precision):
         """As :meth:`replay_context`, but in fp32 (what is to compute in fp64 does): what callbacks compare with."""
         return self._formats.reference()
 
+    @property
+    def not_in_fp32(self) -> dict[str, str]:
+        """By layer that cannot compute in fp32 the reason; in :meth:`reference_context` it computes as in the run."""
+        return self._formats.not_in_fp32
+
     def trial_context(self, policy: PrecisionPolicy) -> contextlib.AbstractContextManager[None]:
         """As :meth:`replay_context`, but under another policy, as :meth:`set_policy` takes it; the run stays as is."""
         return self._formats.trial(self._running_model(), policy)

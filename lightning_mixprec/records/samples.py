@@ -91,12 +91,14 @@ class LossRow(TypedDict):
     """The loss at a sampled step; ``min_cosine`` and ``max_loss_gap`` where other limits than the usual ones hold.
 
     Of the layers whose turn it was, some were not compared: those that ``max_bytes`` left out (``too_large``), and
-    those whose call could not be recorded or run again, each with the reason (``not_compared``).
+    those whose call could not be recorded or run again, each with the reason (``not_compared``). The own operations of
+    others were left in the run's format where everything else computed in fp32 (``not_in_fp32``).
     """
 
     loss_gap: float
     loss_scale: float
     too_large: list[str]
     not_compared: NotRequired[dict[str, str]]
+    not_in_fp32: NotRequired[list[str]]
     min_cosine: NotRequired[float]
     max_loss_gap: NotRequired[float]

@@ -160,7 +160,7 @@ def by_hand():
     def tell(kind, window, outcome):
         calls.append((kind, len(window.batches)))
 
-    formats = StockFormats(stock("32-true"), CPU)
+    formats = StockFormats(stock("32-true"), pl.LightningModule(), CPU)
     return FailureWatch(formats, CPU, True, partial(tell, "failure"), partial(tell, "outcome")), calls
 
 

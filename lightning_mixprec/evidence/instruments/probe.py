@@ -51,12 +51,20 @@ class Observer:
         layers: The modules by name.
         max_elements: How many elements of a tensor are looked at; None for all.
         own: The dtypes that a layer's output has in low precision; of parts with different ones the wider are left out.
+        scale: What losses are multiplied by before backward; gradients are seen without.
 
     Attributes:
         left_out: By layer the reason that something of it could not be looked at.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], max_elements: int | None, own: OwnDtypes | None = None) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        max_elements: int | None,
+        own: OwnDtypes | None = None,
+        scale: float | Tensor = 1.0,
+    ) -> None:
+        self._scale = scale
         self.left_out: dict[str, str] = {}
         self._layers, self._own = layers, own or OwnDtypes()
         self._max_elements = max_elements
@@ -102,6 +110,8 @@ class Observer:
 
     def _on_gradient(self, name: str, gradient: Tensor) -> None:
         with leaving_out(name, self.left_out):
+            if isinstance(self._scale, Tensor) or self._scale != 1:
+                gradient = gradient.float() / self._scale
             self._gradients.setdefault(name, []).append(_sampled(gradient, self._max_elements))
 
 

@@ -1,0 +1,84 @@
+"""Layers that cannot compute in fp32, such as those whose kernels take 16 bits alone: found when they fail."""
+
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_mixprec import ranks
+from lightning_mixprec.errors import one_line
+from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
+from lightning_mixprec.evidence.instruments.probe import layers_of
+from lightning_mixprec.evidence.instruments.sandbox import Sandbox
+from lightning_mixprec.evidence.replay import StepReplay, is_shared
+from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.records.words import also, named
+
+T = TypeVar("T")
+
+
+def in_fp32(replay: StepReplay, run: Callable[[Sandbox], T], tries: int = 3) -> T:
+    """Runs something in fp32. If a layer fails, it is run again with that layer's own operations as the run has them.
+
+    Where that is enough, the layer is one of ``replay.formats.not_in_fp32`` from then on, and is told of once.
+
+    Args:
+        replay: How to replay steps.
+        run: Runs inside a sandbox; it may be called several times.
+        tries: How often it may be called again.
+
+    Raises:
+        Exception: The error in fp32, if there is one all the same.
+    """
+    error: Exception | None = None
+    found: tuple[list[str], str] | None = None
+    try:
+        with replay.opened(reference=True) as stand_ins:
+            result = run(stand_ins)
+    except Exception as raised:
+        error = raised
+        found = (_failing(replay, raised), one_line(raised)) if tries and not is_out_of_memory(raised) else None
+    if is_shared(replay.module):
+        _, found = ranks.first_found(found)
+    if found is None or not found[0]:
+        if error is not None:
+            raise error
+        return result
+    return _without(*found, replay, error, lambda: in_fp32(replay, run, tries - 1))
+
+
+def _without(failing: list[str], reason: str, replay: StepReplay, error: Exception | None, run: Callable[[], T]) -> T:
+    """Runs something with failing layers in the run's formats, which is undone if that does not help."""
+    left_out = replay.formats.not_in_fp32
+    if error is not None:
+        error.with_traceback(None)  # it holds what the step had in memory
+    left_out.update(dict.fromkeys(failing, reason))
+    try:
+        result = run()
+    except Exception as later:
+        for layer in failing:
+            del left_out[layer]
+        raise (error or later) from None
+    rank_zero_warn(
+        f"{named(failing[0])}{also(failing[1:])} cannot compute in fp32 ({reason}): its own operations stay in the "
+        "run's format where steps are compared with fp32."
+    )
+    return result
+
+
+def _failing(replay: StepReplay, error: Exception) -> list[str]:
+    """The innermost layer that an error went through and that can still be left out, and all layers of its class.
+
+    One that fails although it is left out is given in fp32 what it does not take, by the layer around it.
+    """
+    layers, formats = layers_of(replay.module), replay.formats
+    names = {id(module): name for name, module in layers.items()}
+    through = [names.get(id(frame.f_locals.get("self"))) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    candidates = [name for name in through if name and name not in formats.not_in_fp32]
+    innermost = next((name for name in reversed(candidates) if get_format(formats.of(name)).is_half), None)
+    if innermost is None:
+        return []
+    kind = type(layers[innermost])
+    others = [] if kind.__module__.startswith("torch.") else [name for name in layers if type(layers[name]) is kind]
+    return [innermost, *(name for name in others if name != innermost and name not in formats.not_in_fp32)]
