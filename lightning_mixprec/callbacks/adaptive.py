@@ -19,7 +19,9 @@ from lightning_mixprec.callbacks.monitor import (
     takes_iterator,
 )
 from lightning_mixprec.errors import MixPrecError, SupportError
-from lightning_mixprec.evidence.failures import FailureWatch
+from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
+from lightning_mixprec.evidence.failures import FailureWatch, Found, diagnosed_error
+from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.step_window import KeptBatch, StepWindow
 from lightning_mixprec.numerics.devices import native_support
@@ -266,10 +268,14 @@ class AdaptivePrecision(FailureMonitor):
         trainer, run = self._trainer, self._run
         assert trainer is not None and run is not None
         may_repeat = not is_over and trainer.accumulate_grad_batches == 1 and run.pending is None
-        found = run.see_error(window, error, decides=may_repeat)
-        if found is not None:
-            note(error, found.diagnosis.cause["message"])
-        if not may_repeat or run.pending is None:
+        replay = StepReplay(trainer.lightning_module, window.formats, window.device)
+        found = diagnosed_error(replay, window, error, run.wanted(statistics=may_repeat))
+        if found is None:
+            return None
+        note(error, found.diagnosis.cause["message"])
+        if may_repeat and found.diagnosis.cause["verdict"] == "precision":
+            run.decide(found, float(window.formats.scale))
+        if run.pending is None:
             return None
         if self.mode == "advise":
             self._advise(run.withdraw())
@@ -281,6 +287,18 @@ class AdaptivePrecision(FailureMonitor):
             window.begin_anew()
 
         return take_again
+
+    @override
+    def _wanted_of_evaluation(self) -> Wanted:
+        return Wanted(statistics=True, max_elements=MAX_ELEMENTS)
+
+    @override
+    def _explain_evaluation(self, found: Found) -> None:
+        """Moves what makes validation overflow, unless that has a policy of its own, which is the user's."""
+        run, plugin = self._run, self._plugin
+        assert run is not None and plugin is not None
+        if plugin.eval_policy is None and found.comparison is not None and run.pending is None:
+            run.decide(found, plugin.scaler.get_scale())
 
     def _take_in(
         self, place: Mapping[str, int], decision: Decision | None = None, passes: int | None = None, **seen: Any

@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, Comparison, Wanted
-from lightning_mixprec.evidence.failures import Found, diagnosed, diagnosed_error
+from lightning_mixprec.evidence.failures import Found, diagnosed
 from lightning_mixprec.evidence.findings import SHORT, describe
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
@@ -203,7 +203,7 @@ class AdaptiveRun:
         if not looks or not window.batches:
             return
         replay = StepReplay(self._module, PluginFormats(self._plugin), window.device)
-        found, problems = diagnosed(replay, window, outcome.scale, self._wanted(statistics=True))
+        found, problems = diagnosed(replay, window, outcome.scale, self.wanted(statistics=True))
         for problem in problems:
             self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
         verdict = None if found is None else found.diagnosis.cause["verdict"]
@@ -214,24 +214,15 @@ class AdaptiveRun:
                 self._is_damaged()
             return
         if self.controller.accuse():
-            self._decide(found, outcome.scale)
+            self.decide(found, outcome.scale)
 
-    def see_error(self, window: StepWindow, error: Exception, *, decides: bool) -> Found | None:
-        """A step raised, which ends the run: says why, if that was for want of precision.
+    def decide(self, found: Found, scale: float) -> None:
+        """Decides on a step that failed for want of precision.
 
         Args:
-            window: The batches since the last optimizer step.
-            error: What was raised.
-            decides: Whether something is to be decided at once.
+            found: Its diagnosis.
+            scale: Its loss scale.
         """
-        replay = StepReplay(self._module, PluginFormats(self._plugin), window.device)
-        found = diagnosed_error(replay, window, error, self._wanted(statistics=decides))
-        if decides and found is not None and found.diagnosis.cause["verdict"] == "precision":
-            self._decide(found, float(window.formats.scale))
-        return found
-
-    def _decide(self, found: Found, scale: float) -> None:
-        """Decides on a step that failed for want of precision."""
         trials = self._trials(found.comparison or self._comparison(found.kept, statistics=True))
         if not trials.is_possible:
             self.controller.give_up_looking()
@@ -257,13 +248,13 @@ class AdaptiveRun:
             self._report(self._now(), problem=f"{listed(names)} not finite, and there is no good copy to go back to")
         return True
 
-    def _wanted(self, *, statistics: bool) -> Wanted:
+    def wanted(self, *, statistics: bool) -> Wanted:
         """The questions that a decision may ask of a step in fp32."""
         flops = not self._flops
         return Wanted(statistics=statistics, max_elements=MAX_ELEMENTS, max_bytes=MAX_BYTES, flops=flops)
 
     def _comparison(self, kept: KeptBatch, *, statistics: bool) -> Comparison:
-        return Comparison(self._module, PluginFormats(self._plugin), kept, self._wanted(statistics=statistics))
+        return Comparison(self._module, PluginFormats(self._plugin), kept, self.wanted(statistics=statistics))
 
     def _trials(self, comparison: Comparison) -> Trials:
         trials = Trials(comparison, self._plugin, self._policy_with, self.controller.counts.usual_loss)

@@ -6,6 +6,8 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -13,12 +15,19 @@ from typing_extensions import override
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.monitor import Monitor, is_validated_next
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.evidence.failures import FailureWatch
+from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.evaluation import EvaluationWatch, Seen, diagnosed_evaluation, values_of
+from lightning_mixprec.evidence.failures import FailureWatch, Found
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
-from lightning_mixprec.evidence.step_window import StepWindow
+from lightning_mixprec.evidence.step_window import KeptBatch, StepWindow
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.step_errors import Remedy
+
+_NOT_LOOKED_INTO = (
+    "validation gives outputs or logged values that are not finite, not looked into where several ranks train; "
+    "validate on one to have the layer named."
+)
 
 
 class FailureMonitor(Monitor):
@@ -31,6 +40,7 @@ class FailureMonitor(Monitor):
         self._failures: FailureWatch | None = None
         self._ranks_end_together = True
         self._looked_into: int | None = None
+        self._evaluation = EvaluationWatch()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -82,6 +92,51 @@ class FailureMonitor(Monitor):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle()
         super().on_train_end(trainer, pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            kept = KeptBatch(batch, batch_idx, None)
+            self._evaluation.add(kept, dataloader_idx, values_of(trainer, outputs))
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        seen = self._evaluation.finish()
+        if ranks.are_many():
+            if ranks.is_any(seen is not None, pl_module.device):
+                self._warn_once("validation", _NOT_LOOKED_INTO)
+        elif seen is not None:
+            with torch.inference_mode(False):
+                self._see_evaluation(pl_module, seen)
+            self._follow_up()
+        super().on_validation_end(trainer, pl_module)
+
+    def _see_evaluation(self, pl_module: pl.LightningModule, seen: Seen) -> None:
+        """Looks into a batch of validation that is not finite."""
+        assert self._formats is not None
+        found = diagnosed_evaluation(
+            pl_module, self._formats.in_evaluation(pl_module), seen, self._wanted_of_evaluation()
+        )
+        if found is None:
+            self._evaluation.acquit(seen)
+        else:
+            self._explain_evaluation(found)
+
+    def _wanted_of_evaluation(self) -> Wanted | None:
+        """The questions that a decision may ask of a batch of validation in fp32."""
+        return None
+
+    def _explain_evaluation(self, found: Found) -> None:
+        """Acts on a batch of validation that was not finite for want of precision."""
+        raise NotImplementedError
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``OverflowMonitor``: overflows, the loss scale and skipped steps, and which layer is to blame."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from typing_extensions import override
@@ -11,7 +11,7 @@ from lightning_mixprec.callbacks.failure_monitor import FailureMonitor, note
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import Diagnosis
-from lightning_mixprec.evidence.failures import FailureWatch, diagnosed, diagnosed_error
+from lightning_mixprec.evidence.failures import FailureWatch, Found, diagnosed, diagnosed_error
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.saved_batches import save_batch
 from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
@@ -53,7 +53,7 @@ class OverflowMonitor(FailureMonitor):
             ``batch_idx``, ``layer`` (``""`` is the LightningModule's own operations; None for "scale" and "data"),
             ``direction``, ``verdict`` (``"precision"``, ``"scale"``, ``"data"`` or ``"model"``), ``op``, ``format``,
             ``value``, ``fits``, ``loss_scale``, ``smaller_scale``, ``detail``, ``message``; ``raised`` where the step
-            raised, and ``op`` is None where nothing overflowed until then.
+            raised (``op`` is None where nothing overflowed until then); ``stage`` where it was in validation.
         skipped_steps: Optimizer steps that were skipped. A fused optimizer under Lightning's own fp16 plugin skips by
             itself, which shows in the loss scale alone: one step for each time it falls.
         reasons: How many failed steps had each verdict; ``"unknown"`` for those that were not replayed or whose replay
@@ -157,6 +157,12 @@ class OverflowMonitor(FailureMonitor):
         self._journal.flush()
         note(error, found.diagnosis.cause["message"])
 
+    @override
+    def _explain_evaluation(self, found: Found) -> None:
+        assert self._trainer is not None
+        self._tell(self._trainer, self._trainer.global_step, found.rank, found.kept, found.diagnosis, "validation")
+        self._journal.flush()
+
     def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, scale: float) -> Diagnosis | None:
         replay = StepReplay(trainer.lightning_module, window.formats, window.device)
         found, problems = diagnosed(replay, window, scale)
@@ -168,9 +174,19 @@ class OverflowMonitor(FailureMonitor):
         self._tell(trainer, window.step, found.rank, found.kept, found.diagnosis)
         return found.diagnosis
 
-    def _tell(self, trainer: pl.Trainer, step: int, rank: int, kept: KeptBatch, diagnosis: Diagnosis) -> None:
+    def _tell(
+        self,
+        trainer: pl.Trainer,
+        step: int,
+        rank: int,
+        kept: KeptBatch,
+        diagnosis: Diagnosis,
+        stage: Literal["validation"] | None = None,
+    ) -> None:
         where = self._where(trainer, step, kept.batch_idx)
         event = cast(Event, {**where, **diagnosis.cause})
+        if stage is not None:
+            event["stage"] = stage
         if ranks.are_many():
             event["rank"] = rank
         _, saved = ranks.first_found(self._save(trainer, kept, event) if rank == trainer.global_rank else None)
@@ -186,7 +202,7 @@ class OverflowMonitor(FailureMonitor):
         return {"step": step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
 
     def _save(self, trainer: pl.Trainer, kept: KeptBatch, event: Event) -> Path | None:
-        if not self.save_batch or event["verdict"] == "scale" or self._folder is None:
+        if not self.save_batch or event["verdict"] == "scale" or "stage" in event or self._folder is None:
             return None
         path = self._folder / f"overflow-step{event['step']}-batch{event['batch_idx']}.pt"
         return save_batch(path, kept, event, self._policy(trainer))

@@ -202,6 +202,7 @@ class Comparison:
         kept: The batch, on the device.
         wanted: What is to be asked of it.
         own: What is known of the dtypes that layers' own numbers have in the run's formats; gets what more is found.
+        replay: How to replay a batch; None for a training step.
 
     Attributes:
         layers: The modules by name, in the model's order.
@@ -218,6 +219,7 @@ class Comparison:
         kept: KeptBatch,
         wanted: Wanted,
         own: OwnDtypes | None = None,
+        replay: StepReplay | None = None,
     ) -> None:
         self.layers, self.device = layers_of(module), module.device
         self.reference: Replayed | None = None
@@ -225,7 +227,7 @@ class Comparison:
         self.not_compared: dict[str, str] = {}
         self._module, self._formats, self._kept, self._wanted = module, formats, kept, wanted
         self._owned = own_parameters(module, self.layers)
-        self._replay = StepReplay(module, formats, module.device)
+        self._replay = replay or StepReplay(module, formats, module.device)
         self._own = own
         self._observer: Observer | None = None
         self._statistics: tuple[Tensor, Tensor] | None = None
@@ -238,7 +240,7 @@ class Comparison:
             scale: The loss scale.
             compared: The layers whose first call is recorded, as far as ``max_bytes`` reach.
         """
-        replay = self._replay if formats is None else StepReplay(self._module, formats, self.device)
+        replay = self._replay if formats is None else self._replay.in_formats(formats)
         recorder = CallRecorder({name: self.layers[name] for name in compared}, self.device, self._wanted.max_bytes)
         own = self._own if formats is None else None
         dtypes = contextlib.nullcontext() if own is None else DtypeRecorder(self.layers, own)

@@ -214,7 +214,7 @@ class Judge:
         def run() -> None:
             if reference:
                 kept = KeptBatch(self._batch, self._batch_idx, self._random)
-                comparison = Comparison(replay.module, replay.formats, kept, self._wanted)
+                comparison = Comparison(replay.module, replay.formats, kept, self._wanted, replay=replay)
                 comparison.run_reference(run=traced)
                 self.comparison = None if self._is_halved else comparison
             else:

@@ -8,6 +8,7 @@ step's. In manual optimization every optimizer therefore sees the weights from b
 """
 
 import contextlib
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from typing_extensions import Self
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.objects import copied, mapped, tensors_in
@@ -127,12 +129,21 @@ class StepReplay:
         replayed = Replayed()
         step = _Step(self.module, stand_ins, replayed, scale)
         with _stand_ins_for_the_trainer(self.module, step):
-            output = self._training_step(batch, batch_idx)
-            loss = output.get("loss") if isinstance(output, dict) else output
-            if self.module.automatic_optimization and isinstance(loss, Tensor):
-                step.backward(loss / self._accumulated_batches())
+            self._take(step, batch, batch_idx)
         step.finish()
         return replayed
+
+    def in_formats(self, formats: Formats) -> Self:
+        """The same in other formats."""
+        other = copy.copy(self)
+        other.formats = formats
+        return other
+
+    def _take(self, step: "_Step", batch: Any, batch_idx: int) -> None:
+        output = self._training_step(batch, batch_idx)
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if self.module.automatic_optimization and isinstance(loss, Tensor):
+            step.backward(loss / self._accumulated_batches())
 
     def _training_step(self, batch: Any, batch_idx: int) -> Any:
         training_step = self.module.training_step

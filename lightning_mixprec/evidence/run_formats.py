@@ -113,6 +113,11 @@ class PluginFormats:
         """The flag of non-finite gradients, while a step is prepared."""
         return self._plugin.scaler.found_inf(optimizer)
 
+    def in_evaluation(self, module: pl.LightningModule) -> "PluginFormats":
+        """The formats of validation."""
+        policy = self._plugin.eval_policy
+        return self if policy is None else EvaluationFormats(self._plugin, policy, module)
+
 
 class TrialFormats(PluginFormats):
     """The formats of a run under a policy that is tried, and fp32 for the reference.
@@ -129,6 +134,18 @@ class TrialFormats(PluginFormats):
     def low(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as the policy says."""
         return self._plugin.trial_context(self._policy)
+
+
+class EvaluationFormats(TrialFormats):
+    """The formats of evaluation under a policy of its own."""
+
+    def __init__(self, plugin: PerLayerPrecision, policy: PrecisionPolicy, module: pl.LightningModule) -> None:
+        super().__init__(plugin, policy)
+        self._assignment = policy.resolve(module)
+
+    def of(self, layer: str) -> str:
+        """The format that a layer computes in."""
+        return self._assignment[layer].compute
 
 
 class StockFormats:
@@ -182,6 +199,10 @@ class StockFormats:
         if scaler is None or not scaler.is_enabled():
             return 1.0
         return scaler._scale if scaler._scale is not None else float(scaler._init_scale)
+
+    def in_evaluation(self, module: pl.LightningModule) -> "StockFormats":
+        """The formats of validation."""
+        return self
 
     @property
     def is_guarded(self) -> bool:

@@ -48,7 +48,6 @@ class PerLayerPrecision(Precision):
     Attributes:
         scaler: The loss scaler; ``get_scale()`` is 1 while nothing is scaled.
         history: One plain dict per change (the first assignment is none): step, layer, from, to, reason, any evidence.
-        step_errors: Asks callbacks for a remedy when the evaluation of a step raises.
 
     Raises:
         MixPrecError: An argument is malformed; one line that says what is allowed.
@@ -108,6 +107,11 @@ class PerLayerPrecision(Precision):
     def configured_policy(self) -> PrecisionPolicy | None:
         """The policy that training was configured with; None for ``"auto"`` before the device is known."""
         return self._formats.configured
+
+    @property
+    def eval_policy(self) -> PrecisionPolicy | None:
+        """The policy of validate, test and predict, if they have one of their own."""
+        return self._formats.evaluation
 
     @property
     def assignment(self) -> Assignment | None:
@@ -286,11 +290,10 @@ class PerLayerPrecision(Precision):
     @override
     @contextlib.contextmanager
     def train_step_context(self) -> Generator[None, None, None]:
-        with self._formats.train_step():
+        with self._formats.train_step(), self._ledger.batch():
             if self._buffers is not None:
                 self._buffers.open()
-            with self._ledger.batch():
-                yield
+            yield
         if (model := self._current_model()) is not None and not model.automatic_optimization:
             self.scaler.update(self._optimizers)
 

@@ -79,8 +79,10 @@ class Event(Place, Cause):
 
     Keys:
         rank: Whose batch it was, where there are several.
+        stage: ``"validation"`` where it was a batch of that; absent for a training batch.
         frames: The operations around it, in the file of rows alone.
     """
 
     rank: NotRequired[Count]
+    stage: NotRequired[Literal["validation"]]
     frames: NotRequired[list[Frame]]
