@@ -151,7 +151,11 @@ class UnderflowMonitor(SamplingMonitor):
         lossy = {layer: rate for layer, rate in rates.items() if rate > self.threshold}
         for worst, others in self._not_warned_of("underflow", sorted(lossy, key=lambda layer: -lossy[layer])):
             latest = self.latest[worst]
-            told = advice.underflow(worst, latest, found.scale, others, get_format(latest["format"]).use)
+            use, largest = (
+                get_format(latest["format"]).use,
+                advice.largest_scale(self.latest[layer] for layer in measured),
+            )
+            told = advice.underflow(worst, latest, found.scale, others, use, largest)
             rank_zero_warn(f"step {found.place['step']}: {told}.")
 
     @override

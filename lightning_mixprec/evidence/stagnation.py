@@ -49,8 +49,9 @@ class StagnationCheck:
         """
         own = {id(param) for param in params_of(optimizer)}
         self._may_be_skipped |= may_be_skipped
-        for name, param in model.named_parameters():
-            if id(param) in own and param.grad is not None and name not in self._before and not param.grad.is_sparse:
+        trained = {name: param for name, param in model.named_parameters() if param.requires_grad and id(param) in own}
+        for name, param in trained.items():
+            if param.grad is not None and name not in self._before and not param.grad.is_sparse:
                 has_gradient = self._sampled(param.grad) != 0
                 if found_inf is not None:
                     has_gradient &= (found_inf == 0).to(param.device)

@@ -45,13 +45,13 @@ def warn_of_emulation(assignment: Assignment, device: torch.device) -> None:
 
 
 def warn_of_narrow_weights(model: nn.Module, assignment: Assignment) -> None:
-    """One warning if weights stored in 16 bits are trained by layers that compute in 16 bits."""
+    """One warning if weights stored in 16 bits are trained in 16 bits; frozen ones lose nothing."""
     names = [
         name
         for name, module, _ in walk(model)
         if assignment.facts[name].first_name == name
         and get_format(assignment[name].compute).is_half
-        and any(param.dtype in half_dtypes() for param in module._parameters.values() if param is not None)
+        and any(_is_trained_narrow(param) for param in module._parameters.values() if param is not None)
     ]
     if names:
         rank_zero_warn(
@@ -59,6 +59,10 @@ def warn_of_narrow_weights(model: nn.Module, assignment: Assignment) -> None:
             "smaller than the weights' last bit are lost. Store them in fp32 (model.float()), the policy makes them "
             "compute in 16 bits."
         )
+
+
+def _is_trained_narrow(param: nn.Parameter) -> bool:
+    return param.requires_grad and param.dtype in half_dtypes()
 
 
 def warn_of_whole_copies(model: nn.Module, mesh: Any, ranks: int) -> None:

@@ -4,7 +4,8 @@ A monitor warns, the report alerts and prints, ``diagnose`` answers in these wor
 acts at limits of its own where telling costs a line and a move costs speed; they stand beside those at which is told.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lightning_mixprec.records.words import also, named, policy_hint, quoted, sentence
@@ -144,7 +145,15 @@ STARVED = 0.5
 controller feeds the layer first, and a loss scale that costs it is no remedy for an overflow."""
 
 
-def underflow(layer: str, losses: Mapping[str, Any], scale: float, others: Sequence[str], use: Use) -> Advice:
+def largest_scale(losses: Iterable[Mapping[str, Any]]) -> float:
+    """The largest loss scale at which no layer overflows; formats that need one are among their own ``what_if``."""
+    scaled = [each["what_if"][each["format"]] for each in losses if each["format"] in each["what_if"]]
+    return min((same["best_scale"] for same in scaled), default=math.inf)
+
+
+def underflow(
+    layer: str, losses: Mapping[str, Any], scale: float, others: Sequence[str], use: Use, largest: float
+) -> Advice:
     """A layer whose gradient vanishes.
 
     Args:
@@ -154,15 +163,17 @@ def underflow(layer: str, losses: Mapping[str, Any], scale: float, others: Seque
         scale: The loss scale.
         others: Layers of which the same is to be said.
         use: What its format is promoted to.
+        largest: The largest loss scale at which no layer overflows.
     """
     format, rate = losses["format"], losses["underflow_rate"]
     share = f"{rate:.0%} of the gradient of layer {layer!r}{also(others)}"
     seen = f"{share} vanish in {format} at a loss scale of {scale:.8g}"
     same, other = losses["what_if"].get(format), losses["what_if"].get(use.for_range)
     best = same["best_scale"] if use.needs_scaling and same is not None and same["fits"] else None
-    if best is not None and best > scale:
-        do = f"a loss scale of {best:.8g} would keep it: raise init_scale, or compute it in {use.for_range}"
-        return Advice(seen, do)
+    if best is not None and min(best, largest) > scale:
+        kept = "it" if best <= largest else "more of it"
+        keeping = f"a loss scale of {min(best, largest):.8g} would keep {kept}"
+        return Advice(seen, f"{keeping}: raise init_scale, or compute it in {use.for_range}")
     wider = use.for_range if use.for_range is not None and other and other["underflow_rate"] < rate else "fp32"
     return Advice(seen, f"compute it in {wider}, {policy_hint(layer, wider)}")
 

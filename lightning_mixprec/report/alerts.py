@@ -242,14 +242,19 @@ def _vanishing(records: Records, layer: str, step: int, others: Sequence[str]) -
     """As ``UnderflowMonitor`` told of it, or ``PrecisionReport``, which knows less."""
     for row in records.underflow:
         if row["layer"] == layer and row["step"] == step and "format" in row:
-            return advice.underflow(layer, row, row["loss_scale"], others, _use(row["format"]))
+            largest = advice.largest_scale(
+                each for each in records.underflow if each["step"] == step and "format" in each
+            )
+            return advice.underflow(layer, row, row["loss_scale"], others, _use(row["format"]), largest)
     sample = next(row["sample"] for row in records.samples if row["step"] == step and layer in row["sample"]["layers"])
     told: SampledLayer = sample["layers"][layer]
     use = _use(told.format)
     what_if = {told.format: {"best_scale": told.best_scale, "fits": told.best_scale is not None}}
     what_if |= {use.for_range: {"underflow_rate": 0.0}} if use.for_range else {}
     losses = {"format": told.format, "underflow_rate": told.underflow_rate, "what_if": what_if}
-    return advice.underflow(layer, losses, sample["loss_scale"], others, use)
+    best = [each.best_scale for each in sample["layers"].values() if _use(each.format).needs_scaling]
+    largest = min((scale for scale in best if scale is not None), default=math.inf)
+    return advice.underflow(layer, losses, sample["loss_scale"], others, use, largest)
 
 
 def _gradients(records: Records, layers: Lives) -> Iterator[Alert]:

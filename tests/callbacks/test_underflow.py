@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -225,6 +226,30 @@ def test_a_layer_for_which_no_scale_does_is_to_compute_in_bf16():
         measured(ours("fp16"), 1.0, UnderflowMonitor(1, max_elements=None), net=lambda: net)
 
 
+class Apart(nn.Module):
+    """Two branches, one of whose gradients are so small that they need a larger loss scale than the other one bears."""
+
+    def __init__(self):
+        super().__init__()
+        self.loud, self.faint = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.loud(x) + self.faint(x) * 1e-9
+
+
+def test_no_loss_scale_is_advised_at_which_another_layer_overflows():
+    with pytest.warns(UserWarning, match="of the gradient of layer 'net.faint' vanish") as caught:
+        latest, own, _ = measured(ours("fp16"), 1.0, UnderflowMonitor(1), net=Apart)
+    [message] = [str(each.message) for each in caught if "vanish" in str(each.message)]
+    advised = float(re.search(r"a loss scale of ([\d.]+) would keep more of it", message)[1])
+    assert (
+        advised
+        == latest["net.loud"]["what_if"]["fp16"]["best_scale"]
+        < latest["net.faint"]["what_if"]["fp16"]["best_scale"]
+    )
+    assert np.abs(own["loud"] * advised).max() < 65504
+
+
 @pytest.mark.filterwarnings("error:.*vanish in")
 def test_a_healthy_run_is_not_warned_of():
     measured(ours("fp16"), 1.0, UnderflowMonitor(1), net=lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)))
@@ -257,6 +282,13 @@ def test_updates_that_change_nothing_are_counted(plugin, weights, lr, rate):
     monitor = UnderflowMonitor(1)
     fit(Straight(weights, lr), plugin(), callbacks=[monitor], max_steps=1)
     assert monitor.latest["net"]["stagnation_rate"] == rate
+
+
+def test_a_frozen_weight_does_not_stagnate_whatever_gradient_it_has_left():
+    task, monitor = Straight([3e8, 3e8, 3e8, 3e8], 1e-3), UnderflowMonitor(1)
+    before = Call("on_before_optimizer_step", lambda run, model: model.net.weight.requires_grad_(False))
+    fit(task, None, callbacks=[before, monitor], max_steps=1)
+    assert monitor.latest["net"].get("stagnation_rate") is None
 
 
 def test_weights_stored_in_bf16_stagnate_where_fp32_would_not():

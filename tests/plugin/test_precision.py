@@ -1,6 +1,7 @@
 """Every layer computes in the format it was given, is stored as it was told, and others can read it."""
 
 import json
+import warnings
 from functools import partial
 
 import pytest
@@ -168,6 +169,15 @@ def test_compiled_layers_with_bf16_weights_are_warned_of_too():
     model.net = torch.compile(model.net, backend="eager")
     with pytest.warns(UserWarning, match="net.0 first"):
         fit(model, PerLayerPrecision("bf16"), Batches(6))
+
+
+def test_a_frozen_base_in_bf16_loses_no_updates_and_nobody_warns_of_it():
+    model = Task(mlp())
+    model.net[0].bfloat16().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*updates smaller")
+        fit(model, PerLayerPrecision("bf16"))
+    assert model.net[0].weight.dtype == BF16
 
 
 def test_a_model_with_bf16_weights_keeps_them_and_one_warning_says_what_it_costs():
