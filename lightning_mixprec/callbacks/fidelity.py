@@ -112,8 +112,8 @@ class FidelityMonitor(SamplingMonitor):
         if cosines and all(map(math.isnan, cosines.values())) and self._ask_again():
             cosines = {}  # the gradients overflowed, as in the first steps of nearly every fp16 run
         layers = self.latest["layers"]
-        known = {**self._not_compared, **found.not_compared}
-        self._not_compared = {layer: why for layer, why in known.items() if layer not in found.sqnr_db}
+        reasons = {**self._not_compared, **found.not_compared}
+        self._not_compared = {layer: why for layer, why in reasons.items() if layer not in found.sqnr_db}
         compared = [layer for layer in found.layers if layer in cosines or layer in found.sqnr_db]
         for layer in compared:
             layers.setdefault(layer, {"sqnr_db": None, "grad_cosine": None})

@@ -236,7 +236,8 @@ class Monitor(RunCallback):
             return
         formats = formats_of(trainer, type(self).__name__)
         super().setup(trainer, pl_module, stage)
-        self._formats = formats
+        first = next(each for each in monitors(trainer) if isinstance(each, Monitor))  # what one finds, all know
+        self._formats = formats if first is self else first._formats
 
     @override
     def on_train_batch_start(

@@ -42,7 +42,6 @@ class FormatsInForce:
         self._forget_run()
 
     def _forget_run(self) -> None:
-        self.not_in_fp32: dict[str, str] = {}
         self._attachment: Attachment | None = None
         self._in_force: Assignment | None = None
         self._to_watch = {"train", "eval"}
@@ -150,14 +149,14 @@ class FormatsInForce:
         return self.forward()
 
     @contextlib.contextmanager
-    def reference(self) -> Generator[None, None, None]:
+    def reference(self, but_for: Collection[str] = ()) -> Generator[None, None, None]:
         """As :meth:`replay`, but in fp32, and in fp64 what is to compute in fp64; see :func:`all_in_fp32`."""
         assignment = self.training_assignment
         self._bring_in_force(assignment)
         if self._attachment is None or assignment is None:
             yield
             return
-        with self._lent_to(all_in_fp32(assignment, self.not_in_fp32)):
+        with self._lent_to(all_in_fp32(assignment, but_for)):
             yield
 
     @contextlib.contextmanager

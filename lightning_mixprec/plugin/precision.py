@@ -47,6 +47,7 @@ class PerLayerPrecision(Precision):
 
     Attributes:
         scaler: The loss scaler; ``get_scale()`` is 1 while nothing is scaled.
+        not_in_fp32: By layer that fails in fp32 the error; callbacks that find one add it, for this run.
         history: One plain dict per change (the first assignment is none): step, layer, from, to, reason, any evidence.
 
     Raises:
@@ -81,6 +82,7 @@ class PerLayerPrecision(Precision):
         self._forget_run()
 
     def _forget_run(self) -> None:
+        self.not_in_fp32: dict[str, str] = {}
         self.step_errors = StepErrors()
         self._model: weakref.ref[pl.LightningModule] | None = None
         self._buffers: BufferGuard | None = None
@@ -269,13 +271,8 @@ class PerLayerPrecision(Precision):
         return self._formats.replay()
 
     def reference_context(self) -> contextlib.AbstractContextManager[None]:
-        """As :meth:`replay_context`, but in fp32 (what is to compute in fp64 does): what callbacks compare with."""
-        return self._formats.reference()
-
-    @property
-    def not_in_fp32(self) -> dict[str, str]:
-        """By layer that cannot compute in fp32 the reason; in :meth:`reference_context` it computes as in the run."""
-        return self._formats.not_in_fp32
+        """As :meth:`replay_context`, but in fp32 (or fp64; but for :attr:`not_in_fp32`): what callbacks compare with."""
+        return self._formats.reference(self.not_in_fp32)
 
     def trial_context(self, policy: PrecisionPolicy) -> contextlib.AbstractContextManager[None]:
         """As :meth:`replay_context`, but under another policy, as :meth:`set_policy` takes it; the run stays as is."""
