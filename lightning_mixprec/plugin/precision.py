@@ -271,7 +271,7 @@ class PerLayerPrecision(Precision):
         return self._formats.replay()
 
     def reference_context(self) -> contextlib.AbstractContextManager[None]:
-        """As :meth:`replay_context`, but in fp32 (or fp64; but for :attr:`not_in_fp32`): what callbacks compare with."""
+        """As :meth:`replay_context`, but in fp32 or fp64, but for :attr:`not_in_fp32`: to compare with."""
         return self._formats.reference(self.not_in_fp32)
 
     def trial_context(self, policy: PrecisionPolicy) -> contextlib.AbstractContextManager[None]:
