@@ -122,6 +122,11 @@ class FormatsInForce:
         finally:
             self._forget_run()
 
+    def amended(self, edits: Mapping[str, Any], model: pl.LightningModule) -> PrecisionPolicy:
+        """The policy of training with edits in it, which decide first."""
+        assert self.training is not None
+        return self.training.amend(edits, model)
+
     def replace(self, policy: PrecisionPolicy, assignment: Assignment) -> None:
         """Another policy for training; holds at once, or raises and the old one holds."""
         self._bring_in_force(assignment)

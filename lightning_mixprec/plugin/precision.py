@@ -168,9 +168,7 @@ class PerLayerPrecision(Precision):
             reason: Goes into the history.
             evidence: As in :meth:`set_policy`.
         """
-        model = self._running_model()
-        assert self._formats.training is not None
-        self._adopt(self._formats.training.amend(edits, model), reason, evidence)
+        self._adopt(self._formats.amended(edits, self._running_model()), reason, evidence)
 
     def set_loss_scale(self, scale: float) -> None:
         """Moves the dynamic loss scale of the running model, between steps and within its bounds.
