@@ -13,7 +13,7 @@ from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
 from lightning_mixprec.evidence.findings import Findings, describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
-from lightning_mixprec.evidence.stagnation import StagnationCheck
+from lightning_mixprec.evidence.instruments.stagnation import StagnationCheck
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records import advice

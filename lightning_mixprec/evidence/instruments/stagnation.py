@@ -10,7 +10,6 @@ from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.numerics.flat_batches import local_part, sample
-from lightning_mixprec.optim.gradients import params_of
 
 
 class StagnationCheck:
@@ -47,7 +46,7 @@ class StagnationCheck:
             found_inf: The flag that the step will be skipped; None if there is none, or not yet.
             may_be_skipped: Whether the step may be skipped although there is no flag.
         """
-        own = {id(param) for param in params_of(optimizer)}
+        own = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._may_be_skipped |= may_be_skipped
         trained = {name: param for name, param in model.named_parameters() if param.requires_grad and id(param) in own}
         for name, param in trained.items():
