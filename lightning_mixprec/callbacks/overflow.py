@@ -35,9 +35,10 @@ class OverflowMonitor(FailureMonitor):
     ``mixprec/skipped_steps``. Rows of the JSONL file: an event each, with its ``frames``, the operations around it.
 
     In manual optimization the step is replayed after all of its optimizers stepped, so a culprit is looked for with
-    weights that another optimizer may have moved. A ``training_step`` that writes to the tensors of its batch is
-    replayed on what it made of them. On CUDA, a run that is not guarded (stock bf16 and fp32) has NaN
-    weights before its loss can be read, and the verdict says so; ``PerLayerPrecision`` guards every format.
+    weights that another optimizer may have moved. A batch is replayed as it came, also where a ``training_step`` takes
+    something out of it or writes to its tensors; only the first such write after eight steps without one goes unseen.
+    On CUDA, a run that is not guarded (stock bf16 and fp32) has NaN weights before its loss can be read, and the
+    verdict says so; ``PerLayerPrecision`` guards every format.
 
     ``plot()`` draws the loss scale over the optimizer steps, and where a step failed.
 

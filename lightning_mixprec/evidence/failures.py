@@ -13,7 +13,7 @@ from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.diagnosis import Diagnosis, Judge
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import RunFormats
-from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, RandomUse, StepWindow, received
+from lightning_mixprec.evidence.step_window import BatchUse, KeptBatch, Outcome, RandomUse, StepWindow, received
 
 OnStep = Callable[[StepWindow, Outcome], None]
 
@@ -44,7 +44,7 @@ class FailureWatch:
     ) -> None:
         self._formats, self._device, self._is_automatic = formats, device, is_automatic
         self._on_failure, self._on_outcome = on_failure, on_outcome
-        self._random_use = RandomUse(device)
+        self._batch_use, self._random_use = BatchUse(), RandomUse(device)
         self._window: StepWindow | None = None
         self._outcome: Outcome | None = None
         self._late: tuple[StepWindow, Transfer] | None = None
@@ -58,7 +58,7 @@ class FailureWatch:
         """Keeps a batch for the window of the next optimizer step."""
         if self._window is None:
             self._window = StepWindow(self._formats, self._device, self._is_automatic)
-        self._window.add_batch(batch, batch_idx, self._random_use.begin())
+        self._window.add_batch(self._batch_use.begin(batch), batch_idx, self._random_use.begin())
 
     def add_loss(self, loss: Tensor) -> None:
         """Notes a loss that goes backward."""
@@ -92,6 +92,7 @@ class FailureWatch:
             settles: Whether to wait for the outcome, because modules and formats will be others when the next step is
                 taken; asked only of an outcome that has to be waited for.
         """
+        self._batch_use.end()
         self._random_use.end()
         window, outcome = self._window, self._outcome
         if window is None or not window.steps:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec import ranks
-from lightning_mixprec.engine.objects import rebuilt
+from lightning_mixprec.engine.objects import mapped, rebuilt, tensors_in
 from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.evidence.instruments.restoring.contents import version_of
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.optim.gradients import scalar
@@ -59,6 +60,38 @@ class RandomUse:
             self._looked_at = None
 
 
+class BatchUse:
+    """Keeps batches as they come, whatever their steps do to them.
+
+    A step takes things out of its batch, which is therefore kept in containers of its own, and may write to its
+    tensors, which are copied only in the first eight steps, and from then on if one has ever been written to. A write
+    is known by a tensor's version: nothing is read.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._copies = 0, False
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def begin(self, batch: Any) -> Any:
+        """The batch to keep of a step that begins; the batch itself if it cannot be rebuilt."""
+        copies = self._copies or self._steps < _FIRST_LOOKS
+        self._steps += 1
+        self._versions = [] if self._copies else [(tensor, version_of(tensor)) for tensor in tensors_in(batch)]
+        try:
+            return rebuilt(mapped(batch, _own) if copies else batch)
+        except Exception:  # a monitor ends no run
+            return batch
+
+    def end(self) -> None:
+        """Looks whether the step wrote to the batch."""
+        self._copies = self._copies or any(version_of(tensor) != version for tensor, version in self._versions)
+        self._versions = []
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
 class Outcome(NamedTuple):
     """The outcome of a step.
 
@@ -103,8 +136,8 @@ class StepWindow:
     _flag_comes_later: bool = False
 
     def add_batch(self, batch: Any, batch_idx: int, random: RandomState | None) -> None:
-        """Keeps a batch, and the random numbers that its step begins with."""
-        self.batches = [*self.batches, KeptBatch(rebuilt(batch), batch_idx, random)][-MOST_BATCHES:]
+        """Keeps a batch, to which nobody writes any more, and the random numbers that its step begins with."""
+        self.batches = [*self.batches, KeptBatch(batch, batch_idx, random)][-MOST_BATCHES:]
 
     def add_loss(self, loss: Tensor) -> None:
         """Notes a loss that goes backward."""

@@ -118,15 +118,16 @@ def test_an_optimizer_that_the_replay_knows_nothing_of_is_refused_and_moves_noth
     assert len(problems(tmp_path)) == 4 and all("the run's Adam" in problem for problem in problems(tmp_path))
 
 
+RATES = []  # out of the module's reach, so that a replay does not put it back
+
+
+def noting_rates(module, batch):
+    RATES.append(module.trainer.optimizers[0].param_groups[0]["lr"])
+    return ODD_STEPS["rates by hand"][0](module, batch)
+
+
 def test_a_learning_rate_that_a_replay_writes_is_the_copys():
-    rates, model = [], odd("rates by hand")
-    run = trainer(ours("bf16"), callbacks=[FidelityMonitor(1)])
-
-    def note(module, batch):
-        rates.append(module.trainer.optimizers[0].param_groups[0]["lr"])
-        return ODD_STEPS["rates by hand"][0](module, batch)
-
-    model._step = note
-    run.fit(model, Batches(6))
-    assert len(rates) == 3 * 4  # each step runs in the run's formats, in fp32, and then truly
-    assert all(len(set(rates[at : at + 3])) == 1 for at in range(0, 12, 3)) and len(set(rates)) == 4
+    RATES.clear()
+    trainer(ours("bf16"), callbacks=[FidelityMonitor(1)]).fit(Odd(noting_rates, adam), Batches(6))
+    assert len(RATES) == 3 * 4  # each step runs in the run's formats, in fp32, and then truly
+    assert all(len(set(RATES[at : at + 3])) == 1 for at in range(0, 12, 3)) and len(set(RATES)) == 4
