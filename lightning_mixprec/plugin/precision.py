@@ -48,6 +48,7 @@ class PerLayerPrecision(Precision):
     Attributes:
         scaler: The loss scaler; ``get_scale()`` is 1 while nothing is scaled.
         not_in_fp32: By layer that fails in fp32 the error; callbacks that find one add it, for this run.
+        eval_policy: The policy of validate, test and predict, if they have one of their own.
         history: One plain dict per change (the first assignment is none): step, layer, from, to, reason, any evidence.
 
     Raises:
@@ -70,10 +71,8 @@ class PerLayerPrecision(Precision):
         arguments.check_choice("on_policy_change", on_policy_change, ("raise", "accept", "checkpoint"))
         arguments.check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         self._configured = arguments.configured_form(policy)
-        self._formats = FormatsInForce(
-            None if self._configured == "auto" else as_policy(policy),
-            None if eval_policy is None else as_policy(eval_policy),
-        )
+        self.eval_policy = None if eval_policy is None else as_policy(eval_policy)
+        self._formats = FormatsInForce(None if self._configured == "auto" else as_policy(policy), self.eval_policy)
         self._loss_scaling = arguments.as_loss_scaling(loss_scaling)
         self._on_policy_change = on_policy_change
         self.history: list[Move] = []
@@ -109,11 +108,6 @@ class PerLayerPrecision(Precision):
     def configured_policy(self) -> PrecisionPolicy | None:
         """The policy that training was configured with; None for ``"auto"`` before the device is known."""
         return self._formats.configured
-
-    @property
-    def eval_policy(self) -> PrecisionPolicy | None:
-        """The policy of validate, test and predict, if they have one of their own."""
-        return self._formats.evaluation
 
     @property
     def assignment(self) -> Assignment | None:
