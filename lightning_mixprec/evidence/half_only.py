@@ -7,7 +7,7 @@ from typing import TypeVar
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mixprec import ranks
-from lightning_mixprec.errors import one_line
+from lightning_mixprec.errors import ReplayError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import layers_of
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
@@ -38,7 +38,8 @@ def in_fp32(replay: StepReplay, run: Callable[[Sandbox], T], tries: int = 3) -> 
             result = run(stand_ins)
     except Exception as raised:
         error = raised
-        found = (_failing(replay, raised), one_line(raised)) if tries and not is_out_of_memory(raised) else None
+        is_no_layers = isinstance(raised, (ReplayError, TraceLeftError)) or is_out_of_memory(raised)
+        found = (_failing(replay, raised), one_line(raised)) if tries and not is_no_layers else None
     if is_shared(replay.module):
         _, found = ranks.first_found(found)
     if found is None or not found[0]:
@@ -59,7 +60,7 @@ def _without(failing: list[str], reason: str, replay: StepReplay, error: Excepti
     except Exception as later:
         for layer in failing:
             del left_out[layer]
-        raise (error or later) from None
+        raise (later if isinstance(later, TraceLeftError) else error or later) from None
     rank_zero_warn(
         f"{named(failing[0])}{also(failing[1:])} cannot compute in fp32 ({reason}): its own operations stay in the "
         "run's format where steps are compared with fp32."

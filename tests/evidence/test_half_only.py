@@ -11,6 +11,8 @@ from plugin_models import Batches, Task, fit, ours, same, stock
 from torch import Tensor, nn
 
 from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor, diagnose
+from lightning_mixprec.errors import TraceLeftError
+from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 
 ASKED: list[torch.dtype] = []
 """The dtypes that the kernel was asked for."""
@@ -131,6 +133,20 @@ def test_a_layer_that_fails_in_its_own_format_too_is_no_such_layer():
     assert run.global_step == 1
     assert plugin.not_in_fp32 == {}
     assert 1 < len(ASKED) < 5
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_what_cannot_be_put_back_is_an_error_at_once_and_looked_for_in_no_layer(at, monkeypatch):
+    opened, close = [], Sandbox.close
+
+    def leaves_a_trace(sandbox, random, error):
+        opened.append(close(sandbox, random, error))
+        return TraceLeftError("left a trace") if len(opened) == at else opened[-1]
+
+    monkeypatch.setattr(Sandbox, "close", leaves_a_trace)
+    with pytest.raises(TraceLeftError, match="left a trace"):
+        fit(attending(), ours("bf16"), Batches(5, 6, count=1), callbacks=[UnderflowMonitor(1)])
+    assert len(opened) == at
 
 
 class Loud(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mixprec.errors import SupportError
+from lightning_mixprec.errors import SupportError, TraceLeftError
 from lightning_mixprec.evidence.instruments.probe import (
     CallRecorder,
     Observer,
@@ -17,6 +17,7 @@ from lightning_mixprec.evidence.instruments.probe import (
     computed_again,
     gradient_dots,
     layers_of,
+    leaving_out,
     own_parameters,
     weight_gradients,
 )
@@ -421,6 +422,14 @@ def test_a_layer_that_asks_for_gradients_in_its_forward_is_computed_again():
         with CallRecorder({"0": model[0]}, CPU, 10**6) as recorder:
             model(given.clone())
         assert computed_again(recorder.calls["0"])[0].item() == pytest.approx(first.double().square().sum().item())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), TraceLeftError("left a trace")])
+def test_what_no_layer_can_answer_for_is_raised(error):
+    left_out = {}
+    with pytest.raises(type(error)), leaving_out("layer", left_out):
+        raise error
+    assert left_out == {}
 
 
 def test_a_layer_that_returns_nothing_to_compare_is_left_out():
