@@ -39,6 +39,11 @@ class FidelityMonitor(SamplingMonitor):
     Warns of gradients and losses that are off in two samples in a row, and names a layer whose output is noise, at the
     limits and in the sentences of the report (:mod:`lightning_mixprec.records.advice`).
 
+    A gradient or a loss that is zero but for rounding, in fp32, too, is no evidence: where a layer's gradient is next
+    to nothing and far off, fp32 is run again with the last bits of the weights changed. If its gradient is another one
+    then, the layer has no cosine (a bias before a normalization, the keys' of an attention). The gap of a loss whose
+    terms cancel (an advantage that is normalized) is weighed by those terms before it is warned of.
+
     ``plot()`` draws the cosine of each layer's gradient with fp32's, the worst first.
 
     Args:
@@ -96,6 +101,7 @@ class FidelityMonitor(SamplingMonitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._not_compared: dict[str, str] = {}
+        self._is_zero_but_for_rounding = False
 
     @override
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
@@ -117,11 +123,14 @@ class FidelityMonitor(SamplingMonitor):
         compared = [layer for layer in found.layers if layer in cosines or layer in found.sqnr_db]
         for layer in compared:
             layers.setdefault(layer, {"sqnr_db": None, "grad_cosine": None})
+        for layer in layers.keys() & set(found.noise):
+            layers[layer]["grad_cosine"] = None
         for layer, cosine in cosines.items():
             layers[layer]["grad_cosine"] = cosine
         for layer, ratio in found.sqnr_db.items():
             layers[layer]["sqnr_db"] = ratio
         self.latest["loss_gap"] = gap
+        self._is_zero_but_for_rounding = found.agreement.gap_to_judge <= self.max_loss_gap < gap
         self._log(trainer, {"loss_gap": gap})
         if cosines:
             known = [cosine for cosine in cosines.values() if not math.isnan(cosine)]
@@ -134,6 +143,8 @@ class FidelityMonitor(SamplingMonitor):
 
     def _row(self, found: Findings, gap: float) -> LossRow:
         row: LossRow = {"loss_gap": gap, "loss_scale": found.scale, "too_large": found.too_large}
+        if self._is_zero_but_for_rounding:
+            row["is_noise"] = True
         if found.not_in_fp32:
             row["not_in_fp32"] = found.not_in_fp32
         if found.not_compared:
@@ -152,7 +163,7 @@ class FidelityMonitor(SamplingMonitor):
         for layer, others in self._not_warned_of("cosine", again):
             rank_zero_warn(f"{at}: {advice.gradient(layer, off[layer], limit, others, self._noise())}.")
         gap, was_large = self.latest["loss_gap"], self._gap_is_large
-        self._gap_is_large = self.max_loss_gap < gap < math.inf
+        self._gap_is_large = self.max_loss_gap < gap < math.inf and not self._is_zero_but_for_rounding
         if self._gap_is_large and was_large:
             self._warn_once("gap", f"{at}: {advice.loss_gap(gap)}.")
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.errors import TraceLeftError
 from lightning_mixprec.evidence.half_only import in_fp32
 from lightning_mixprec.evidence.instruments.flops import FlopCount
+from lightning_mixprec.evidence.instruments.noise import NO_LOSS, loss_gap, round_otherwise, size_of_terms
 from lightning_mixprec.evidence.instruments.own_dtypes import DtypeRecorder, OwnDtypes
 from lightning_mixprec.evidence.instruments.probe import (
     CallRecorder,
@@ -38,9 +40,6 @@ from lightning_mixprec.numerics.finite import all_finite
 from lightning_mixprec.numerics.formats import is_scaling_needed
 from lightning_mixprec.numerics.similarity import cosine_of
 from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
-
-NO_LOSS = -1.0
-"""The loss gap of a step without a loss, among numbers of which the largest counts."""
 
 MAX_ELEMENTS = 16384
 """Elements of a tensor that statistics look at, unless a user says how many."""
@@ -111,6 +110,7 @@ class Measured:
         ranks: On how many ranks this was measured. Added up.
         amax: Largest values to ``tables``: [3, layers]; [0] if not wanted. The largest counts.
         gap: The loss gap, ``NO_LOSS`` without a loss. The largest counts.
+        weighed_gap: The same, as a part of no less than what the loss is made of. The largest counts.
         is_bad: 1 if a loss or a gradient in low precision is not finite, or it could not be run. The largest counts.
     """
 
@@ -120,12 +120,13 @@ class Measured:
     ranks: Tensor
     amax: Tensor
     gap: Tensor
+    weighed_gap: Tensor
     is_bad: Tensor
 
     @property
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parts that are added up over ranks, and those of which the largest counts."""
-        return [self.tables, self.dots, self.energies, self.ranks], [self.amax, self.gap, self.is_bad]
+        return [self.tables, self.dots, self.energies, self.ranks], [self.amax, self.gap, self.weighed_gap, self.is_bad]
 
     @classmethod
     def nothing(cls, layers: int, compared: int = 0, *, statistics: bool = False) -> "Measured":
@@ -137,6 +138,7 @@ class Measured:
             ranks=torch.zeros(()),
             amax=torch.zeros(3, layers) if statistics else torch.zeros(0),
             gap=torch.tensor(NO_LOSS),
+            weighed_gap=torch.tensor(NO_LOSS),
             is_bad=torch.zeros(()),
         )
 
@@ -147,15 +149,16 @@ class Measured:
             layers: The names of the layers.
             scale: The loss scale of the step.
         """
-        gap, cosines = self.gap.item(), cosine_of(self.dots).tolist()
+        gap, weighed = (math.nan if each == NO_LOSS else each.item() for each in (self.gap, self.weighed_gap))
+        cosines = cosine_of(self.dots).tolist()
         norms = self.dots[:, 1:].sqrt() / torch.tensor([scale, 1.0], dtype=self.dots.dtype)
-        largest = norms[:, 0].max().item() if len(norms) else 0.0
+        largest, in_fp32 = norms.amax(0).tolist() if len(norms) else (0.0, 0.0)
         by_layer = {
-            name: LayerAgreement(cosine, low / reference, low / largest if largest else 0.0)
+            name: LayerAgreement(cosine, low / reference, low / largest if largest else 0.0, reference / in_fp32)
             for name, cosine, (low, reference) in zip(layers, cosines, norms.tolist(), strict=True)
             if reference
         }
-        return Agreement(not self.is_bad.item(), math.nan if gap == NO_LOSS else gap, by_layer)
+        return Agreement(not self.is_bad.item(), gap, by_layer, weighed)
 
 
 class Gathered:
@@ -283,6 +286,7 @@ class Comparison:
         count = FlopCount(self.layers) if wanted.flops else None
         with self._observer or contextlib.nullcontext(), count or contextlib.nullcontext():
             replayed = run(stand_ins)
+        self._size_of_terms = size_of_terms(self._owned, stand_ins.parameters, replayed.gradients)
         self.flops = count.flops if count is not None else {}
         return replayed
 
@@ -327,15 +331,33 @@ class Comparison:
         if low is not None:
             told.dots = gradient_dots(self._owned, low.gradients, self.reference.gradients)
             told.gap = loss_gap(low.losses, self.reference.losses, least_loss)
+            told.weighed_gap = loss_gap(low.losses, self.reference.losses, self._size_of_terms.clamp(min=least_loss))
             told.is_bad = ~is_finite(low)
         if statistics:
             told.tables, told.amax = self._counted()
         return told
 
-    def _run(self, stand_ins: Sandbox) -> Replayed:
-        kept, scale = self._kept, self._reference_scale
+    def self_agreement(self) -> Agreement:
+        """Agreement of fp32 with itself if all is rounded otherwise; of no layer if it cannot be run. All ranks ask."""
+
+        def run(stand_ins: Sandbox) -> Replayed:
+            return self._run(stand_ins, times=round_otherwise(stand_ins.parameters.values()))
+
+        told = Measured.nothing(len(self.layers))
+        try:
+            if self.reference is None:
+                self.run_reference()
+            told = self.measured(in_fp32(self._replay, run))
+        except TraceLeftError:
+            raise
+        except Exception:
+            told.is_bad += 1
+        return Gathered(told, self.device, 1.0).read()[0].agreement(list(self.layers), 1.0)
+
+    def _run(self, stand_ins: Sandbox, times: float = 1.0) -> Replayed:
+        kept, scale = self._kept, self._reference_scale * times
         replayed = self._replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)
-        if self._formats.not_in_fp32:
+        if self._formats.not_in_fp32 or times != 1:
             replayed.gradients = {name: each / scale for name, each in replayed.gradients.items()}
         return replayed
 
@@ -374,24 +396,3 @@ def is_finite(replayed: Replayed) -> Tensor:
     # Of a sparse gradient the sums of what falls on one element count.
     gradients = [each.coalesce() if each.is_sparse else each for each in replayed.gradients.values()]
     return all_finite([*replayed.losses, *gradients])
-
-
-def loss_gap(low: Sequence[Tensor], reference: Sequence[Tensor], least: float = 0.0) -> Tensor:
-    """Largest ``|L_low - L_fp32| / |L_fp32|`` of a step's losses; on the device.
-
-    0 for two losses that are both 0, infinite where one is not finite. ``NO_LOSS`` where the step has no loss in fp32;
-    infinite where it has another number of losses than in fp32, so that none belongs to another.
-
-    Args:
-        low: The losses in other formats, in the order in which they went backward.
-        reference: Those in fp32.
-        least: What ``|L_fp32|`` counts for at least.
-    """
-    if not reference:
-        return torch.tensor(NO_LOSS, dtype=torch.float64)
-    if len(low) != len(reference):
-        return torch.tensor(math.inf, dtype=torch.float64)
-    ours, theirs = (torch.stack([loss.double().sum() for loss in losses]) for losses in (low, reference))
-    gaps = (ours - theirs).abs() / theirs.abs().clamp(min=least)
-    gaps = torch.where((ours == theirs) & ours.isfinite(), 0.0, gaps)
-    return gaps.nan_to_num(nan=math.inf, posinf=math.inf).amax()

@@ -31,6 +31,7 @@ class Findings:
         gradients: In fp32, unscaled, statistics of the gradients that arrived at each layer's output.
         weights: In fp32, unscaled, statistics of the gradients of each layer's own weights.
         agreement: How the step agrees with fp32; None if that was not wanted.
+        noise: The layers that were left out of it, because their gradient is rounding noise in fp32, too.
         own: The dtypes that layers' own numbers have in the run's formats, as far as they are known.
         sqnr_db: By layer, of those that were compared.
         flops: By layer what its own matrix products take in forward, of the batch of this rank.
@@ -50,6 +51,7 @@ class Findings:
     gradients: dict[str, Histogram] = field(default_factory=dict)
     weights: dict[str, Histogram] = field(default_factory=dict)
     agreement: Agreement | None = None
+    noise: list[str] = field(default_factory=list)
     own: OwnDtypes = field(default_factory=OwnDtypes)
     sqnr_db: dict[str, float] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)

@@ -47,7 +47,17 @@ class SampledStep:
                 self._tell_all(found)
             found.read(measured, scale, wanted.layers, agreement=wanted.agreement)
             self._look_up_dtypes()
+            self._look_for_noise()
         return self._findings
+
+    def _look_for_noise(self) -> None:
+        """Leaves gradients that are rounding noise in fp32, too, out of the agreement, if some may be."""
+        found, agreement = self._findings, self._findings.agreement
+        if agreement is None or not agreement.is_doubtful:
+            return
+        in_fp32 = Comparison(self._module, self._formats, self._kept, Wanted()).self_agreement()
+        found.agreement = agreement.without_noise(in_fp32)
+        found.noise = [layer for layer in agreement.layers if layer not in found.agreement.layers]
 
     def _look_up_dtypes(self) -> None:
         """Has the step run in the run's formats if something seems to be lost in layers of unknown dtypes.

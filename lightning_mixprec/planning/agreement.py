@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from lightning_mixprec.records import advice
 
 _LARGEST_NOISE = 2.0**-8
+_TINY = 2.0**-12
+_STEADY_COSINE, _STEADY_RATIO = 0.997, 1.02
 
 
 class LayerAgreement(NamedTuple):
@@ -17,11 +19,23 @@ class LayerAgreement(NamedTuple):
         cosine: Of the two.
         ratio: Of their norms; 0 if the layer learns nothing.
         size: Norm of the layer's gradient, as a share of the largest one of the step.
+        share: The same of fp32's gradients.
     """
 
     cosine: float
     ratio: float
     size: float
+    share: float = 1.0
+
+    @property
+    def is_steady(self) -> bool:
+        """True if both are about the same."""
+        return self.cosine >= _STEADY_COSINE and 1 / _STEADY_RATIO <= self.ratio <= _STEADY_RATIO
+
+    @property
+    def is_doubtful(self) -> bool:
+        """True if the two differ, and fp32's is so small that it may be nothing but rounding."""
+        return self.share < _TINY and not self.is_steady
 
     @property
     def is_noise(self) -> bool:
@@ -42,11 +56,35 @@ class Agreement:
             nothing beside what losses have been is taken as larger than it is. NaN if fp32 has no loss that goes
             backward through Lightning; infinite if there is another number of losses than in fp32.
         layers: The layers whose weights have a gradient in fp32.
+        weighed_gap: The gap as a part of no less than a tenth of the terms that the loss is made of: one in which they
+            cancel is zero but for rounding. None for the gap itself.
     """
 
     is_finite: bool
     loss_gap: float
     layers: Mapping[str, LayerAgreement]
+    weighed_gap: float | None = None
+
+    @property
+    def gap_to_judge(self) -> float:
+        """The gap that limits are for."""
+        return self.loss_gap if self.weighed_gap is None else self.weighed_gap
+
+    @property
+    def is_doubtful(self) -> bool:
+        """True if it has to be asked which gradients are rounding noise in fp32, too."""
+        return self.is_finite and any(layer.is_doubtful for layer in self.layers.values())
+
+    def without_noise(self, in_fp32: "Agreement") -> "Agreement":
+        """The same without the layers whose gradient is rounding noise: next to nothing, and not steady in fp32 either.
+
+        Args:
+            in_fp32: The agreement of fp32 with itself, when all is rounded otherwise.
+        """
+        known = in_fp32.layers
+        noise = {name for name, layer in known.items() if layer.share < _TINY and not layer.is_steady}
+        layers = {name: layer for name, layer in self.layers.items() if name not in noise}
+        return replace(self, layers=layers)
 
     @property
     def cosines(self) -> dict[str, float]:
@@ -96,7 +134,7 @@ class Limits:
 
     def gap_is_large(self, agreement: Agreement) -> bool:
         """True if the loss differs too much."""
-        return agreement.loss_gap > self.max_loss_gap
+        return agreement.gap_to_judge > self.max_loss_gap
 
     def accepts(self, agreement: Agreement, tolerance: float = 0.5) -> bool:
         """True if a step agrees so well that its formats may be adopted.
@@ -105,7 +143,7 @@ class Limits:
             agreement: The step's agreement.
             tolerance: The part of the limits that may be used up.
         """
-        if not agreement.is_finite or agreement.loss_gap > self.max_loss_gap / 2:
+        if not agreement.is_finite or agreement.gap_to_judge > self.max_loss_gap / 2:
             return False
         return not any(self._is_off(layer, tolerance) for layer in agreement.layers.values())
 

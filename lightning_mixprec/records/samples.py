@@ -90,6 +90,8 @@ class ClosenessRow(Closeness):
 class LossRow(TypedDict):
     """The loss at a sampled step; ``min_cosine`` and ``max_loss_gap`` where other limits than the usual ones hold.
 
+    ``is_noise`` if it is zero but for rounding.
+
     Of the layers whose turn it was, some were not compared: those that ``max_bytes`` left out (``too_large``), and
     those whose call could not be recorded or run again, each with the reason (``not_compared``). The own operations of
     others were left in the run's format where everything else computed in fp32 (``not_in_fp32``).
@@ -102,3 +104,4 @@ class LossRow(TypedDict):
     not_in_fp32: NotRequired[list[str]]
     min_cosine: NotRequired[float]
     max_loss_gap: NotRequired[float]
+    is_noise: NotRequired[bool]

@@ -285,7 +285,8 @@ def _latest_loss(records: Records) -> Row:
 
 def _loss_gap(records: Records, layers: Lives) -> Iterator[Alert]:
     last_move, limit = _last_move(records), _latest_loss(records).get("max_loss_gap", advice.MAX_LOSS_GAP)
-    gaps = [(row["step"], row["loss_gap"]) for row in records.fidelity if row.get("loss_gap") is not None]
+    known = [row for row in records.fidelity if row.get("loss_gap") is not None]
+    gaps = [(row["step"], 0.0 if row.get("is_noise") else row["loss_gap"]) for row in known]
     gaps = [(step, gap) for step, gap in gaps if step > last_move]
     if len(gaps) > 1 and min(gap for _, gap in gaps[-2:]) > limit:
         step, gap = gaps[-1]
