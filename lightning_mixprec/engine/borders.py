@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lightning_mixprec.engine.backends import backend_for
 from lightning_mixprec.engine.casting import FLOATING, Casts, all_to, cast, first_floating, holds_dtype
 from lightning_mixprec.engine.fastpath import arrive_cast
+from lightning_mixprec.engine.loans import lend
 from lightning_mixprec.engine.weights import Gate, Slot, with_seen
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format
@@ -139,6 +140,7 @@ class Border:
         was_on, was = is_autocast_enabled(device), get_autocast_dtype(device)
         caller = was if was_on else self.wide or _wide_caller(args, kwargs)
         into, back, back_from_fp64 = self.casts[caller]
+        loan = None
         if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
             arrived = args[0].dtype
             if output == "input":
@@ -148,11 +150,13 @@ class Border:
         else:
             if output == "input":
                 output = _arrived(args, kwargs)
-            args, kwargs = cast((args, kwargs), into)
+            args, kwargs, loan = lend(args, kwargs, into)
         compute = self._compute if self.slots else self._forward
         result = compute(args, kwargs) if own is caller else self.region.call(was_on, was, compute, args, kwargs)
         if output is torch.float64:
             back = back_from_fp64
+        if loan is not None:
+            result = loan.end(result, back)
         if type(result) is not Tensor:
             return _handed_on(result, output, back)
         if output is not None and result.dtype in _ALL_TO[output]:
@@ -185,10 +189,12 @@ class Border:
         caller = was if was_on else self.wide or _wide_caller(args, kwargs)
         into, back, back_from_fp64 = self.casts[caller]
         output = _arrived(args, kwargs) if self.output == "input" else self.output
-        args, kwargs = cast((args, kwargs), into)
+        if output is torch.float64:
+            back = back_from_fp64
+        args, kwargs, loan = lend(args, kwargs, into)
         with self.region.context():
             result = self._compute(args, kwargs)
-        return _handed_on(result, output, back_from_fp64 if output is torch.float64 else back)
+        return _handed_on(result if loan is None else loan.end(result, back), output, back)
 
 
 def refuse_scripting() -> None:
