@@ -113,6 +113,7 @@ class AdaptivePrecision(FailureMonitor):
         super()._forget_run()
         self._plugin: PerLayerPrecision | None = None
         self._run: AdaptiveRun | None = None
+        self._looks = self._problems = 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -306,9 +307,12 @@ class AdaptivePrecision(FailureMonitor):
         """Takes over what was seen or decided."""
         if decision is None:
             self._write(place, **seen)
+            self._looks += "sample" in seen
             if seen.get("problem", NOT_FINITE) != NOT_FINITE:
-                self._warn_once(
-                    "problem",
+                self._problems += 1
+                assert self._trainer is not None
+                self._tell_problem(
+                    self._trainer,
                     f"AdaptivePrecision could not look at step {place['step']} ({seen['problem']}); training goes on, "
                     "and nothing moves because of it.",
                 )
@@ -366,6 +370,8 @@ class AdaptivePrecision(FailureMonitor):
         share = written(self._values["low_precision_share"], ".1%")
         what = ("move" if len(moves) == 1 else "moves") + ("" if self.mode == "act" else " advised")
         title = f"{len(moves)} {what}, {share} of the matrix products' flops in at most 16 bits"
+        if self._problems:
+            title += f"; {self._looks} of {self._looks + self._problems} steps could be looked at"
         rows = [["layer", "step", "from", "to", "reason"]]
         rows += [[cell(name), str(step), old, new, reason] for step, name, old, new, reason in moves[-ROWS:]]
         return title, rows if moves else []

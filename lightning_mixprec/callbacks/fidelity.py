@@ -188,7 +188,7 @@ class FidelityMonitor(SamplingMonitor):
     def _summary(self) -> tuple[str, list[list[str]]]:
         layers = self.latest["layers"]
         if not layers:
-            return "no step was sampled", []
+            return self._no_sample, []
         ranked = sorted(layers.items(), key=lambda item: _closeness(item[1]))
         title = f"loss gap to fp32 {self.latest['loss_gap']:.2e}; the {min(len(ranked), ROWS)} layers farthest off"
         if self._not_compared:
@@ -196,7 +196,7 @@ class FidelityMonitor(SamplingMonitor):
         rows = [["layer", "gradient cosine", "SQNR (dB)"]]
         for layer, values in ranked[:ROWS]:
             rows.append([cell(layer), written(values["grad_cosine"], ".5f"), written(values["sqnr_db"], ".1f")])
-        return title, rows
+        return title + self._share_sampled, rows
 
     @override
     def _draw(self, ax: Any) -> Any:

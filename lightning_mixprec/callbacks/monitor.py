@@ -265,6 +265,10 @@ class Monitor(RunCallback):
         self._leave_module()
         super().teardown(trainer, pl_module, stage)
 
+    def _tell_problem(self, trainer: pl.Trainer, message: str) -> None:
+        """Tells why a step could not be looked into: once in a run, whoever of its callbacks finds it first."""
+        monitors(trainer)[0]._warn_once("problem", message)
+
     def _leave_module(self) -> None:
         if self._start is not None:
             self._start.remove()

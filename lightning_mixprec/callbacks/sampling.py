@@ -1,11 +1,12 @@
 """Monitors that look at a step now and then; those that are due at the same step share its replays."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.monitor import Monitor, check_count, monitors, takes_iterator
+from lightning_mixprec.callbacks.monitor import Monitor, RunCallback, check_count, monitors, takes_iterator
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.instruments.sandbox import is_stopped
@@ -17,6 +18,8 @@ _NEEDS_BATCHES = (
 )
 
 _MOST_RETRIES = 16
+_EXPLAINED = ("ReplayError", "SupportError", "TraceLeftError", "memory")
+"""Words of problems that say what to do, or where it is plain."""
 
 
 class SamplingMonitor(Monitor):
@@ -41,6 +44,8 @@ class SamplingMonitor(Monitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._sampled: SampledStep | None = None
+        self._tried = self._failed = 0
+        self._why = ""
 
     def _comes_due(self) -> bool:
         """True if the coming batch is to be sampled; counts it."""
@@ -74,6 +79,7 @@ class SamplingMonitor(Monitor):
         due = [each for each in sharing if each._comes_due()]
         if due and takes_iterator(trainer):
             for monitor in due:
+                monitor._why = ": training_step takes an iterator over batches"
                 monitor._warn_once("iterator", _NEEDS_BATCHES.format(type(monitor).__name__))
         elif due:
             wanted = Wanted()
@@ -92,15 +98,32 @@ class SamplingMonitor(Monitor):
         if self._sampled is not None:
             sampled, self._sampled = self._sampled, None
             found = sampled.findings()
+            self._tried += 1
             if found.problem is not None:
                 self._write(found.place, problem=found.problem, is_sampled=found.is_complete)
                 if not found.is_complete:
-                    self._warn_once("problem", self._apology(found, is_stopped(trainer)))
+                    self._failed += 1
+                    self._why = f": of {self._tried} that were tried none could be ({found.problem})"
+                    sharing = [each for each in monitors(trainer) if getattr(each, "_sampled", None) is sampled]
+                    self._tell_problem(trainer, _apology([self, *sharing], found, is_stopped(trainer)))
             if found.is_any:
                 self._take_in(trainer, found)
             self._journal.flush()
         self._send_to_loggers(trainer)
 
-    def _apology(self, found: Findings, is_last: bool) -> str:
-        step = f"{type(self).__name__} could not sample step {found.place['step']}"
-        return f"{step} ({found.problem}); training goes on{'' if is_last else ', and later steps are tried'}."
+    @property
+    def _no_sample(self) -> str:
+        """The summary of a run of which nothing is known, with the reason."""
+        return f"no step was sampled{self._why}"
+
+    @property
+    def _share_sampled(self) -> str:
+        """The share of steps that could be sampled, for the end of a line; empty if all could."""
+        return f"; {self._tried - self._failed} of {self._tried} steps could be sampled" if self._failed else ""
+
+
+def _apology(who: Sequence[RunCallback], found: Findings, is_last: bool) -> str:
+    names, problem = ", ".join(type(each).__name__ for each in who), str(found.problem)
+    hint = "" if any(word in problem for word in _EXPLAINED) else "; a step can be sampled if it can be run twice"
+    later = "" if is_last else ", and later steps are tried"
+    return f"{names} could not sample step {found.place['step']} ({problem}); training goes on{later}{hint}."

@@ -162,7 +162,7 @@ class UnderflowMonitor(SamplingMonitor):
     def _summary(self) -> tuple[str, list[list[str]]]:
         measured = {layer: values for layer, values in self.latest.items() if "underflow_rate" in values}
         if not measured:
-            return "no step was sampled", []
+            return self._no_sample, []
         ranked = sorted(measured.items(), key=lambda item: (-item[1]["underflow_rate"], item[1]["headroom_bits"]))
         rows = [["layer", "format", "underflow", "subnormal", "headroom (bits)", "underflow at output", "stagnating"]]
         for layer, values in ranked[:ROWS]:
@@ -177,7 +177,8 @@ class UnderflowMonitor(SamplingMonitor):
                     written(values["stagnation_rate"], ".2%"),
                 ]
             )
-        return f"gradients of the {len(rows) - 1} layers that lose most, at their latest sample", rows
+        title = f"gradients of the {len(rows) - 1} layers that lose most, at their latest sample"
+        return title + self._share_sampled, rows
 
     @override
     def _draw(self, ax: Any) -> Any:

@@ -11,7 +11,7 @@ from plugin_models import Batches, Call, Task, fit, ours, same, snapshot
 from selection import slow_but_for
 from torch import nn
 
-from lightning_mixprec import FidelityMonitor, UnderflowMonitor
+from lightning_mixprec import AdaptivePrecision, FidelityMonitor, UnderflowMonitor
 from lightning_mixprec.evidence.instruments.probe import Observer
 from lightning_mixprec.evidence.replay import StepReplay
 
@@ -236,6 +236,38 @@ def test_a_replay_that_fails_costs_a_row_and_one_warning(monitor, error, attempt
     assert attempts * 2 == NOTED
     rows = [row for row in rows_of() if "problem" in row]
     assert [(row["step"], row["is_sampled"]) for row in rows] == [(0, False), (2, False)]
+
+
+def test_a_reason_is_told_once_and_the_summaries_say_how_many_failed(capsys):
+    watched = [UnderflowMonitor(2), FidelityMonitor(2), AdaptivePrecision(every_n_steps=2)]
+    with pytest.warns(UserWarning, match=r"could not .*teacher") as caught:
+        fit(Fragile(KeyError("teacher")), ours("fp16"), callbacks=watched)
+    assert len([each for each in caught if "could not" in str(each.message)]) == 1
+    said = capsys.readouterr().out
+    assert said.count("no step was sampled: of 2 that were tried none could be (KeyError: 'teacher')") == 2
+    assert "AdaptivePrecision: 0 moves" in said and "; 0 of " in said and "steps could be looked at" in said
+
+
+def test_monitors_that_share_a_sample_share_the_line():
+    with pytest.warns(UserWarning, match="^UnderflowMonitor, FidelityMonitor could not sample step 0 .*run twice"):
+        fit(Fragile(KeyError("teacher")), ours("fp16"), callbacks=[UnderflowMonitor(2), FidelityMonitor(4)])
+
+
+def test_a_summary_says_how_many_of_how_many(capsys):
+    class Failing(Task):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1 and FAILS[0]:
+                FAILS[0] -= 1
+                raise KeyError("planted")
+            return super().training_step(batch, batch_idx)
+
+    FAILS[0] = 1
+    with pytest.warns(UserWarning, match="could not sample step 1"):
+        fit(Failing(plain()), ours("fp16"), callbacks=[FidelityMonitor(1)])
+    assert "; 3 of 4 steps could be sampled" in capsys.readouterr().out
+
+
+FAILS = [0]  # out of the module's reach
 
 
 def test_what_fails_in_a_replay_leaves_the_run_as_it_was():
