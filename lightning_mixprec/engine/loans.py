@@ -1,6 +1,6 @@
 """Arguments lent to a layer in its own format, and what the layer writes into them, taken back."""
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +10,16 @@ from torch.compiler import is_compiling
 
 from lightning_mixprec.engine.casting import Casts, cast
 from lightning_mixprec.engine.objects import mapped
-from lightning_mixprec.engine.parts import ATOMS, PLAIN, attributes_of, is_mutable, parts_of, set_attributes
+from lightning_mixprec.engine.parts import (
+    ATOMS,
+    PLAIN,
+    attributes_of,
+    is_mutable,
+    items_of,
+    parts_of,
+    set_attributes,
+    set_item,
+)
 
 _ABSENT = object()
 
@@ -99,7 +108,7 @@ class _State:
 
     def __init__(self, value: Any) -> None:
         if isinstance(value, dict):
-            self.named = dict(dict.items(value))
+            self.named = dict(items_of(value))
         elif isinstance(value, (list, deque, set)):
             self.items = list(value)
         if type(value) not in PLAIN:
@@ -123,10 +132,10 @@ class _State:
             given.clear()
             given.update(items) if isinstance(given, set) else given.extend(items)
         for key in _changed(self.named, now.named):
-            dict.__setitem__(given, key, own(now.named[key]))
+            set_item(given, key, own(now.named[key]))
         for key in self.named:
             if key not in now.named and key in given:
-                dict.__delitem__(given, key)
+                (OrderedDict if isinstance(given, OrderedDict) else dict).__delitem__(given, key)
         if self.attributes or now.attributes:
             changed = {name: own(now.attributes[name]) for name in _changed(self.attributes, now.attributes)}
             gone = [name for name in self.attributes if name not in now.attributes] if given is not lent else []

@@ -20,10 +20,12 @@ from lightning_mixprec.engine.parts import (
     empty_like,
     has_parts,
     is_its_own_dict,
+    items_of,
     labelled_parts_of,
     made_of,
     parts_of,
     set_attributes,
+    set_item,
 )
 
 MOST_OBJECTS = 20_000
@@ -252,7 +254,8 @@ class _Rewriting:
 
     def _fill(self, new: Any, value: Any) -> None:
         if isinstance(value, dict):
-            dict.update(new, {key: self._built(item) for key, item in dict.items(value)})
+            for key, item in items_of(value):
+                set_item(new, key, self._built(item))
             if is_its_own_dict(value):
                 new.__dict__ = new
         elif isinstance(value, (list, deque)):

@@ -51,7 +51,7 @@ def parts_of(value: Any) -> Iterable[Any]:
 def labelled_parts_of(value: Any) -> list[tuple[str, Any]]:
     """The parts of an object, each with what is written behind the object to get at it."""
     if isinstance(value, dict):
-        items = [(f"[{key!r}]", item) for key, item in dict.items(value)]
+        items = [(f"[{key!r}]", item) for key, item in items_of(value)]
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         items = [(f".{name}", item) for name, item in zip(value._fields, value, strict=False)]
     elif isinstance(value, CONTAINERS):
@@ -101,6 +101,19 @@ def _known_layout(cls: type) -> tuple[bool, tuple[str, ...]]:
             is_private = name.startswith("__") and not name.endswith("__")
             slots.append(f"_{base.__name__.lstrip('_')}{name}" if is_private else name)
     return cls.__dictoffset__ != 0, tuple(name for name in slots if name not in ("__dict__", "__weakref__"))
+
+
+def items_of(value: dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    """The items of a dict, in its order, past the class."""
+    return OrderedDict.items(value) if isinstance(value, OrderedDict) else dict.items(value)
+
+
+def set_item(value: dict[Any, Any], key: Any, item: Any) -> None:
+    """Sets an item past the class; an OrderedDict keeps its order outside of the dict that it is."""
+    if isinstance(value, OrderedDict):
+        OrderedDict.__setitem__(value, key, item)
+    else:
+        dict.__setitem__(value, key, item)
 
 
 def is_mutable(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """What a layer of another format writes into the objects it is called with is in the caller's when it has returned."""
 
-from collections import UserDict, deque
+from collections import OrderedDict, UserDict, deque
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +84,7 @@ class Slots:
 
 ACCESS = {
     dict: (lambda b: b["x"], lambda b, h: b.update(h=h), lambda b: b.pop("gone")),
+    OrderedDict: (lambda b: b["x"], lambda b, h: b.update(h=h), lambda b: b.pop("gone")),
     UserDict: (lambda b: b["x"], lambda b, h: b.update(h=h), lambda b: b.pop("gone")),
     list: (lambda b: b[0], lambda b, h: b.append(h), lambda b: b.pop()),
     deque: (lambda b: b[0], lambda b, h: b.append(h), lambda b: b.pop()),
@@ -92,6 +93,7 @@ ACCESS = {
 }
 MAKE = {
     "dict": lambda x: {"x": x, "gone": 1},
+    "OrderedDict": lambda x: OrderedDict(x=x, gone=1),
     "UserDict": lambda x: UserDict(x=x, gone=1),
     "list": lambda x: [x, 1],
     "deque": lambda x: deque([x, 1]),
