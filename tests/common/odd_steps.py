@@ -4,6 +4,7 @@ Each is the body of a ``training_step`` in manual optimization: a function of th
 in it is one of the optimizers below, of which some move weights by methods of their own.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -319,6 +320,91 @@ ODD_STEPS = {**THROUGH_THE_PLUGIN, **PAST_THE_PLUGIN}
 
 def odd(name: str) -> Odd:
     return Odd(surgery_in_fp16, adam) if name == "surgery in fp16" else Odd(*ODD_STEPS[name])
+
+
+# Steps that nobody wrote: operations in any order, and a step at the end.
+
+
+def _backward(module: Any, optimizer: Any, batch: Any) -> None:
+    module.manual_backward(module.loss(batch))
+
+
+def _backward_of_one(module: Any, optimizer: Any, batch: Any) -> None:
+    module.manual_backward(module.losses(batch)[1])
+
+
+def _zero(module: Any, optimizer: Any, batch: Any) -> None:
+    optimizer.zero_grad()
+
+
+def _edit_gradients(module: Any, optimizer: Any, batch: Any) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.grad = p.grad.sign() * p.grad.square() + 0.01 * torch.randn(p.shape)
+
+
+def _clip(module: Any, optimizer: Any, batch: Any) -> None:
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.5)
+
+
+def _climb(module: Any, optimizer: Any, batch: Any) -> None:
+    own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    with torch.no_grad():
+        before = [p.clone() for p in own]
+        for p in own:
+            p.add_(p.grad, alpha=0.1)
+        torch.clear_autocast_cache()
+    _backward(module, optimizer, batch)
+    with torch.no_grad():
+        for p, start in zip(own, before, strict=True):
+            p.copy_(start)
+        torch.clear_autocast_cache()
+
+
+def _pull(module: Any, optimizer: Any, batch: Any) -> None:
+    optimizer.update_lookahead()
+    torch.clear_autocast_cache()
+
+
+def _change_rates(module: Any, optimizer: Any, batch: Any) -> None:
+    for group in optimizer.param_groups:
+        group["lr"], group["momentum"] = 0.9 * group["lr"], 0.5
+    module.lr_schedulers().step()
+
+
+def _write_to_batch(module: Any, optimizer: Any, batch: Any) -> None:
+    batch[0].mul_(1 + 0.1 * torch.rand(()))
+
+
+def _toggle(module: Any, optimizer: Any, batch: Any) -> None:
+    module.toggle_optimizer(optimizer)
+    _backward_of_one(module, optimizer, batch)
+    module.untoggle_optimizer(optimizer)
+
+
+_OPERATIONS = (_backward, _backward_of_one, _zero, _edit_gradients, _clip, _climb, _pull, _change_rates, _toggle)
+_OPERATIONS += (_write_to_batch,)
+
+
+def _slow_and_scheduled(module: Any) -> Any:
+    optimizer = Slow(module.parameters())
+    return [optimizer], [StepLR(optimizer, 2, gamma=0.5)]
+
+
+def drawn(seed: int) -> Odd:
+    """A module whose step is drawn: some of the operations in some order, a backward, and the optimizer's step."""
+    draw = random.Random(seed)
+    operations = [draw.choice(_OPERATIONS) for _ in range(draw.randint(1, 8))]
+
+    def step(module: Any, batch: Any) -> None:
+        optimizer, own = module.optimizers(), [part.clone() for part in batch]
+        optimizer.zero_grad()
+        for operate in (*operations, _backward):
+            operate(module, optimizer, own)
+        optimizer.step()
+
+    return Odd(step, _slow_and_scheduled)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import pytest
 import torch
 from known_results import ours as fp16_at_the_usual_scale
 from lightnings import pl
-from odd_steps import ODD_STEPS, Odd, adam, odd, plain, stepped_with
+from odd_steps import ODD_STEPS, Odd, adam, drawn, odd, plain, stepped_with
 from plugin_models import Batches, ours, same, stock, trainer
+from selection import slow_but_for
 
 from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor
 from lightning_mixprec.evidence.comparison import Comparison
@@ -32,7 +33,7 @@ class Steps(pl.Callback):
 
 def fit(name, plugin, callbacks=(), **options):
     torch.manual_seed(3)
-    model = odd(name)
+    model = drawn(name) if isinstance(name, int) else odd(name)
     with stepped_with(model) as found:
         steps = Steps(found)
         run = trainer(plugin, callbacks=[*callbacks, steps], **options)
@@ -84,6 +85,18 @@ def test_a_sample_has_the_gradients_that_the_step_is_taken_with(name, plugin, sa
         compared = [each for each in step if name not in SEES_MOVED_WEIGHTS or each.startswith("trunk")]
         assert sample.keys() == step.keys() and compared
         assert [each for each in compared if not torch.equal(sample[each], step[each])] == []
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+@pytest.mark.parametrize("seed", slow_but_for(set(range(6)), range(40)))
+def test_a_sample_of_a_drawn_step_has_its_gradients(seed, sampled, tmp_path):
+    alone, _ = fit(seed, ours("bf16"))
+    left, stepped = fit(seed, ours("bf16"), [UnderflowMonitor(1), FidelityMonitor(1)], default_root_dir=tmp_path)
+    assert [part for part in alone if not same(alone[part], left[part])] == []
+    assert problems(tmp_path) == [] and len(sampled) == len(stepped) == 4
+    for sample, step in zip(sampled, stepped, strict=True):
+        assert sample.keys() == step.keys()
+        assert [each for each in step if not torch.equal(sample[each], step[each])] == []
 
 
 def test_an_overflow_in_what_is_computed_of_gradients_is_the_scales():
