@@ -1,7 +1,7 @@
 """Diagnosis of a failed step: the layer that overflowed, in which direction, and if precision is to blame at all."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_mixprec import ranks
-from lightning_mixprec.engine.objects import mapped, named_tensors
 from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
@@ -24,9 +23,10 @@ from lightning_mixprec.evidence.replay import (
     Replayed,
     StepReplay,
 )
+from lightning_mixprec.evidence.run_formats import Formats, with_layer_in
+from lightning_mixprec.evidence.saved_batches import nonfinite_in, repaired
 from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.numerics.finite import all_finite
-from lightning_mixprec.numerics.flat_batches import flatten
 from lightning_mixprec.numerics.formats import FORMATS, compute_formats, get_format, promoted_for_range
 from lightning_mixprec.numerics.rates import underflow_rate
 from lightning_mixprec.records.advice import STARVED, overflow
@@ -160,9 +160,23 @@ class Judge:
             # What overflows at the step's scale alone, here or on another rank, hides what overflows at every scale.
             stubbornly = self._traced(reference=False, scale=stubborn)
             low = stubbornly if is_of_gradients else low
-        if low.is_finite or self.problem is not None:
-            return None
-        return self._marked(self._tried(partial(self._judged, low, wide, smaller)))
+        is_judged = not low.is_finite and self.problem is None
+        return self._marked(
+            self._confirmed(self._tried(partial(self._judged, low, wide, smaller)) if is_judged else None)
+        )
+
+    def _confirmed(self, found: Diagnosis | None) -> Diagnosis | None:
+        """The diagnosis with a format that was tried, if what failed is a number that the failing one holds, too."""
+        cause = None if found is None else found.cause
+        is_doubtful = cause is not None and bool(cause["fits"]) and _holds(cause["format"], cause["value"])
+        if not self._on_any_rank(is_doubtful):
+            return found
+        replay, layer, format = self._replay, cause and cause["layer"], cause and cause["fits"]
+        formats = with_layer_in(replay.formats, replay.module, layer or "", format) if is_doubtful else replay.formats
+        is_enough = formats is not None and self._tried(partial(self._is_finite_at, self._scale, formats))
+        if found is None or not is_doubtful or is_enough:
+            return found
+        return replace(found, cause={**found.cause, "fits": None if formats is None else "fp32"})._in_words()
 
     def _marked(self, found: Diagnosis | None) -> Diagnosis | None:
         return found.on_half_of_the_batch() if found is not None and self._is_halved else found
@@ -242,11 +256,12 @@ class Judge:
         """True if the step is finite at another loss scale, on all ranks."""
         return not self._on_any_rank(self._tried(partial(self._is_finite_at, scale)) is not True)
 
-    def _is_finite_at(self, scale: float) -> bool:
-        """True if the step is finite at another loss scale; one that raises is not."""
-        with self._replay.opened() as stand_ins:
+    def _is_finite_at(self, scale: float, formats: Formats | None = None) -> bool:
+        """True if the step is finite at another loss scale, or in other formats; one that raises is not."""
+        replay = self._replay if formats is None else self._replay.in_formats(formats)
+        with replay.opened() as stand_ins:
             try:
-                replayed = self._replay.run(stand_ins, self._batch, self._batch_idx, scale=scale, random=self._random)
+                replayed = replay.run(stand_ins, self._batch, self._batch_idx, scale=scale, random=self._random)
             except Exception as error:
                 if not self._tells(error):
                     raise
@@ -256,7 +271,7 @@ class Judge:
     def _is_finite_repaired(self) -> bool:
         """True if the step is finite in fp32 with a repaired batch; one that cannot be run with it is not."""
         try:
-            batch = _repaired(self._batch)
+            batch = repaired(self._batch)
             with self._replay.opened(reference=True) as stand_ins:
                 replayed = self._replay.run(stand_ins, batch, self._batch_idx, random=self._random)
         except TraceLeftError:
@@ -316,7 +331,7 @@ class Judge:
 
         If one rank replays all do: a step may send messages of its own (SyncBatchNorm, ``all_gather``).
         """
-        found = [] if wide.is_finite else self._tried(lambda: list(_nonfinite_in(self._batch))) or []
+        found = [] if wide.is_finite else self._tried(lambda: list(nonfinite_in(self._batch))) or []
         if not self._on_any_rank(bool(found)):
             return []
         # Where steps are not guarded, a step on such a batch has spoiled the weights before it is replayed.
@@ -373,23 +388,9 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
+def _holds(format: str | None, value: float | None) -> bool:
+    return format in FORMATS and value is not None and abs(value) <= get_format(format).forward.max
+
+
 def _bits(format: str) -> int:
     return get_format(format).bits if format in FORMATS else 64
-
-
-def _nonfinite_in(batch: Any) -> Iterator[str]:
-    for where, tensor in named_tensors(batch):
-        if tensor.is_floating_point() and not all_finite([values := flatten(tensor)]):
-            bad = (~torch.isfinite(values)).sum().item()
-            yield f"{bad} of {tensor.numel()} values in batch{where}"
-
-
-def _repaired(batch: Any) -> Any:
-    """A copy of a batch with zeros in place of what is not finite: a mask of -inf in the batch is no broken data."""
-    return mapped(batch, _repaired_tensor)
-
-
-def _repaired_tensor(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.detach().nan_to_num(0.0, 0.0, 0.0).requires_grad_(tensor.requires_grad)

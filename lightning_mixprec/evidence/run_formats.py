@@ -19,6 +19,7 @@ from lightning_mixprec.plugin.lightnings import Precision, both
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.strategies import check_replay
 from lightning_mixprec.policy.assignment import LayerPrecision
+from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
 _PLAIN = both("plugins.precision", "Precision")
@@ -146,6 +147,15 @@ class EvaluationFormats(TrialFormats):
     def of(self, layer: str) -> str:
         """The format that a layer computes in."""
         return self._assignment[layer].compute
+
+
+def with_layer_in(formats: Formats, model: torch.nn.Module, layer: str, format: str | None) -> Formats | None:
+    """The formats of a run in which a layer's own operations compute in another one; None where it cannot be tried."""
+    if not isinstance(formats, PluginFormats) or formats._plugin.policy is None:
+        return None
+    edit: dict[str, Any] = {"compute": format} | ({"output": "fp32"} if layer else {})
+    edit |= {"recurse": False} if any(True for _ in model.get_submodule(layer).children()) else {}
+    return TrialFormats(formats._plugin, formats._plugin.policy.amend({literal(layer): edit}, model))
 
 
 class StockFormats:

@@ -1,15 +1,20 @@
-"""Files that hold the batch of a failed step, to replay it by hand."""
+"""Batches of failed steps: what in them is not finite, and files that hold one to replay it by hand."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from lightning_mixprec.engine.objects import mapped, named_tensors
 from lightning_mixprec.errors import MixPrecError, one_line
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.step_window import KeptBatch
+from lightning_mixprec.numerics.finite import all_finite
+from lightning_mixprec.numerics.flat_batches import flatten
 from lightning_mixprec.records.events import Event
 
 
@@ -65,3 +70,22 @@ def load_batch(path: str | Path, device: torch.device) -> Saved:
 
 def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def nonfinite_in(batch: Any) -> Iterator[str]:
+    """The values of a batch that are not finite, in words."""
+    for where, tensor in named_tensors(batch):
+        if tensor.is_floating_point() and not all_finite([values := flatten(tensor)]):
+            bad = (~torch.isfinite(values)).sum().item()
+            yield f"{bad} of {tensor.numel()} values in batch{where}"
+
+
+def repaired(batch: Any) -> Any:
+    """A copy of a batch with zeros in place of what is not finite: a mask of -inf in the batch is no broken data."""
+    return mapped(batch, _repaired_tensor)
+
+
+def _repaired_tensor(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().nan_to_num(0.0, 0.0, 0.0).requires_grad_(tensor.requires_grad)

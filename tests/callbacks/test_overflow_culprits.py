@@ -267,6 +267,27 @@ def test_the_narrowest_format_that_holds_the_value_is_advised(gain, fits):
     assert (accused(event), event["fits"]) == (("precision", "net.1", "forward"), fits)
 
 
+class Rim(nn.Module):
+    """Kept off the rim by less than 16 bits resolve near 1, where its value is infinite."""
+
+    def __init__(self, power):
+        super().__init__()
+        self.distance = 10.0**power
+
+    def forward(self, x):
+        return torch.atanh(torch.tanh(20 * x.abs()).clamp(max=1 - self.distance))
+
+
+@pytest.mark.parametrize(("make_plugin", "fits"), [(lambda: PerLayerPrecision("fp16"), "fp32"), (stock, None)])
+def test_a_format_is_tried_before_it_is_said_to_hold_what_fp16_has_the_range_for(make_plugin, fits):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not Rim(-5)(nn.Linear(8, 8)(torch.ones(4, 8))).isfinite().all()
+    monitor = watch(Watched(nn.Sequential(nn.Linear(8, 8), Rim(-5), nn.Linear(8, 4))), make_plugin())
+    (event,) = monitor.events
+    assert (accused(event), event["fits"]) == (("precision", "net.1", "forward"), fits)
+    assert event["value"] < 7 and "in fp32" in event["message"] and "bf16" not in event["message"]
+
+
 def test_a_value_beyond_fp32_is_the_models_fault():
     (event,) = watch(Watched(nn.Sequential(nn.Linear(8, 8), Gain(2.0**127), Gain(2.0**10)))).events
     assert accused(event) == ("model", "net.2", "forward")
