@@ -92,13 +92,12 @@ class Sandbox:
     """
 
     def __init__(self, model: nn.Module, widen: bool, device: torch.device, optimizers: Iterable[Optimizer]) -> None:
-        self.is_wide = widen
+        self._model, self.is_wide = model, widen
         self._refused: list[str] = []
         self._attributes = Attributes(model, self._refuse)
         _refuse_lazy(self._attributes.modules)
         originals = dict(model.named_parameters())
-        names = {id(tensor): name for name, tensor in (*originals.items(), *model.named_buffers())}
-        self._guard = Guard(self._attributes.modules, names, self._attributes.leaves, optimizers)
+        self._guard = Guard(self._attributes.modules, self._attributes.leaves, optimizers)
         self._copies = {id(each.tensor): _copy(each.tensor, widen, device) for each in self._guard.own}
         self.trained = {name for name, param in originals.items() if param.requires_grad}
         self.parameters = {name: self._copies[id(param)] for name, param in originals.items()}
@@ -129,7 +128,7 @@ class Sandbox:
                 step()
             except Exception as problem:
                 failed.append(problem)
-        written, lost = self._guard.check(self._pristine)
+        written, lost = self._guard.check(self._model, self._pristine)
         locked = list(self._attributes.contents.locked)
         if failed or lost:
             reason = f"it wrote to {_some(lost)}" if lost else f"{type(failed[0]).__name__}: {failed[0]}"

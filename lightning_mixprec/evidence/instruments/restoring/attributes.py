@@ -4,7 +4,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from types import BuiltinMethodType, FunctionType, MappingProxyType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
 
@@ -58,6 +58,7 @@ class Attributes:
         self._own: set[int] = set()
         self._known: set[Any] = set()
         self._restores: list[PutBack] = []
+        self._empty: list[Any] = []
         self._takers: dict[type, Any] = {type(model): self._take_module}
         self._found: deque[tuple[Any, Path, int | None]] = deque([(model, (), None)])
         while self._found and len(self._known) < _MOST_OBJECTS:
@@ -83,6 +84,7 @@ class Attributes:
         """The steps that put everything back, tables of parameters and buffers first."""
         for kind, container, before in self._held:
             yield partial(containers.put_back, kind, container, before)
+        yield partial(containers.clear, self._empty)
         yield from self.contents.put_back()
         yield from self._restores
 
@@ -112,29 +114,15 @@ class Attributes:
         pairs: Iterable[tuple[Any, Any]] = items.items() if isinstance(items, dict) else enumerate(items)
         for key, value in pairs:
             for each in (value,) if type(key) in _PLAIN else (key, value):
-                kind = type(each)
+                kind: Any = type(each)
+                if kind in containers.BUILTIN and not each:
+                    self._empty.append(each)
+                    continue
                 if kind not in self._takers:
-                    self._takers[kind] = self._taker(kind)
+                    name = _taker(kind)
+                    self._takers[kind] = name and getattr(self, name)
                 if self._takers[kind] is not None:
                     self._found.append((each, (path, key), holder))
-
-    def _taker(self, kind: type) -> Any:
-        """The method that records objects of a class; None for a class without a state."""
-        is_others = kind.__module__.partition(".")[0] in _OTHERS and not kind.__module__.startswith("torch.utils.data")
-        choices = (
-            (issubclass(kind, _NOT_LOOKED_INTO), None),
-            (issubclass(kind, Tensor), self._take_tensor),
-            (issubclass(kind, nn.Module), self._take_module),
-            (issubclass(kind, (tuple, frozenset, MappingProxyType)), self._take_fixed),
-            (issubclass(kind, FunctionType), self._take_function),
-            (issubclass(kind, (MethodType, BuiltinMethodType, MethodWrapperType, partial)), self._take_call),
-            (is_settable(kind), self._take_settable),
-            (is_array(kind), self._take_array),
-            (_is_refused(kind), self._refuse),
-            (containers.kind_of(kind) is not None, self._take_container),
-            (is_others, None),
-        )
-        return next((taker for is_chosen, taker in choices if is_chosen), self._take_object)
 
     def _take_tensor(self, tensor: Tensor, path: Path, holder: int | None) -> None:
         if id(tensor) not in self._own:
@@ -162,10 +150,10 @@ class Attributes:
         self._look_at(dict(value) if isinstance(value, MappingProxyType) else list(value), path, kept)
 
     def _take_container(self, value: Any, path: Path, holder: int | None) -> None:
-        kind = containers.kind_of(type(value))
+        kind = containers.kind_of(type(value))  # type: ignore[arg-type]
         assert kind is not None
         self._hold(kind, value, path)
-        attributes = containers.attributes_of(value)
+        attributes = None if type(value) in containers.BUILTIN else containers.attributes_of(value)
         if attributes:
             self._hold(containers.ATTRIBUTES, attributes, path)
 
@@ -216,6 +204,26 @@ def named(path: Path) -> str:
         path, name = path
         names.append(str(name))
     return ".".join(reversed(names))
+
+
+@lru_cache(1024)
+def _taker(kind: type) -> str | None:
+    """The name of the method that records objects of a class; None for a class without a state."""
+    is_others = kind.__module__.partition(".")[0] in _OTHERS and not kind.__module__.startswith("torch.utils.data")
+    choices = (
+        (issubclass(kind, _NOT_LOOKED_INTO), None),
+        (issubclass(kind, Tensor), "_take_tensor"),
+        (issubclass(kind, nn.Module), "_take_module"),
+        (issubclass(kind, (tuple, frozenset, MappingProxyType)), "_take_fixed"),
+        (issubclass(kind, FunctionType), "_take_function"),
+        (issubclass(kind, (MethodType, BuiltinMethodType, MethodWrapperType, partial)), "_take_call"),
+        (is_settable(kind), "_take_settable"),
+        (is_array(kind), "_take_array"),
+        (_is_refused(kind), "_refuse"),
+        (containers.kind_of(kind) is not None, "_take_container"),
+        (is_others, None),
+    )
+    return next((taker for is_chosen, taker in choices if is_chosen), "_take_object")
 
 
 def _is_refused(kind: type) -> bool:

@@ -5,8 +5,8 @@ after a step is put back all the same.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from operator import is_
 from types import CellType, MemberDescriptorType
 from typing import Any, NamedTuple
@@ -41,6 +41,14 @@ def put_back(kind: Kind, container: Any, before: Any) -> None:
         kind.write(container, before)
 
 
+def clear(empty: Iterable[Any]) -> None:
+    """Empties containers that were empty before, of the builtin classes themselves."""
+    for each in empty:
+        if each:
+            each.clear()
+
+
+@lru_cache(1024)
 def kind_of(type_of_value: type) -> Kind | None:
     """The kind of a class's instances; None for what is no container that can be written to."""
     return next((kind for builtin, kind in _KINDS if issubclass(type_of_value, builtin)), None)
@@ -143,6 +151,9 @@ def _write_cell(cell: CellType, before: list[Any]) -> None:
     else:
         del cell.cell_contents
 
+
+BUILTIN = {OrderedDict, dict, list, deque, set}
+"""Classes of containers that do what they are known for."""
 
 ATTRIBUTES = Kind(dict.copy, _write_dict)
 """The ``__dict__`` of an object."""

@@ -4,8 +4,8 @@ Weights, buffers, gradients, the states of optimizers and hooks. A write to a te
 nothing is read and the device is not waited for.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,6 @@ class Guard:
 
     Args:
         modules: All modules of the model.
-        names: The names of parameters and buffers, by ``id``.
         leaves: Further tensors that require a gradient.
         optimizers: The optimizers of the run.
 
@@ -49,19 +48,19 @@ class Guard:
     def __init__(
         self,
         modules: Iterable[nn.Module],
-        names: Mapping[int, str],
         leaves: Iterable[Tensor],
         optimizers: Iterable[Optimizer],
     ) -> None:
         tables = [table for module in modules for table in (module._parameters, module._buffers)]
         tensors = {id(tensor): tensor for table in tables for tensor in table.values() if tensor is not None}
-        self.own = [Own(names.get(key, "a tensor"), each, version_of(each)) for key, each in tensors.items()]
+        self.own = [Own("a tensor", each, version_of(each)) for each in tensors.values()]
         self._aliases = [(local := getattr(each, "_local_tensor", each), local.detach()) for each in tensors.values()]
         self._params = [each for each in tensors.values() if isinstance(each, nn.Parameter)]
         trained = [*self._params, *leaves]
         self._grads = [(each, each.grad, each.requires_grad) for each in trained]
         self._others = [Own("a gradient", grad, version_of(grad)) for _, grad, _ in self._grads if grad is not None]
         self._held: list[tuple[Kind, Any, Any]] = []
+        self._empty: list[Any] = []
         self._hold(*_global_hooks())
         self._without_hooks = []
         for param in self._params:
@@ -90,20 +89,25 @@ class Guard:
             yield partial(setattr, tensor, "grad", grad)
         for kind, container, before in self._held:
             yield partial(containers.put_back, kind, container, before)
+        yield partial(containers.clear, self._empty)
         for param, name in self._without_hooks:
             if getattr(param, name) is not None:
                 yield getattr(param, name).clear
 
-    def check(self, copy_of: Callable[[Tensor], Tensor | None]) -> tuple[list[str], list[str]]:
+    def check(self, model: nn.Module, copy_of: Callable[[Tensor], Tensor | None]) -> tuple[list[str], list[str]]:
         """Looks for tensors that were written to.
 
         Args:
+            model: The model, for the names.
             copy_of: Gives a copy of one of the model's own tensors that is as the tensor was, where there is one.
 
         Returns:
             The names of those that were written back, and of those that could not be.
         """
         written: list[str] = []
+        if any(each.is_written for each in self.own):
+            names = {id(each): name for name, each in (*model.named_parameters(), *model.named_buffers())}
+            self.own = [each._replace(name=names.get(id(each.tensor), each.name)) for each in self.own]
         lost = [each.name for each in self._others if each.is_written]
         for each in self.own:
             if each.is_written:
@@ -123,11 +127,15 @@ class Guard:
 
     def _hold(self, *held: Any) -> None:
         for each in held:
-            kind = containers.kind_of(type(each))
-            if kind is not None:
+            kind = containers.kind_of(type(each))  # type: ignore[arg-type]
+            if type(each) in containers.BUILTIN and not each:
+                self._empty.append(each)
+            elif kind is not None:
                 self._held.append((kind, each, kind.read(each)))
 
 
+@cache
 def _global_hooks() -> list[Any]:
+    """Torch's tables of hooks on all modules."""
     tables = vars(torch.nn.modules.module).items()
     return [table for name, table in tables if name.startswith("_global_") and isinstance(table, dict)]
