@@ -61,6 +61,10 @@ def test_a_habit_is_no_matter(name):
     assert bool(told) == (name in REFUSED | {"WeightsElsewhere"})
 
 
+def test_a_weight_that_gets_another_name_in_the_step_ends_no_run():
+    check(["ParametrizedInForward"], "stock")
+
+
 @pytest.mark.parametrize(("name", "is_told"), [("WritesPastAutograd", False), ("ArrayOfItsOwn", True)])
 def test_where_little_is_copied_tensors_are_put_back_and_arrays_refused(name, is_told):
     assert bool(check([name], room=64)) == is_told

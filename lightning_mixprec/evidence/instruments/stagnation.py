@@ -48,7 +48,8 @@ class StagnationCheck:
         """
         own = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._may_be_skipped |= may_be_skipped
-        trained = {name: param for name, param in model.named_parameters() if param.requires_grad and id(param) in own}
+        known = ((name, param) for name, param in model.named_parameters() if name in self._layer_of)  # one may be new
+        trained = {name: param for name, param in known if param.requires_grad and id(param) in own}
         for name, param in trained.items():
             if param.grad is not None and name not in self._before and not param.grad.is_sparse:
                 has_gradient = self._sampled(param.grad) != 0
