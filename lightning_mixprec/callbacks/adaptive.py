@@ -209,7 +209,7 @@ class AdaptivePrecision(FailureMonitor):
         run.begin_batch(KeptBatch(batch, batch_idx, None), may_sample=may_sample)
         self._follow_up()
         if not takes_iterator(trainer):
-            watch.begin_batch(batch, batch_idx)
+            watch.begin_batch(batch, batch_idx, self._made)
 
     def _has_no_batches(self, trainer: pl.Trainer) -> bool:
         if takes_iterator(trainer):

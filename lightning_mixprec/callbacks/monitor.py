@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.run_formats import RunFormats, formats_of
+from lightning_mixprec.evidence.step_window import Made
 from lightning_mixprec.plugin.lightnings import Callback
 from lightning_mixprec.policy.table import align
 from lightning_mixprec.records.journal import Journal
@@ -182,10 +183,11 @@ class BatchStart:
 
     Args:
         module: The module.
-        begin: What is called after the hook, unless it answers -1, which skips the rest of the epoch.
+        begin: What is called after the hook, with what that has made; not if it answers -1, which skips the rest of the
+            epoch.
     """
 
-    def __init__(self, module: pl.LightningModule, begin: Callable[[], None]) -> None:
+    def __init__(self, module: pl.LightningModule, begin: Callable[[Made], None]) -> None:
         self._module, self._begin = module, begin
         self._of_instance = vars(module).get(_HOOK)
         vars(module)[_HOOK] = self
@@ -195,9 +197,10 @@ class BatchStart:
         self.remove()
         begin, self._begin = self._begin, _nothing  # somebody who wrapped this one may call it again and again
         hook = self._of_instance or partial(getattr(type(self._module), _HOOK), self._module)
+        before = dict(vars(self._module))
         answer = hook(*args, **kwargs)
         if answer != -1:
-            begin()
+            begin(Made(self._module, {n: v for n, v in vars(self._module).items() if before.get(n, self) is not v}))
         return answer
 
     def remove(self) -> None:
@@ -212,7 +215,7 @@ class BatchStart:
         return {**vars(self), "_begin": _nothing}
 
 
-def _nothing() -> None:
+def _nothing(made: Made) -> None:
     pass
 
 
@@ -224,6 +227,7 @@ class Monitor(RunCallback):
         super()._forget_run()
         self._formats: RunFormats | None = None
         self._start: BatchStart | None = None
+        self._made: Made | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -246,8 +250,9 @@ class Monitor(RunCallback):
         every = [each for each in monitors(trainer) if isinstance(each, Monitor)]
         if self is every[0]:  # the first one acts for all
 
-            def begin() -> None:
+            def begin(made: Made) -> None:
                 for each in every:
+                    each._made = made
                     each._begin_batch(trainer, pl_module, batch, batch_idx)
 
             self._start = BatchStart(pl_module, begin)

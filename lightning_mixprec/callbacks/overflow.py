@@ -104,7 +104,7 @@ class OverflowMonitor(FailureMonitor):
             assert self._formats is not None
             is_automatic = pl_module.automatic_optimization
             self._failures = FailureWatch(self._formats, pl_module.device, is_automatic, self._look_into, self._count)
-        self._failures.begin_batch(batch, batch_idx)
+        self._failures.begin_batch(batch, batch_idx, self._made)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -13,7 +13,7 @@ from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.diagnosis import Diagnosis, Judge
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import RunFormats
-from lightning_mixprec.evidence.step_window import BatchUse, KeptBatch, Outcome, RandomUse, StepWindow, received
+from lightning_mixprec.evidence.step_window import BatchUse, KeptBatch, Made, Outcome, RandomUse, StepWindow, received
 
 OnStep = Callable[[StepWindow, Outcome], None]
 
@@ -54,11 +54,11 @@ class FailureWatch:
         """The batches since the last optimizer step; None if there are none."""
         return self._window
 
-    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int, made: Made | None = None) -> None:
         """Keeps a batch for the window of the next optimizer step."""
         if self._window is None:
             self._window = StepWindow(self._formats, self._device, self._is_automatic)
-        self._window.add_batch(self._batch_use.begin(batch), batch_idx, self._random_use.begin())
+        self._window.add_batch(self._batch_use.begin(batch), batch_idx, self._random_use.begin(), made)
 
     def add_loss(self, loss: Tensor) -> None:
         """Notes a loss that goes backward."""
@@ -129,7 +129,8 @@ class FailureWatch:
 
     def _explain(self, window: StepWindow, outcome: Outcome) -> None:
         if outcome.is_bad:
-            self._on_failure(window, outcome)
+            with window.prepared():  # late, it is prepared for the next batch
+                self._on_failure(window, outcome)
 
 
 class Found(NamedTuple):
@@ -178,19 +179,20 @@ def diagnosed(
     """
     found: Found | None = None
     problems: list[Problem] = []
-    for kept in reversed(window.batches):
-        found = found and found._replace(comparison=None)  # its gradients make room for this batch's
-        judge = Judge(replay, kept, scale, wanted)
-        if found is not None and judge.is_finite_at(found.diagnosis.cause["smaller_scale"] or scale):
-            continue
-        rank, diagnosis = ranks.first_found(judge.judge())
-        if judge.problem is not None:
-            problems.append(Problem(kept.batch_idx, judge.problem))
-        if diagnosis is not None and (found is None or diagnosis.cause["verdict"] != "scale"):
-            lacks = wanted is None or ranks.is_any(judge.comparison is None, window.device)
-            found = Found(rank, kept, diagnosis, None if lacks else judge.comparison)
-            if diagnosis.cause["verdict"] != "scale":
-                break
+    for place, kept in reversed(list(enumerate(window.batches))):
+        with window.prepared(place):
+            found = found and found._replace(comparison=None)  # its gradients make room for this batch's
+            judge = Judge(replay, kept, scale, wanted)
+            if found is not None and judge.is_finite_at(found.diagnosis.cause["smaller_scale"] or scale):
+                continue
+            rank, diagnosis = ranks.first_found(judge.judge())
+            if judge.problem is not None:
+                problems.append(Problem(kept.batch_idx, judge.problem))
+            if diagnosis is not None and (found is None or diagnosis.cause["verdict"] != "scale"):
+                lacks = wanted is None or ranks.is_any(judge.comparison is None, window.device)
+                found = Found(rank, kept, diagnosis, None if lacks else judge.comparison)
+                if diagnosis.cause["verdict"] != "scale":
+                    break
     return found, [
         problem._replace(message=ranks.told_by(rank, problem.message))
         for rank, each in enumerate(ranks.all_values(problems))
@@ -212,7 +214,8 @@ def diagnosed_error(
         wanted: As for :func:`diagnosed`.
     """
     judge = Judge(replay, window.batches[-1], float(window.formats.scale), wanted, may_raise=True)
-    diagnosis = judge.judge()
+    with window.prepared():
+        diagnosis = judge.judge()
     if diagnosis is None or not diagnosis.cause.get("raised", "").startswith(f"{type(error).__name__}:"):
         return None
     return Found(0, window.batches[-1], diagnosis, judge.comparison)

@@ -1,11 +1,13 @@
 """The batches of an optimizer step, kept until its outcome is known: finite or not, and at which loss scale."""
 
+import contextlib
 import math
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mixprec import ranks
@@ -58,6 +60,32 @@ class RandomUse:
             used_none = self._looked_at.is_same(RandomState(self._device, others=False))
             self._without = self._without + 1 if used_none else 0
             self._looked_at = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a module's own hook has set in the module for a batch.
+
+    Attributes:
+        module: The module.
+        values: The attributes that the hook set anew, by name.
+    """
+
+    module: nn.Module
+    values: Mapping[str, Any]
+
+    @contextlib.contextmanager
+    def in_place(self) -> Generator[None, None, None]:
+        """The module has these attributes within, and its present ones after."""
+        attributes = vars(self.module)
+        now = {name: attributes[name] for name in self.values if name in attributes}
+        attributes.update(self.values)
+        try:
+            yield
+        finally:
+            for name in self.values.keys() - now.keys():
+                attributes.pop(name, None)
+            attributes.update(now)
 
 
 class BatchUse:
@@ -120,6 +148,7 @@ class StepWindow:
         device: The device of the run.
         is_automatic: Whether an optimizer steps once, however often it evaluates the loss.
         batches: The batches, the latest last.
+        made: What the module's hook made for each of them.
         step: Optimizer steps taken before.
         steps: Optimizer steps tried.
     """
@@ -128,6 +157,7 @@ class StepWindow:
     device: torch.device
     is_automatic: bool
     batches: list[KeptBatch] = field(default_factory=list)
+    made: list[Made | None] = field(default_factory=list)
     step: int = 0
     steps: int = 0
     _losses: list[Tensor] = field(default_factory=list)
@@ -135,9 +165,15 @@ class StepWindow:
     _scale: float | Tensor = 1.0
     _flag_comes_later: bool = False
 
-    def add_batch(self, batch: Any, batch_idx: int, random: RandomState | None) -> None:
+    def add_batch(self, batch: Any, batch_idx: int, random: RandomState | None, made: Made | None = None) -> None:
         """Keeps a batch, to which nobody writes any more, and the random numbers that its step begins with."""
         self.batches = [*self.batches, KeptBatch(batch, batch_idx, random)][-MOST_BATCHES:]
+        self.made = [*self.made, made][-MOST_BATCHES:]
+
+    def prepared(self, place: int = -1) -> contextlib.AbstractContextManager[None]:
+        """The module is within as its hook prepared it for one of the batches."""
+        made = self.made[place] if self.made else None
+        return contextlib.nullcontext() if made is None else made.in_place()
 
     def add_loss(self, loss: Tensor) -> None:
         """Notes a loss that goes backward."""

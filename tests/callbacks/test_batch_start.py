@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
@@ -86,9 +87,9 @@ def test_the_replayed_loss_is_that_of_the_step(monkeypatch):
 def test_random_numbers_are_kept_as_the_step_finds_them(monkeypatch):
     kept, found, add_batch = [], [], StepWindow.add_batch
 
-    def noting(self, batch, batch_idx, random):
+    def noting(self, batch, batch_idx, random, made):
         kept.append(random)
-        add_batch(self, batch, batch_idx, random)
+        add_batch(self, batch, batch_idx, random, made)
 
     class Noting(Distilled):
         def training_step(self, batch, batch_idx):
@@ -108,6 +109,26 @@ def test_a_batch_that_the_hook_skips_is_no_step(ends_at, tmp_path):
     model = fit(Distilled(ends_at), ours("bf16"), [OverflowMonitor(), fidelity], default_root_dir=tmp_path)
     assert same(alone.state_dict(), model.state_dict())
     assert fidelity.state_dict()["batches_seen"] == ends_at
+
+
+class Late(Distilled):
+    """The second batch's gradients are beyond fp16; they are explained when the hook has prepared the last one."""
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch + self.noise) - self.answer).mean() * self.factor
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.factor = 1e6 if batch_idx == 1 else 1.0
+        super().on_train_batch_start(batch, batch_idx)
+
+
+@pytest.mark.parametrize("plugin", [lambda: ours("fp16"), lambda: stock("fp16")], ids=["ours", "stock"])
+def test_an_earlier_batch_is_explained_with_what_the_hook_made_for_it(plugin, tmp_path):
+    monitor = OverflowMonitor()
+    fit(Late(), plugin(), [monitor], accumulate_grad_batches=5, default_root_dir=tmp_path)
+    assert [(event["batch_idx"], event["verdict"]) for event in monitor.events] == [(1, "scale")]
+    rows = [json.loads(line) for line in (tmp_path / "mixprec.jsonl").read_text().splitlines()]
+    assert not any("problem" in row for row in rows)
 
 
 # The module
