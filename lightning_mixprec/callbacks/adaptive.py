@@ -34,7 +34,10 @@ from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.records.changes import Decision, Made
 from lightning_mixprec.records.schema import matches
-from lightning_mixprec.records.words import cell, quoted, written
+from lightning_mixprec.records.words import cell, listed, quoted, written
+
+_FEW = 4
+"""Moves of one decision that a line tells one by one."""
 
 LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"
 
@@ -62,7 +65,8 @@ class AdaptivePrecision(FailureMonitor):
     Args:
         mode: ``"act"``, or ``"advise"`` to say only what would be done; the policy is then ``advised_policy.yaml``.
         pin: Patterns of layers that are left alone.
-        min_low_precision_share: Share of the matrix products' flops that has to stay in at most 16 bits.
+        min_low_precision_share: Share of the matrix products' flops that has to stay in at most 16 bits. None, the
+            default, for no bound: then only what trials find necessary moves, as often as ``max_assignments`` allows.
         every_n_steps: Batches between two comparisons with fp32 once the run has settled; they are denser at first and
             after a move (the 1st, 10th, 30th, 100th and 300th batch).
         dwell_steps: Batches that a promoted layer stays as it is, at least; four times as long after each relapse.
@@ -337,7 +341,9 @@ class AdaptivePrecision(FailureMonitor):
         trainer = self._trainer
         if decision is None or trainer is None or not trainer.is_global_zero or is_quiet(trainer):
             return
-        moves = [f"{quoted(name)} {old} -> {new}" for name, old, new in decision.moves]
+        moves = [f"{quoted(name)} {old} -> {new}" for name, old, new in decision.moves[:_FEW]]
+        if len(decision.moves) > _FEW:
+            moves = [f"{len(decision.moves)} layers: {', '.join(moves)}, ..."]
         scale = [f"loss scale -> {decision.scale:g}"] if decision.scale is not None else []
         restored = ["wrong steps undone" if moves else "restored"] if decision.restores else []
         step, what = self.decisions[-1]["step"], ", ".join(moves + scale + restored)
@@ -373,7 +379,11 @@ class AdaptivePrecision(FailureMonitor):
         if self._problems:
             title += f"; {self._looks} of {self._looks + self._problems} steps could be looked at"
         rows = [["layer", "step", "from", "to", "reason"]]
-        rows += [[cell(name), str(step), old, new, reason] for step, name, old, new, reason in moves[-ROWS:]]
+        alike: dict[tuple[int, str, str, str], list[str]] = {}
+        for step, name, old, new, reason in moves:
+            alike.setdefault((step, old, new, reason), []).append(name)
+        for (step, old, new, reason), names in list(alike.items())[-ROWS:]:
+            rows.append([cell(names[0]) if len(names) == 1 else listed(names), str(step), old, new, reason])
         return title, rows if moves else []
 
     @override

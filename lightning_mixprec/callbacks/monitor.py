@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mixprec.errors import MixPrecError
@@ -57,6 +57,10 @@ class RunCallback(Callback):
         self._folder = None if folder is None or is_quiet(trainer) else Path(folder)
         first = monitors(trainer)[0]  # has been set up: all write to one file, in the order of what they see
         self._journal = Journal(self._folder if trainer.is_global_zero else None) if first is self else first._journal
+        if first is self and self._folder is not None and not trainer.loggers:
+            rank_zero_info(
+                f"There is no logger: what callbacks of lightning_mixprec write goes to {self._folder.resolve()}."
+            )
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

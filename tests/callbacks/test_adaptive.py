@@ -1,6 +1,8 @@
 """AdaptivePrecision in a Trainer: runs that fp16 loses or spoils end as in fp32, and only the culprit moves."""
 
+import contextlib
 import csv
+import io
 import json
 from functools import partial
 from pathlib import Path
@@ -24,13 +26,15 @@ from adaptive_models import (
     train,
 )
 from lightnings import CSVLogger, MixedPrecision
-from plugin_models import Call, Task, one_line
+from plugin_models import Call, Task, one_line, trainer
 from selection import slow
 from torch import nn
 
-from lightning_mixprec import PerLayerPrecision
+from lightning_mixprec import OverflowMonitor, PerLayerPrecision
+from lightning_mixprec.callbacks import monitor
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.errors import SupportError
+from lightning_mixprec.records.changes import Decision
 
 # Name: the model, its batches, the culprit, what it needs, and how the loss of Lightning's own fp16 ends.
 FAILURES = {
@@ -254,6 +258,29 @@ def test_every_move_is_one_line_and_the_summary_lists_them(capsys):
         assert f"'net.encode' {arrow}" in line
         assert line.endswith(")")
     assert lines[3].startswith("AdaptivePrecision: 3 moves, ")
+
+
+def test_a_decision_with_many_moves_is_a_number_and_the_first_few_and_one_row_of_the_summary():
+    moves = tuple((f"net.{number}", "fp16", "bf16") for number in range(40))
+    adaptive, printed = AdaptivePrecision(), io.StringIO()
+    adaptive._trainer = trainer(None)
+    decision = Decision("promote", moves, None, False, "overflow", {}, {})
+    adaptive.decisions = [{"step": 3, **decision.to_dict()}]
+    with contextlib.redirect_stdout(printed):
+        adaptive._say(decision, "")
+    (line,) = printed.getvalue().splitlines()
+    assert "40 layers: 'net.0' fp16 -> bf16, 'net.1'" in line and len(line) < 200
+    _, (_, *rows) = adaptive._summary()
+    assert rows == [["'net.0', 'net.1', 'net.2' and 37 more", "3", "fp16", "bf16", "overflow"]]
+
+
+def test_without_a_logger_one_line_says_where_files_go(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(monitor, "rank_zero_info", said.append)
+    adapt(silent, batches=Lessons(2), callbacks=[OverflowMonitor()], default_root_dir=tmp_path)
+    assert said == [f"There is no logger: what callbacks of lightning_mixprec write goes to {tmp_path.resolve()}."]
+    adapt(silent, batches=Lessons(2), logger=CSVLogger(tmp_path))
+    assert len(said) == 1
 
 
 def test_rows_tell_of_samples_and_decisions():
