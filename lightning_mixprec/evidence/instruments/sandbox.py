@@ -122,12 +122,15 @@ class Sandbox:
         Returns:
             The error that says what could not be put back, or what the step did that no replay may do.
         """
-        failed: list[Exception] = []
+        failed: list[BaseException] = []
         for step in (*self._guard.put_back(), random.restore, *self._attributes.put_back(), torch.clear_autocast_cache):
             try:
                 step()
-            except Exception as problem:
+            except BaseException as problem:  # a second Ctrl-C, too, waits until all is in its place
                 failed.append(problem)
+        for interruption in failed:
+            if not isinstance(interruption, Exception):
+                raise interruption
         written, lost = self._guard.check(self._model, self._pristine)
         locked = list(self._attributes.contents.locked)
         if failed or lost:
