@@ -1,8 +1,10 @@
 """``AdaptivePrecision``: moves layers to the formats that the run turns out to need."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,16 +16,17 @@ from lightning_mixprec.callbacks.failure_monitor import FailureMonitor, note
 from lightning_mixprec.callbacks.monitor import (
     ROWS,
     check_count,
+    check_patterns,
     check_share,
     is_quiet,
     takes_iterator,
 )
 from lightning_mixprec.errors import MixPrecError, SupportError
-from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
-from lightning_mixprec.evidence.failures import FailureWatch, Found, diagnosed_error
+from lightning_mixprec.evidence.comparison import Wanted
+from lightning_mixprec.evidence.failures import Broken, FailureWatch, Found, diagnosed_error
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
-from lightning_mixprec.evidence.step_window import KeptBatch, StepWindow
+from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.planning.controller_state import Options
 from lightning_mixprec.plugin.arguments import check_choice
@@ -100,7 +103,7 @@ class AdaptivePrecision(FailureMonitor):
         name = type(self).__name__
         check_choice("mode", mode, ("act", "advise"))
         self.mode = mode
-        self.pin = _patterns(name, pin)
+        self.pin = check_patterns(name, pin)
         share = min_low_precision_share
         self._options = Options(
             every_n_steps=check_count(name, "every_n_steps", every_n_steps),
@@ -166,7 +169,7 @@ class AdaptivePrecision(FailureMonitor):
             PluginFormats(self._plugin),
             pl_module.device,
             pl_module.automatic_optimization,
-            on_failure=self._run.see_failure,
+            on_failure=self._see_failure,
             on_outcome=self._run.see_outcome,
         )
         super().on_train_start(trainer, pl_module)
@@ -207,13 +210,14 @@ class AdaptivePrecision(FailureMonitor):
 
     @override
     def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        watch, run = self._failures, self._run
-        assert watch is not None and run is not None
+        assert (watch := self._failures) is not None and (run := self._run) is not None
         may_sample = watch.window is None and not self._has_no_batches(trainer)
-        run.begin_batch(KeptBatch(batch, batch_idx, None), may_sample=may_sample)
+        settle = partial(self._settle_buffers, pl_module)
+        run.begin_batch(KeptBatch(batch, batch_idx, None), settle, may_sample=may_sample)
         self._follow_up()
         if not takes_iterator(trainer):
             watch.begin_batch(batch, batch_idx, self._made)
+            self._begin_buffers(trainer, pl_module)
 
     def _has_no_batches(self, trainer: pl.Trainer) -> bool:
         if takes_iterator(trainer):
@@ -257,8 +261,7 @@ class AdaptivePrecision(FailureMonitor):
 
     @override
     def _follow_up(self) -> None:
-        run, watch = self._run, self._failures
-        assert run is not None and watch is not None
+        assert (run := self._run) is not None and (watch := self._failures) is not None
         if run.pending is None or watch.window is not None:
             return
         if self.mode == "act":
@@ -270,8 +273,7 @@ class AdaptivePrecision(FailureMonitor):
 
     @override
     def _look_into_error(self, window: StepWindow, error: Exception, is_over: bool) -> Remedy | None:
-        trainer, run = self._trainer, self._run
-        assert trainer is not None and run is not None
+        assert (trainer := self._trainer) is not None and (run := self._run) is not None
         may_repeat = not is_over and trainer.accumulate_grad_batches == 1 and run.pending is None
         replay = StepReplay(trainer.lightning_module, window.formats, window.device)
         found = diagnosed_error(replay, window, error, run.wanted(statistics=may_repeat))
@@ -293,16 +295,33 @@ class AdaptivePrecision(FailureMonitor):
 
         return take_again
 
-    @override
-    def _wanted_of_evaluation(self) -> Wanted:
-        return Wanted(statistics=True, max_elements=MAX_ELEMENTS)
+    def _see_failure(self, window: StepWindow, outcome: Outcome) -> None:
+        assert self._run is not None
+        buffers = self._buffers.as_they_were(if_late=True) if self._buffers is not None else contextlib.nullcontext()
+        with buffers:  # what the last batch left may be why this one failed
+            self._run.see_failure(window, outcome)
 
     @override
-    def _explain_evaluation(self, found: Found) -> None:
-        """Moves what makes validation overflow, unless that has a policy of its own, which is the user's."""
-        run, plugin = self._run, self._plugin
-        assert run is not None and plugin is not None
-        if plugin.eval_policy is None and found.comparison is not None and run.pending is None:
+    def _see_buffers(self, pl_module: pl.LightningModule, broken: Broken) -> bool:
+        is_damage = super()._see_buffers(pl_module, broken)
+        assert self._run is not None and self._buffers is not None
+        if not is_damage:
+            self._run.excuse(broken.names)
+        elif self.mode == "act":
+            self._buffers.put_back()
+        return is_damage
+
+    @override
+    def _wanted_of_failure(self) -> Wanted:
+        assert self._run is not None
+        return self._run.wanted(statistics=True)
+
+    @override
+    def _explain(self, found: Found, stage: Literal["validation"] | None = None) -> None:
+        """Moves what overflows: in validation at once, unless that has a policy of its own; else if it repeats."""
+        assert (run := self._run) is not None and (plugin := self._plugin) is not None
+        is_ours = plugin.eval_policy is None and found.comparison is not None
+        if (run.controller.accuse() if stage is None else is_ours) and run.pending is None:
             run.decide(found, plugin.scaler.get_scale())
 
     def _take_in(
@@ -389,10 +408,3 @@ class AdaptivePrecision(FailureMonitor):
     @override
     def _draw(self, ax: Any) -> Any:
         raise SupportError("AdaptivePrecision draws nothing; read its .decisions.")
-
-
-def _patterns(owner: str, pin: object) -> list[str]:
-    patterns = [pin] if isinstance(pin, str) else pin
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(each, str) for each in patterns):
-        raise MixPrecError(f"{owner}(pin=...) is {pin!r}; it has to be a pattern of layer names or a list of them.")
-    return list(patterns)

@@ -162,18 +162,20 @@ class AdaptiveRun:
 
     # What is seen
 
-    def begin_batch(self, kept: KeptBatch, *, may_sample: bool) -> None:
+    def begin_batch(self, kept: KeptBatch, settle: Callable[[], None], *, may_sample: bool) -> None:
         """A batch begins; compares its step with fp32, if that is due.
 
         Args:
             kept: The batch.
+            settle: Called before a comparison: takes in what is on its way of the last batch.
             may_sample: Whether formats may change before it.
         """
         self._take_over_change()
         if not (self.controller.begin_batch() and may_sample):
             return
+        settle()
         place = self._place(kept)
-        if self._is_damaged():
+        if self.pending is not None or self._is_damaged():
             if self.pending is None:
                 self.controller.see_no_sample()
             return
@@ -233,6 +235,10 @@ class AdaptiveRun:
         if decision is None:
             verdict = found.diagnosis.cause["verdict"]
             self._report(self._place(found.kept), verdict=verdict, remedy=None, passes=trials.passes)
+
+    def excuse(self, names: Sequence[str]) -> None:
+        """Takes note of buffers that would not be finite in fp32 either, and so are no damage."""
+        self._snapshots.excused.update(names)
 
     def _is_damaged(self) -> bool:
         """True if weights or buffers are not finite; they are to go back to the last good copy, if there is one."""

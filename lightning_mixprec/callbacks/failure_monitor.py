@@ -3,7 +3,7 @@
 import math
 import traceback
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -13,11 +13,18 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec import ranks
-from lightning_mixprec.callbacks.monitor import Monitor, is_validated_next
+from lightning_mixprec.callbacks.monitor import Monitor, is_validated_next, monitors
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.evaluation import EvaluationWatch, Seen, diagnosed_evaluation, values_of
-from lightning_mixprec.evidence.failures import FailureWatch, Found
+from lightning_mixprec.evidence.failures import (
+    Broken,
+    BufferReplay,
+    BufferWatch,
+    FailureWatch,
+    Found,
+    diagnosed_buffers,
+)
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.step_window import KeptBatch, StepWindow
 from lightning_mixprec.numerics.formats import get_format
@@ -41,6 +48,7 @@ class FailureMonitor(Monitor):
         self._ranks_end_together = True
         self._looked_into: int | None = None
         self._evaluation = EvaluationWatch()
+        self._buffers: BufferWatch | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -77,8 +85,13 @@ class FailureMonitor(Monitor):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._failures is not None:
-            self._failures.end_batch(partial(is_validated_next, trainer))
+        watch = self._failures
+        if watch is not None:
+            kept = watch.window.batches[-1] if watch.window is not None else None
+            watch.end_batch(partial(is_validated_next, trainer))
+            broken = self._buffers.end(kept) if self._buffers is not None and kept is not None else None
+            if broken is not None:
+                self._see_buffers(pl_module, broken)
             self._follow_up()
         self._send_to_loggers(trainer)
 
@@ -122,20 +135,14 @@ class FailureMonitor(Monitor):
     def _see_evaluation(self, pl_module: pl.LightningModule, seen: Seen) -> None:
         """Looks into a batch of validation that is not finite."""
         assert self._formats is not None
-        found = diagnosed_evaluation(
-            pl_module, self._formats.in_evaluation(pl_module), seen, self._wanted_of_evaluation()
-        )
+        found = diagnosed_evaluation(pl_module, self._formats.in_evaluation(pl_module), seen, self._wanted_of_failure())
         if found is None:
             self._evaluation.acquit(seen)
         else:
-            self._explain_evaluation(found)
+            self._explain(found, "validation")
 
-    def _wanted_of_evaluation(self) -> Wanted | None:
-        """The questions that a decision may ask of a batch of validation in fp32."""
-        return None
-
-    def _explain_evaluation(self, found: Found) -> None:
-        """Acts on a batch of validation that was not finite for want of precision."""
+    def _explain(self, found: Found, stage: Literal["validation"] | None = None) -> None:
+        """Acts on what was not finite for want of precision although no step failed: buffers, or validation."""
         raise NotImplementedError
 
     @override
@@ -148,6 +155,40 @@ class FailureMonitor(Monitor):
         if self._failures is not None:
             self._failures.settle()
             self._follow_up()
+
+    def _begin_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watches the buffers of a batch that begins; the first of these monitors does it for all."""
+        first = next(each for each in monitors(trainer) if isinstance(each, FailureMonitor))
+        if first is not self:
+            self._buffers = first._buffers
+        elif not ranks.are_many():
+            self._buffers = self._buffers or BufferWatch(pl_module)
+            self._buffers.begin()
+
+    def _see_buffers(self, pl_module: pl.LightningModule, broken: Broken) -> bool:
+        """Looks into a step that left buffers not finite; true unless they would not be in fp32 either."""
+        assert self._buffers is not None and self._formats is not None
+        if self._buffers.acquitted.issuperset(broken.names):
+            return False
+        with self._buffers.as_they_were():
+            replay = BufferReplay(pl_module, self._formats, pl_module.device, self._buffers)
+            found = diagnosed_buffers(replay, broken, self._wanted_of_failure())
+            verdict = "precision" if found is None else found.diagnosis.cause["verdict"]
+            if found is not None and verdict == "precision":
+                self._explain(found)
+        if verdict != "precision":
+            self._buffers.acquit(broken.names)
+        return verdict == "precision"
+
+    def _wanted_of_failure(self) -> Wanted | None:
+        """The questions that a decision may ask of a batch in fp32; None if none is to be made."""
+        return None
+
+    def _settle_buffers(self, pl_module: pl.LightningModule) -> None:
+        """Takes in what is still on its way of the last batch's buffers."""
+        broken = self._buffers.settle() if self._buffers is not None else None
+        if broken is not None:
+            self._see_buffers(pl_module, broken)
 
     def _see_error(self, error: Exception, is_over: bool = False) -> Remedy | None:
         """Looks into what a step raised, while its weights are in place.

@@ -316,6 +316,18 @@ def check_share(owner: str, name: str, value: object) -> float:
     return float(value)
 
 
+def check_patterns(owner: str, pin: object) -> list[str]:
+    """Patterns of layers, from one or a list, or one line that says what came.
+
+    Raises:
+        MixPrecError: It is something else.
+    """
+    patterns = [pin] if isinstance(pin, str) else pin
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(each, str) for each in patterns):
+        raise MixPrecError(f"{owner}(pin=...) is {pin!r}; it has to be a pattern of layer names or a list of them.")
+    return list(patterns)
+
+
 def _plain_copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain_copy(item) for key, item in value.items()}

@@ -1,5 +1,6 @@
 """``OverflowMonitor``: overflows, the loss scale and skipped steps, and which layer is to blame."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -105,6 +106,7 @@ class OverflowMonitor(FailureMonitor):
             is_automatic = pl_module.automatic_optimization
             self._failures = FailureWatch(self._formats, pl_module.device, is_automatic, self._look_into, self._count)
         self._failures.begin_batch(batch, batch_idx, self._made)
+        self._begin_buffers(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -159,14 +161,17 @@ class OverflowMonitor(FailureMonitor):
         note(error, found.diagnosis.cause["message"])
 
     @override
-    def _explain_evaluation(self, found: Found) -> None:
+    def _explain(self, found: Found, stage: Literal["validation"] | None = None) -> None:
         assert self._trainer is not None
-        self._tell(self._trainer, self._trainer.global_step, found.rank, found.kept, found.diagnosis, "validation")
-        self._journal.flush()
+        if self._diagnoses < self.max_diagnoses:
+            self._diagnoses += 1
+            self._tell(self._trainer, self._trainer.global_step, found.rank, found.kept, found.diagnosis, stage)
+            self._journal.flush()
 
     def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, scale: float) -> Diagnosis | None:
         replay = StepReplay(trainer.lightning_module, window.formats, window.device)
-        found, problems = diagnosed(replay, window, scale)
+        with self._buffers.as_they_were() if self._buffers is not None else contextlib.nullcontext():
+            found, problems = diagnosed(replay, window, scale)
         for batch_idx, problem in problems:
             self._write(self._where(trainer, window.step, batch_idx), problem=problem)
             self._warn_once("problem", f"step {window.step} failed and could not be replayed ({problem}).")

@@ -57,10 +57,14 @@ class Snapshots:
 
     Args:
         max_bytes: The most that a copy may take; None for a quarter of the memory that is free where it goes.
+
+    Attributes:
+        excused: Names of buffers that are no damage, whatever is in them.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
+        self.excused = set[str]()
         self.forget()
 
     def forget(self) -> None:
@@ -85,7 +89,7 @@ class Snapshots:
         found = [name for name, is_bad in zip(named, are_nonfinite(list(named.values())), strict=True) if is_bad]
         unknown = set(found) if self._by_design is None else self._by_design.intersection(found)
         self._by_design = {name for name in unknown if not named[name].requires_grad}
-        return [name for name in found if name not in self._by_design]
+        return [name for name in found if name not in self._by_design | self.excused]
 
     @staticmethod
     def bytes_needed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:

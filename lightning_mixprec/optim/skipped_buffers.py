@@ -114,7 +114,7 @@ class _Window:
             elif skipped and not _is_equal(new, old):  # nothing on the device chooses here, so a flag is read
                 slot.module._buffers[slot.name] = old.clone()
         if isinstance(skipped, Tensor):
-            _copy_where(skipped, olds, news)
+            copy_where(skipped, olds, news)
         elif news:
             torch._foreach_copy_(news, olds)
         self._versions = [_version(slot) for slot in self._unchanging]
@@ -131,7 +131,7 @@ class _Window:
         self._saved = list(zip(slots, saved, strict=True))
 
 
-def _copy_where(flag: Tensor, olds: list[Tensor], news: list[Tensor]) -> None:
+def copy_where(flag: Tensor, olds: list[Tensor], news: list[Tensor]) -> None:
     """Copies old into new where the flag is set: a few kernels for all of them, and no NaN of the new ones is left."""
     kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for old, new in zip(olds, news, strict=True):
