@@ -219,16 +219,6 @@ class AdaptivePrecision(FailureMonitor):
             watch.begin_batch(batch, batch_idx, self._made)
             self._begin_buffers(trainer, pl_module)
 
-    def _has_no_batches(self, trainer: pl.Trainer) -> bool:
-        if takes_iterator(trainer):
-            self._warn_once(
-                "iterator",
-                "AdaptivePrecision needs batches, and this training_step takes an iterator over them "
-                "(dataloader_iter): nothing will move.",
-            )
-            return True
-        return False
-
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle()
