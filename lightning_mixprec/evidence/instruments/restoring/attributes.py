@@ -109,8 +109,10 @@ class Attributes:
             self._look_at(before, path, len(self._held) - 1)
 
     def _look_at(self, items: Any, path: Path, holder: int | None) -> None:
-        if len(items) > _MOST_ITEMS and not all(issubclass(each, (Tensor, *_PLAIN)) for each in set(map(type, items))):
-            return
+        if len(items) > _MOST_ITEMS:
+            kinds = set(map(type, items.values() if isinstance(items, dict) else items))
+            if kinds <= set(_PLAIN) or not all(issubclass(each, (Tensor, *_PLAIN)) for each in kinds):
+                return
         pairs: Iterable[tuple[Any, Any]] = items.items() if isinstance(items, dict) else enumerate(items)
         for key, value in pairs:
             for each in (value,) if type(key) in _PLAIN else (key, value):

@@ -36,8 +36,9 @@ def is_same(now: Held, before: Held) -> bool:
 
 
 def put_back(kind: Kind, container: Any, before: Any) -> None:
-    """Makes a container hold what it held before; one that does is not touched."""
-    if not is_same(kind.read(container), before):
+    """Makes a container hold what it held before; one that does is not touched, unless it is a list that is long."""
+    is_long = type(container) is list and len(before) > 1000  # written faster than compared
+    if is_long or not is_same(kind.read(container), before):
         kind.write(container, before)
 
 
