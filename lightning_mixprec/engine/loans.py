@@ -22,6 +22,8 @@ from lightning_mixprec.engine.parts import (
 )
 
 _ABSENT = object()
+_NOT_LENT_IN_GRAPHS = {*ATOMS, *PLAIN}
+"""Dynamo would compile anew for each list, as it does for another identity."""
 
 
 def lend(
@@ -36,7 +38,7 @@ def lend(
     """
     lent_args, lent_kwargs = cast((args, kwargs), casts)
     for part in (*args, *kwargs.values()):
-        if not isinstance(part, Tensor) and type(part) not in ATOMS:
+        if not isinstance(part, Tensor) and type(part) not in (_NOT_LENT_IN_GRAPHS if is_compiling() else ATOMS):
             given, lent = (*args, *kwargs.values()), (*lent_args, *lent_kwargs.values())
             return lent_args, lent_kwargs, Loan(list(zip(given, lent, strict=True)))
     return lent_args, lent_kwargs, None
@@ -48,7 +50,7 @@ class Loan:
     An object with tensors in another format is lent as a copy, everything else as it is. What the layer puts into an
     object (a key-value cache, a batch that collects features) or writes to a tensor in it is in the caller's when the
     call has ended, in the caller's format: nothing that the layer keeps there is lost. Compiled code that keeps a graph
-    is the exception: what it writes to a tensor in such an object stays in the copy.
+    is the exception: what it writes to a tensor in such an object, or to a list or dict that was cast, stays there.
 
     Args:
         pairs: each argument as given and as lent.

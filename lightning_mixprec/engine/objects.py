@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lightning_mixprec.engine.parts import (
     ATOMS,
@@ -149,13 +150,14 @@ def _mapped_tree(value: Any, change: Change, done: Done, seen: set[int]) -> tupl
     cls = type(value)
     if cls in ATOMS or not value and cls in CONTAINERS:
         return value, False
-    if id(value) in seen:
-        raise _NoTreeError
     if cls not in PLAIN:
         if has_parts(value):
             raise _NoTreeError
         return value, False
-    seen.add(id(value))
+    if not is_compiling():  # Dynamo compiles anew for another identity
+        if id(value) in seen:
+            raise _NoTreeError
+        seen.add(id(value))
     results = [_mapped_tree(part, change, done, seen) for part in (value.values() if cls is dict else value)]
     if not any(changed for _, changed in results):
         return value, False
