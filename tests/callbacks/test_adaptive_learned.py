@@ -51,8 +51,8 @@ def test_from_the_move_on_it_computes_what_a_run_with_the_learned_policy_compute
     states = []
 
     def keep(trainer, model):
-        if trainer.precision_plugin.history and not states:
-            states.extend(deepcopy([model.state_dict(), trainer.optimizers[0].state_dict()]))
+        if not trainer.precision_plugin.history:  # the move comes after this hook
+            states[:] = deepcopy([model.state_dict(), trainer.optimizers[0].state_dict()])
 
     learning = adapt(silent, callbacks=[Call("on_train_batch_start", keep)], batches=encoded())
     weights, optimizer = states

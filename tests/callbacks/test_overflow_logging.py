@@ -151,7 +151,7 @@ def plain_attributes(monitor):
     return {name: value for name, value in vars(monitor).items() if name not in options and name[1:] not in _OF_A_RUN}
 
 
-_OF_A_RUN = {"formats", "journal", "trainer", "evidence", "late", "outcome"}
+_OF_A_RUN = {"formats", "journal", "trainer", "evaluation"}
 
 
 def test_a_state_goes_through_a_file_and_back_with_every_field_off_its_default(tmp_path):
