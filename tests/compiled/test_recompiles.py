@@ -1,13 +1,16 @@
 """What a change of formats costs a compiled model: one graph per region for a new assignment, none for an old one."""
 
 import pytest
+import torch
 import torch._dynamo.config as dynamo
 from plugin_models import Call, ours, same
 from selection import slow, slow_but_for
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_mixprec import PrecisionScheduler
-from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.engine.apply import attach
+from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
@@ -124,3 +127,36 @@ def test_formats_that_are_lent_run_uncompiled(how, run):
     lends = Call("on_train_batch_start", lend)
     assert run(plugin, how, callbacks=[lends]).compiled_at == run(A, how).compiled_at
     assert lends.calls == 4
+
+
+@pytest.mark.parametrize("hand_on", [lambda x: (x, x), lambda x: [x], lambda x: {0: x}], ids=["tuple", "list", "dict"])
+def test_a_compiled_layer_that_is_given_containers_is_compiled_once(hand_on):
+    """They are others at each call: what tells them apart must not be compiled in."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, given):
+            return self.layer(given[0])
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.part = nn.Linear(4, 4), Part()
+
+        def forward(self, x):
+            return self.part(hand_on(self.stem(x)))
+
+    torch.manual_seed(0)
+    model, counter = Whole(), CompileCounterWithBackend("aot_eager")
+    attachment = attach(model, as_policy({"default": "bf16", "part": "fp32"}).resolve(model), "cpu")
+    x = torch.randn(2, 4)
+    with attachment.context():
+        plain = model(x)
+    model.part.compile(backend=counter)
+    for _ in range(4):
+        with attachment.context():
+            assert torch.equal(model(x), plain)
+    assert counter.frame_count == 1

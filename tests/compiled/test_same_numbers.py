@@ -155,3 +155,24 @@ def test_inductor_computes_what_the_plain_run_computes_up_to_rounding(run):
     assert torch.allclose(torch.stack(compiled.losses), torch.stack(plain.losses), rtol=2**-6)
     for mine, theirs in zip(compiled.gradients[0], plain.gradients[0], strict=True):
         assert torch.nn.functional.cosine_similarity(mine.flatten(), theirs.flatten(), 0) > 0.999
+
+
+def test_the_gradient_of_dropout_in_16_bits_is_rounded_otherwise_by_torch_itself():
+    """What the guide excepts: the same masks and outputs, and another last bit of the gradient, without any plugin."""
+
+    def dropped(function, dtype):
+        x = torch.linspace(-1, 1, 4096).to(dtype).requires_grad_()
+        torch.manual_seed(0)
+        output = function(x)
+        output.float().square().sum().backward()
+        return output.detach(), x.grad
+
+    def drop(x):
+        return nn.functional.dropout(x, 0.1)
+
+    compiled = torch.compile(drop, backend="aot_eager")
+    for dtype, is_same in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
+        (plain, gradient), (output, compiled_gradient) = dropped(drop, dtype), dropped(compiled, dtype)
+        assert torch.equal(plain, output)
+        assert torch.equal(gradient, compiled_gradient) == is_same
+        torch.testing.assert_close(gradient, compiled_gradient)

@@ -29,7 +29,7 @@ class Keeper(pl.LightningModule):
         self.network, self.losses = animal.network, list[float]()
         self._loss, self._batch = animal.loss, animal.batch
         if compile_with is not None:
-            self.network.eval()  # where it draws no masks: compiled dropout in 16 bits draws others than eager
+            self.network.eval()  # compiled code rounds the gradient of dropout in 16 bits otherwise than eager code
             self.network.compile(backend=compile_with)
         if wide is not None:
             compute_wide(self.get_submodule(wide))
