@@ -59,7 +59,7 @@ class _Branch:
 
 
 def fold(rows: Iterable[Row]) -> list[Row]:
-    """Folds the rows of a big model, to ``MAX_ROWS`` at most; those of a small one stay.
+    """Folds the rows of a big model, to ``MAX_ROWS`` at most; those of a small one stay. If all are alike, one is left.
 
     The parameters of all rows add up to the same as before, unless some are not initialised yet.
 
@@ -67,6 +67,8 @@ def fold(rows: Iterable[Row]) -> list[Row]:
         rows: A row for each layer, parents first, from the model itself (``""``) on.
     """
     root = _grow(rows)
+    if len({branch.key for branch in _walk(root)}) == 1:
+        root = _absorb_alike(root)
     if _size(root) > MAX_UNFOLDED:
         root = _merge(root, lambda last, number: last + 1 == number)
     if _size(root) > MAX_ROWS:

@@ -57,7 +57,7 @@ def test_every_column_of_a_small_model():
 def test_what_is_in_a_shared_layer_is_shown_once():
     model = Box(first=block())
     model.second = model.first
-    names = list(rows(str(as_policy("bf16").resolve(model))))
+    names = list(rows(str(as_policy({"default": "bf16", "first.act": "fp32"}).resolve(model))))
     assert names == ['""', "first", "first.norm", "first.fc", "first.act", "second"]
 
 
@@ -112,7 +112,7 @@ def test_blocks_that_differ_anywhere_are_not_merged():
     blocks = nn.ModuleList(block() for _ in range(12))
     blocks[5].fc = nn.Linear(2, 2, bias=False)
     blocks[8].act = nn.Tanh()
-    table = rows(str(as_policy("bf16").resolve(Box(blocks=blocks))))
+    table = rows(str(as_policy({"default": "bf16", "**.norm": "fp32"}).resolve(Box(blocks=blocks))))
     assert [name for name in table if re.fullmatch(r"blocks\.[^.]+", name)] == [
         "blocks.[0:5]",
         "blocks.5",
@@ -160,6 +160,11 @@ def test_a_big_irregular_model_fits_too():
     assert len(text.splitlines()) <= 60
     assert counted(text) == sum(parameter.numel() for parameter in model.parameters())
     assert rows(text)["model.* (300 more)"]["param/compute/output"].endswith("fp32/fp16/- x 250")
+
+
+def test_a_uniform_model_is_one_line_however_small():
+    text = str(as_policy("bf16").resolve(Box(first=nn.Linear(2, 2), second=nn.Sequential(nn.Linear(2, 1)))))
+    assert text.splitlines()[1:] == ['""     Box (4 layers)           9  fp32/bf16/-           default']
 
 
 def test_a_uniform_big_model_folds_into_few_lines():
@@ -248,7 +253,7 @@ def test_show_is_plain_on_a_terminal_without_rich(monkeypatch):
 def test_names_that_the_terminal_cannot_print_do_not_stop_the_run():
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    as_policy("bf16").resolve(Box(tête=nn.Linear(2, 2))).table.show(file=file)
+    as_policy({"default": "bf16", "tête": "fp32"}).resolve(Box(tête=nn.Linear(2, 2))).table.show(file=file)
     file.flush()
     assert rb"t\xeate" in raw.getvalue()
 
