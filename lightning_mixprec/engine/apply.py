@@ -17,7 +17,7 @@ from lightning_mixprec.engine.compiling import CompilerSettings
 from lightning_mixprec.engine.first_step import FirstStepCheck
 from lightning_mixprec.engine.weights import Gate, Storage, reflatten
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import REFERENCE, Format, format_of, get_format
+from lightning_mixprec.numerics.formats import REFERENCE, Format, format_of, get_format, is_wider
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.module_names import unwrap, walk
 
@@ -197,7 +197,7 @@ class Attachment:
         wide = [
             buffer
             for site in self._sites
-            if layers[site.name].compute == "fp64"
+            if is_wider((layer := layers[site.name]).compute, REFERENCE) and not layer.stays_wide
             for part in site.parts
             for buffer in _own(part._buffers)
         ]

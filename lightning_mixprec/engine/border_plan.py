@@ -96,7 +96,7 @@ class Plan(NamedTuple):
     def is_meeting(self, site: Site) -> bool:
         """True if a site's own format, or what it hands on, differs from what a caller computes in."""
         crossing = self.crossings.get(site)
-        if crossing is None:
+        if crossing is None or crossing.lifts:
             return False
         return crossing.output is not None or any(self.formats[p] != self.formats[site] for p in site.parents)
 
@@ -114,11 +114,12 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision]) -> Plan:
     """
     formats = {site: _checked(site.name, assignment[site.name].compute) for site in sites}
     unusable = {format: unusable_in(_dtype(format)) for format in set(formats.values())}
-    slots = {site: own for site in sites if (own := _own_slots(site, unusable[formats[site]]))}
+    slots = {site: own for site in sites if (own := _own_slots(site, unusable[formats[site]], assignment[site.name]))}
     root = sites[0]
     crossings = {}
     for site in sites[1:]:
-        output = assignment[site.name].output
+        layer = assignment[site.name]
+        output = layer.output
         differs = any(formats[parent] != formats[site] for parent in site.parents)
         is_top = differs or (root in site.parents and formats[root] == formats[site])
         seen = _region_slots(site, formats, slots) if slots and (is_top or output or site in slots) else ()
@@ -127,6 +128,7 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision]) -> Plan:
                 formats[site],
                 _wide(formats[parent] for parent in site.parents),
                 "input" if output == "input" else _dtype(_checked(site.name, output)) if output else None,
+                layer.stays_wide,
                 seen,
             )
     _refuse_scripted(crossings)
@@ -170,8 +172,11 @@ def _wide(callers: Iterable[str]) -> torch.dtype | None:
     return wide.pop() if len(wide) == 1 else None
 
 
-def _own_slots(site: Site, unusable: Mapping[torch.dtype, torch.dtype]) -> list[Slot]:
-    return [slot for part in site.parts if not is_scripted(part) for slot in mismatches(part, unusable)]
+def _own_slots(site: Site, unusable: Mapping[torch.dtype, torch.dtype], layer: LayerPrecision) -> list[Slot]:
+    if layer.stays_wide:
+        return []
+    parts = [part for part in site.parts if not is_scripted(part)]
+    return [slot for part in parts for slot in mismatches(part, unusable, layer.leaves_wide)]
 
 
 def _region_slots(top: Site, formats: dict[Site, str], slots: dict[Site, list[Slot]]) -> tuple[Slot, ...]:

@@ -56,12 +56,15 @@ class Crossing(NamedTuple):
         format: in what the module's own operations compute.
         wide: what a caller computes in if autocast is off: fp32, fp64, or ``None`` if the callers differ in this.
         output: in what the result is handed on, ``"input"`` for what came in, ``None`` for as computed.
+        lifts: whether inputs alone are cast, to the format, and results stay as computed: a layer that is left alone in
+            a wider format than its callers' works on whatever the borders around it hand on.
         slots: the weights that the module's region cannot use as they are stored.
     """
 
     format: str
     wide: torch.dtype | None = torch.float32
     output: torch.dtype | Literal["input"] | None = None
+    lifts: bool = False
     slots: tuple[Slot, ...] = ()
 
 
@@ -92,12 +95,12 @@ class Border:
 
     def become(self, crossing: Crossing) -> None:
         """Takes over another crossing; the object stays, so that compiled code finds it again."""
-        format, self.wide, self.output, self.slots = crossing
+        format, self.wide, self.output, lifts, self.slots = crossing
         backend = backend_for(format)
         assert backend is not None
         self.region = backend.region(format, self.device)
         self.dtype = self.region.dtype
-        self.casts = _CASTS[self.dtype]
+        self.casts = dict.fromkeys(_COMPUTED, (_ALL_TO[self.dtype], {}, {})) if lifts else _CASTS[self.dtype]
         self.attends = get_format(format).is_half and isinstance(self.module, nn.MultiheadAttention)
 
     def install(self) -> None:

@@ -3,7 +3,8 @@
 What a policy's ``param`` asks for is converted in place, once: the Parameter objects stay, so optimizers, names and
 state_dict keys do. Where a region cannot compute with what is stored (fp64 weights under fp32 operations, 16-bit
 weights under fp32 operations), its modules see differentiable casts of their weights for as long as their forward runs,
-and the gradients arrive on what is stored.
+and the gradients arrive on what is stored. What the model has in fp64 itself is left alone, as by autocast, unless a
+rule says how its layer computes or is stored.
 """
 
 import threading
@@ -16,6 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_mixprec.numerics.formats import compute_dtypes, half_dtypes
+from lightning_mixprec.policy.layers import is_wide_by_nature, stored_by_rule
 
 _LAZY = (UninitializedParameter, UninitializedBuffer)
 _CONVERTIBLE = (torch.strided, torch.sparse_coo)  # torch cannot give a compressed tensor data of another dtype
@@ -64,12 +66,20 @@ def unusable_in(compute: torch.dtype) -> dict[torch.dtype, torch.dtype]:
     return {stored: seen for stored in compute_dtypes() if (seen := seen_as(stored, compute)) != stored}
 
 
-def mismatches(module: nn.Module, unusable: Mapping[torch.dtype, torch.dtype]) -> list[Slot]:
-    """The module's own parameters and buffers that are not used as they are stored (see :func:`unusable_in`)."""
+def mismatches(module: nn.Module, unusable: Mapping[torch.dtype, torch.dtype], leaves_wide: bool) -> list[Slot]:
+    """The module's own parameters and buffers that are not used as they are stored.
+
+    Args:
+        module: the module.
+        unusable: what its operations cannot use as it is stored (see :func:`unusable_in`).
+        leaves_wide: whether what is in fp64 by nature is used as it is nevertheless, as under autocast.
+    """
     found = []
     for is_buffer, tensors in ((False, module._parameters), (True, module._buffers)):
         for name, tensor in tensors.items():
-            if tensor is not None and (dtype := unusable.get(tensor.dtype)) is not None:
+            if tensor is None or (dtype := unusable.get(tensor.dtype)) is None:
+                continue
+            if not (leaves_wide and is_wide_by_nature(tensor)):
                 found.append(Slot(module, name, is_buffer, dtype))
     return found
 
@@ -160,6 +170,7 @@ class Storage:
                 continue
             before = self._before[id(tensor)][1] if id(tensor) in self._before else tensor.dtype
             self._before[id(tensor)] = (tensor, before, dtype)
+            stored_by_rule[tensor] = True
             _store(tensor, dtype)
             any_changed = True
         return any_changed
@@ -170,6 +181,7 @@ class Storage:
         dropped = [key for key in self._before if key not in kept]
         for key in dropped:
             tensor, before, converted = self._before.pop(key)
+            stored_by_rule.pop(tensor, None)
             # What somebody else has converted since is no longer ours.
             if tensor.dtype == converted:
                 _store(tensor, before)

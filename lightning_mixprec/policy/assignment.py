@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from lightning_mixprec.numerics.formats import REFERENCE, is_wider
 from lightning_mixprec.policy.rules import Rule
 from lightning_mixprec.policy.table import Table, shortened
 from lightning_mixprec.policy.table_folding import Row
@@ -16,15 +17,18 @@ class LayerPrecision:
 
     Attributes:
         param: The format that its weights are stored in.
-        compute: The format that its own operations are autocast to.
+        compute: The format that its own operations are autocast to; fp64, if its weights are and no rule says another.
         output: The format that its output is handed on in, or ``"input"``; None for as computed.
         rule: The rule that decided; None for the policy's default.
+        leaves_wide: Whether what the model has in fp64 is left alone, as by autocast: no rule says how the layer
+            computes or is stored, and the default is not fp64.
     """
 
     param: str
     compute: str
     output: str | None = None
     rule: Rule | None = None
+    leaves_wide: bool = False
 
     @property
     def formats(self) -> tuple[str, str, str | None]:
@@ -35,6 +39,11 @@ class LayerPrecision:
     def is_stored_by_rule(self) -> bool:
         """True if a rule says how the weights are stored; otherwise they stay as the model has them."""
         return self.rule is not None and self.rule.param is not None
+
+    @property
+    def stays_wide(self) -> bool:
+        """True if it computes in fp64 because its weights are, and not because the policy says so."""
+        return self.leaves_wide and is_wider(self.compute, REFERENCE)
 
     def __str__(self) -> str:
         """The triple with slashes; ``-`` is as computed."""

@@ -3,12 +3,16 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_mixprec.numerics.formats import REFERENCE, format_of
+from lightning_mixprec.numerics.formats import REFERENCE, format_of, is_wider
 from lightning_mixprec.policy.matching import NameTree
 from lightning_mixprec.policy.module_names import is_scripted, walk
+
+stored_by_rule = WeakIdKeyDictionary()
+"""The tensors of running models that are stored otherwise than the model had them, because a rule says so."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,31 @@ def stored_formats(inventory: Inventory, ruled: dict[int, str]) -> list[str]:
         for child in children[layer]:
             stored[child] = stored[child] or stored[layer]
     return [format or REFERENCE for format in stored]
+
+
+def wide_layers(inventory: Inventory, ruled: dict[int, str]) -> list[bool]:
+    """True of each layer whose weights, and those below it, the model has in fp64: autocast leaves it alone.
+
+    Args:
+        inventory: the model's layers; one without weights is like what holds it.
+        ruled: formats that rules give to parameters, by the parameter's id.
+    """
+    order, children = _children_first(inventory), inventory.children
+    narrowed = {parameter for parameter, format in ruled.items() if not is_wider(format, REFERENCE)}
+    found: list[set[bool]] = [set() for _ in inventory.modules]
+    for layer in order:
+        found[layer] = {is_wide_by_nature(p) and id(p) not in narrowed for p in inventory.own_parameters(layer)}
+        found[layer].update(*(found[child] for child in children[layer]))
+    for layer in reversed(order):
+        for child in children[layer]:
+            found[child] = found[child] or found[layer]
+    return [found[inventory.unit.get(layer, layer)] == {True} for layer in range(len(found))]
+
+
+def is_wide_by_nature(tensor: Tensor) -> bool:
+    """True for a tensor that is wider than fp32 without our having stored it so."""
+    format = format_of(tensor.dtype)
+    return format is not None and is_wider(format, REFERENCE) and tensor not in stored_by_rule
 
 
 def _own_format(inventory: Inventory, layer: int, ruled: dict[int, str]) -> str | None:

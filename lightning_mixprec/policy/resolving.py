@@ -12,8 +12,9 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.numerics.formats import REFERENCE, is_wider
 from lightning_mixprec.policy.assignment import Assignment, LayerFacts, LayerPrecision, RuleTally
-from lightning_mixprec.policy.layers import Inventory, count_parameters, stored_formats, take_inventory
+from lightning_mixprec.policy.layers import Inventory, count_parameters, stored_formats, take_inventory, wide_layers
 from lightning_mixprec.policy.matching import ClassIndex
 from lightning_mixprec.policy.patterns import parse
 from lightning_mixprec.policy.rules import Rule
@@ -59,14 +60,15 @@ def resolve(default: str, rules: Sequence[Rule], model: nn.Module) -> Resolution
         decided_by.append(own if own is not None else min(sources, default=None))
     for part, unit in inventory.unit.items():
         decided_by[part] = decided_by[unit]
-    stored = stored_formats(inventory, _ruled_parameters(rules, inventory, decided_by))
+    ruled = _ruled_parameters(rules, inventory, decided_by)
+    stored, wide = stored_formats(inventory, ruled), wide_layers(inventory, ruled)
     for layer, sources in enumerate(reach):
         if layer not in first and len(sources) > 1 and layer not in inventory.unit:
-            found = {number: _precision(rules[number], default, stored[layer]) for number in sorted(sources)}
+            found = {n: _precision(rules[n], default, stored[layer], wide[layer]) for n in sorted(sources)}
             _check_agreement(rules, found, inventory, layer, sources)
-    kinds = set(zip(decided_by, stored, strict=True))
-    made = {kind: _precision(None if kind[0] is None else rules[kind[0]], default, kind[1]) for kind in kinds}
-    layers = [made[kind] for kind in zip(decided_by, stored, strict=True)]
+    kinds = list(zip(decided_by, stored, wide, strict=True))
+    made = {kind: _precision(None if kind[0] is None else rules[kind[0]], default, *kind[1:]) for kind in set(kinds)}
+    layers = [made[kind] for kind in kinds]
     return Resolution(rules, inventory, classes, matched, decided_by, layers)
 
 
@@ -166,10 +168,11 @@ def _name_under(inventory: Inventory, layer: int, ancestor: int) -> str:
     return next((name for name in inventory.names[layer] if name.startswith(above)), inventory.names[layer][0])
 
 
-def _precision(rule: Rule | None, default: str, stored: str) -> LayerPrecision:
-    if rule is None:
-        return LayerPrecision(stored, default, None, None)
-    return LayerPrecision(rule.param or stored, rule.compute or default, rule.output, rule)
+def _precision(rule: Rule | None, default: str, stored: str, is_wide: bool) -> LayerPrecision:
+    if rule is not None and (rule.param or rule.compute):
+        return LayerPrecision(rule.param or stored, rule.compute or default, rule.output, rule)
+    compute, output = stored if is_wide else default, None if rule is None else rule.output
+    return LayerPrecision(stored, compute, output, rule, leaves_wide=not is_wider(default, REFERENCE))
 
 
 def _tallies(resolution: Resolution) -> Iterator[RuleTally]:

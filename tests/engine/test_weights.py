@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_mixprec import PrecisionPolicy
 from lightning_mixprec.engine.borders import border_of
 from lightning_mixprec.engine.weights import seen_as
 
@@ -25,6 +26,11 @@ def test_what_operations_see_is_never_narrower_than_what_they_compute_in():
     assert seen_as(torch.complex64, torch.float64) == torch.complex64
 
 
+def computing(format, stored):
+    """A policy under which layers compute in a format; those in fp64 weights do so only where a rule says it."""
+    return {"default": format, "0": format} if stored == "fp64" != format else format
+
+
 @pytest.mark.parametrize("stored", FORMATS)
 @pytest.mark.parametrize("compute", FORMATS)
 def test_every_stored_format_computes_in_every_format(stored, compute, attached):
@@ -33,7 +39,7 @@ def test_every_stored_format_computes_in_every_format(stored, compute, attached)
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(FORMATS[stored])
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     x = torch.randn(3, 4).to(FORMATS[compute] if compute == "fp64" else torch.float32)
-    with attached(model, compute) as attachment:
+    with attached(nn.Sequential(model), computing(compute, stored)) as attachment:
         with attachment.context():
             y = model(x if stored == compute == "fp64" or compute != stored else x.to(FORMATS[stored]))
         y.float().pow(2).sum().backward()
@@ -106,6 +112,31 @@ def test_tied_weights_are_stored_as_one_of_their_modules_says(attached):
             assert model["b"](torch.ones(1, 2)).dtype == torch.float32
             assert model["b"].weight is model["a"].weight
         assert model["a"].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+def test_what_a_rule_stores_in_fp64_is_not_taken_for_fp64_by_nature_under_another_policy(tied, attached):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    if tied:
+        model[2].weight = model[0].weight
+    x, bf16 = torch.ones(3, 2), PrecisionPolicy("bf16")
+    with attached(model, {"default": "bf16", "[01]": "p=fp64,c=fp64"}) as attachment:
+        running = bf16.resolve(model)
+        assert running.compute_formats == {"bf16"}
+        attachment.change(running)
+        with attachment.context():
+            assert model[0](x).dtype == torch.bfloat16 and model[1](x).dtype == torch.float32
+            assert model(x).dtype == torch.bfloat16
+    assert [layer.param for layer in bf16.resolve(model).values()] == ["fp32"] * 4
+    assert bf16.resolve(model.double()).compute_formats == {"fp64"}
+
+
+def test_what_a_rule_stores_in_fp32_is_no_longer_left_in_fp64(attached):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False)).double()
+    model[1].weight = model[0].weight
+    with attached(model, {"default": "bf16", "0": "p=fp32"}) as attachment, attachment.context():
+        assert model(torch.ones(3, 2)).dtype == torch.bfloat16
+    assert model[0].weight.dtype == torch.float64
 
 
 def test_no_bits_of_a_checkpoint_are_lost_that_was_loaded_before(attached):
@@ -243,7 +274,7 @@ def test_batchnorm_statistics_are_kept_where_they_are_stored(stored, attached):
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3)).to(FORMATS[stored])
     oracle = nn.BatchNorm1d(3)
     x = torch.randn(8, 3)
-    with attached(model, "fp32"):
+    with attached(nn.Sequential(model), computing("fp32", stored)):
         model(x)
         assert model[0].running_mean.dtype == FORMATS[stored]
     oracle(x)
@@ -256,7 +287,7 @@ def test_buffers_a_forward_leaves_alone_keep_their_bits(attached):
     model = nn.Sequential(nn.BatchNorm1d(3)).double().eval()
     model[0].running_mean.fill_(1 / 3)
     before = model[0].running_mean.clone()
-    with attached(model, "fp32"):
+    with attached(model, {"default": "fp32", "0": "fp32"}):
         model(torch.ones(2, 3))
         with torch.inference_mode():
             model(torch.ones(2, 3))
