@@ -18,7 +18,7 @@ from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import Formats, RunFormats
 from lightning_mixprec.evidence.step_window import BatchUse, KeptBatch, Made, Outcome, RandomUse, StepWindow, received
 from lightning_mixprec.numerics.finite import all_finite, are_nonfinite
-from lightning_mixprec.optim.skipped_buffers import copy_where
+from lightning_mixprec.optim.skipped_buffers import buffer_of, copy_where
 from lightning_mixprec.policy.module_names import walk
 from lightning_mixprec.records.words import listed
 
@@ -262,7 +262,7 @@ class BufferWatch:
         slots = {
             (f"{node.name}.{name}" if node.name else name): (node.module, name)
             for node in walk(model)
-            for name in node.module._buffers
+            for name, _ in node.module._buffers.items()
         }
         found = _present(slots)
         bad = are_nonfinite(list(found.values()))
@@ -355,7 +355,7 @@ class BufferWatch:
 
 def _present(slots: Mapping[str, _Slot]) -> dict[str, Tensor]:
     """The buffers that can be watched: plain tensors of real numbers that can be written to."""
-    buffers = {key: module._buffers.get(name) for key, (module, name) in slots.items()}
+    buffers = {key: buffer_of(module, name) for key, (module, name) in slots.items()}
     return {key: buffer for key, buffer in buffers.items() if type(buffer) is Tensor and _is_watched(buffer)}
 
 

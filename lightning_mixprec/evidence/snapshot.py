@@ -21,6 +21,7 @@ from lightning_mixprec.engine.sharding import is_sharded, reshard
 from lightning_mixprec.evidence.instruments.memory import bytes_of, free_host_bytes
 from lightning_mixprec.numerics.finite import are_nonfinite
 from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.optim.skipped_buffers import buffer_of
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.module_names import walk
 
@@ -140,7 +141,7 @@ class Snapshots:
             _restored(param, kept, pairs)
             param.grad = None
         for module, name, kept in copy.buffers:
-            module._buffers[name] = _restored(module._buffers.get(name), kept, pairs)
+            module._buffers[name] = _restored(buffer_of(module, name), kept, pairs)
         for optimizer, states, groups in copy.optimizers:
             _write_back(optimizer.state, states, pairs)
             for group, numbers in zip(optimizer.param_groups, groups, strict=False):
@@ -192,7 +193,7 @@ class Snapshots:
             for (module, name, _), kept in zip(_buffers(pl_module), state["buffers"], strict=True)
         ]
         kept_as = {id(param): kept for param, kept in params}
-        kept_as |= {id(module._buffers.get(name)): kept for module, name, kept in buffers if kept is not None}
+        kept_as |= {id(buffer_of(module, name)): kept for module, name, kept in buffers if kept is not None}
         named = {
             name: kept_as[id(each)].data for name, each in _named_tensors(pl_module).items() if id(each) in kept_as
         }

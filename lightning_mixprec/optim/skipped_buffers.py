@@ -21,7 +21,7 @@ class _Slot(NamedTuple):
 
     @property
     def tensor(self) -> Tensor | None:
-        return self.module._buffers.get(self.name)
+        return buffer_of(self.module, self.name)
 
 
 class BufferGuard:
@@ -129,6 +129,13 @@ class _Window:
         else:
             saved = [tensor.clone() for tensor in tensors]
         self._saved = list(zip(slots, saved, strict=True))
+
+
+def buffer_of(module: nn.Module, name: str) -> Tensor | None:
+    """A buffer of a module; None if it has no such. The mapping that holds those of TorchScript has no ``get``."""
+    if name not in module._buffers:
+        return None
+    return module._buffers[name]
 
 
 def copy_where(flag: Tensor, olds: list[Tensor], news: list[Tensor]) -> None:

@@ -82,6 +82,19 @@ def test_the_run_with_the_monitor_is_the_same_to_the_last_bit(make_plugin, gain)
     assert same(*(nan_as_a_number(dict(enumerate(run.losses))) for run in runs))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_statistics_of_a_part_of_torchscript_are_watched_and_kept():
+    def scripted():
+        part = torch.jit.script(nn.Sequential(nn.BatchNorm1d(6), nn.ReLU()))
+        return Task(nn.Sequential(nn.Linear(6, 6), part, nn.Linear(6, 2)), ADAM)
+
+    bare, watched = (
+        train(scripted, PerLayerPrecision("bf16"), watching, batches=Lessons(4))[0]
+        for watching in ([], [OverflowMonitor(), AdaptivePrecision()])
+    )
+    assert same(dict(bare.state_dict()), dict(watched.state_dict()))
+
+
 def nan_as_a_number(state):
     return {
         key: value.nan_to_num(1.5, 2.5, 3.5) if value.is_floating_point() else value for key, value in state.items()
