@@ -13,12 +13,12 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
-        self.formats = set()
+        self.formats, self.divisor = set(), 1.0
 
     def forward(self, x):
         hidden = self.up(self.norm(x))
         self.formats.add((str(self.up.weight.dtype), str(hidden.dtype)))
-        return x + self.down(F.gelu(hidden))
+        return x + self.down(F.gelu(hidden)) / self.divisor
 
 
 class Stack(nn.Module):
@@ -111,11 +111,21 @@ class ByHand(Sharded):
         self.losses.append(loss.item())
 
 
-class Hot(Sharded):
-    """The first block's hidden values leave the range of fp16 after a while."""
+class Steep(Sharded):
+    """Its gradients overflow at the first loss scales, and no number at those that fit."""
 
     def __init__(self):
         super().__init__()
         with torch.no_grad():
             self.model.blocks[0].up.weight.mul_(3e4)
             self.model.blocks[0].down.weight.mul_(1e-4)
+
+
+class Hot(Sharded):
+    """One layer of the first block overflows in fp16, at every loss scale."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.model.blocks[0].down.weight.mul_(1e7)
+        self.model.blocks[0].divisor = 1e7

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from plugin_models import Batches
-from sharded_models import ByHand, Hot, Recomputing, Sharded, Split, SplitAndSharded
+from sharded_models import ByHand, Hot, Recomputing, Sharded, Split, SplitAndSharded, Steep
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -114,14 +114,14 @@ def whole(tensor):
     return full.detach().clone()
 
 
-def watched(folder, strategy):
-    """Monitors and the controller on a model that needs one of its blocks elsewhere."""
+def watched(folder, strategy, model):
+    """A run with monitors and the controller."""
     monitors = [OverflowMonitor(), UnderflowMonitor(every_n_steps=2), FidelityMonitor(every_n_steps=2)]
     adaptive = AdaptivePrecision()
     plugin = PerLayerPrecision("fp16")
     callbacks = [adaptive, *monitors]
     found = outcome(
-        strategy, plugin, callbacks, model=Hot, max_epochs=8, default_root_dir=folder, num_sanity_val_steps=0
+        strategy, plugin, callbacks, model=model, max_epochs=8, default_root_dir=folder, num_sanity_val_steps=0
     )
     found["decisions"] = adaptive.decisions
     found["underflow"] = monitors[1].latest
@@ -172,7 +172,8 @@ def main(folder):
             strategy(), PerLayerPrecision("fp16"), [Spoiled()], model=lambda: Sharded(optimizer=fused)
         )
         results[f"{name} recomputed"] = outcome(strategy(), PerLayerPrecision(NORMS), [Moves()], model=Recomputing)
-        results[f"{name} watched"] = watched(folder / f"{name}{RANK}", strategy())
+        results[f"{name} watched"] = watched(folder / f"{name}{RANK}", strategy(), Hot)
+        results[f"{name} searched"] = watched(folder / f"{name} searched{RANK}", strategy(), Steep)
     for policy in ("bf16", "fp16"):
         results[f"spoiled shard {policy}"] = outcome(sharded(), PerLayerPrecision(policy), [SpoiledShard()])
     results["resume"] = resumed(folder)

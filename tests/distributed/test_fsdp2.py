@@ -24,6 +24,7 @@ CASES = [
     "fused",
     "recomputed",
     "watched",
+    "searched",
 ]
 
 
@@ -93,11 +94,21 @@ def test_nothing_is_left_of_it_afterwards(ranks, case):
         assert results[f"fsdp2 {case}"]["own forwards"] == []
 
 
-def test_monitors_see_and_the_controller_decides_what_they_do_under_ddp(ranks):
-    expected = ranks[0]["ddp watched"]
-    assert expected["decisions"] and expected["underflow"] and expected["fidelity"]["layers"]
+def test_a_layer_that_overflows_moves_and_a_search_for_the_loss_scale_moves_none(ranks):
     for results in ranks:
-        found = results["fsdp2 watched"]
+        (decision,) = results["fsdp2 watched"]["decisions"]
+        assert decision["moves"] == [["model.blocks.0.down", "fp16", "bf16"]]
+        searched = results["fsdp2 searched"]
+        assert searched["decisions"] == [] and searched["skipped"] > 10
+    assert {event["verdict"] for event in ranks[0]["fsdp2 searched"]["events"]} == {"scale"}
+
+
+@pytest.mark.parametrize("case", ["watched", "searched"])
+def test_monitors_see_and_the_controller_decides_what_they_do_under_ddp(ranks, case):
+    expected = ranks[0][f"ddp {case}"]
+    assert expected["events"] and expected["underflow"] and expected["fidelity"]["layers"]
+    for results in ranks:
+        found = results[f"fsdp2 {case}"]
         for what in ("decisions", "events"):
             assert found[what] == expected[what]
         for what in ("fidelity", "underflow"):
