@@ -209,28 +209,34 @@ class AdaptiveRun:
         for problem in problems:
             self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
         verdict = None if found is None else found.diagnosis.cause["verdict"]
-        if found is None or verdict != "precision":
+        smaller = None if found is None else found.diagnosis.cause["smaller_scale"]
+        falls = smaller is not None and smaller < 1 and self.controller.fails_often
+        if found is None or not (verdict == "precision" or falls):
             self.controller.give_up_looking()
             self._report(self._place(window.batches[-1]), verdict=verdict)
             if verdict == "model":
                 self._is_damaged()
             return
-        if self.controller.accuse():
-            self.decide(found, outcome.scale)
+        if falls or self.controller.accuse():
+            self.decide(found, outcome.scale, falls=falls)
 
-    def decide(self, found: Found, scale: float) -> None:
+    def decide(self, found: Found, scale: float, *, falls: bool = False) -> None:
         """Decides on a step that failed for want of precision.
 
         Args:
             found: Its diagnosis.
             scale: Its loss scale.
+            falls: True if the loss scale would have to fall below 1, and no layer is accused.
         """
         trials = self._trials(found.comparison or self._comparison(found.kept, statistics=True))
         if not trials.is_possible:
             self.controller.give_up_looking()
             return
-        told: dict[str, Any] = {key: found.diagnosis.cause[key] for key in _ACCUSED}
-        decision = self.controller.decide_on_failure(found.suspects, scale, trials.run, told)
+        if falls:
+            decision = self.controller.decide_on_falling_scale(scale, trials.run)
+        else:
+            told: dict[str, Any] = {key: found.diagnosis.cause[key] for key in _ACCUSED}
+            decision = self.controller.decide_on_failure(found.suspects, scale, trials.run, told)
         self._take(decision, found.kept, trials, scale)
         if decision is None:
             verdict = found.diagnosis.cause["verdict"]

@@ -24,6 +24,7 @@ _FIRST_SAMPLES = (0, 10, 30, 100, 300)
 _WINDOW = 100
 _DOUBTS = 2
 _ACCUSATIONS, _SKIPS_IN_A_ROW, _SKIPS_IN_WINDOW = 2, 3, 6
+_SMALL_SHARE = 0.05
 _MOST_RESTORES = 3
 _MOST_PATIENCE, _MOST_FRUITLESS = 4, 6
 _BF16_TOLERANCE = 0.1
@@ -136,7 +137,7 @@ class Controller:
         counts = self.counts
         counts.accusations = [step for step in counts.accusations if counts.steps - step < _WINDOW]
         counts.accusations.append(counts.steps)
-        is_persistent = counts.skips_in_a_row >= _SKIPS_IN_A_ROW or len(counts.failures) >= _SKIPS_IN_WINDOW
+        is_persistent = counts.skips_in_a_row >= _SKIPS_IN_A_ROW or self.fails_often
         return is_persistent or len(counts.accusations) >= _ACCUSATIONS
 
     def see_loss(self, size: float) -> None:
@@ -165,6 +166,21 @@ class Controller:
         return self.counts.doubts + 1 >= _DOUBTS or bool(self._oldest_group())
 
     # Decides
+
+    @property
+    def fails_often(self) -> bool:
+        """True if steps of late failed more often than a search for a loss scale from 1 up explains."""
+        return len(self.counts.failures) >= _SKIPS_IN_WINDOW
+
+    def decide_on_falling_scale(self, scale: float, attempt: Try) -> Decision | None:
+        """Decides on a loss scale that would have to fall below 1: gradients that do not fit even as they are.
+
+        No layer is accused, but few that cost little may be all that holds the scale down.
+        """
+        remedy = self._remedies(attempt).promotions(scale)
+        if remedy is not None and not self._is_small(remedy):
+            remedy = None
+        return self._carried_out(remedy, scale, Agreement(False, math.nan, {}), {})
 
     def decide_on_failure(
         self, culprits: Sequence[str], scale: float, attempt: Try, evidence: Mapping[str, Any]
@@ -238,6 +254,11 @@ class Controller:
         unpinned = remedies.unpinned(starved, scale) if starved else None
         found = [remedy for remedy in (promotions, unpinned) if remedy is not None]
         return min(found, key=lambda remedy: self._cost(remedy.promotions), default=None)
+
+    def _is_small(self, remedy: Remedy) -> bool:
+        flops, moved = self._cost(remedy.promotions)
+        total = sum(layer.flops for layer in self.layers.values())
+        return flops <= _SMALL_SHARE * total and moved <= max(1, _SMALL_SHARE * len(self.layers))
 
     def _cost(self, promotions: Promotions) -> tuple[int, int]:
         """Flops that leave 16 bits, and layers that move."""

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 _COLUMNS = {
-    "test_uniform_bf16_is_lightnings_to_the_last_bit": "bf16 is Lightning's, bit for bit",
-    "test_a_part_in_fp32_inside_bf16_computes_as_if_written_so_by_hand": "a part in fp32 is autocast by hand",
-    "test_monitors_change_no_bit_of_an_fp16_run_and_see_every_step": "fp16 watched is unwatched, bit for bit",
+    "test_uniform_bf16_is_lightnings_to_the_last_bit": "bf16",
+    "test_a_part_in_fp32_inside_bf16_computes_as_if_written_so_by_hand": "a part in fp32",
+    "test_monitors_change_no_bit_of_an_fp16_run_and_see_every_step": "fp16, watched",
     "test_compiled_it_computes_what_the_uncompiled_run_does": "compiled",
 }
 _OUTCOMES: dict[str, dict[str, str]] = {}
