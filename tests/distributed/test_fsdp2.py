@@ -94,12 +94,11 @@ def test_nothing_is_left_of_it_afterwards(ranks, case):
         assert results[f"fsdp2 {case}"]["own forwards"] == []
 
 
-def test_a_layer_that_overflows_moves_and_a_search_for_the_loss_scale_moves_none(ranks):
+def test_a_layer_moves_that_overflows_and_one_that_holds_the_loss_scale_below_1(ranks):
     for results in ranks:
-        (decision,) = results["fsdp2 watched"]["decisions"]
-        assert decision["moves"] == [["model.blocks.0.down", "fp16", "bf16"]]
-        searched = results["fsdp2 searched"]
-        assert searched["decisions"] == [] and searched["skipped"] > 10
+        for case in ("watched", "searched"):
+            (decision,) = results[f"fsdp2 {case}"]["decisions"]
+            assert decision["moves"] == [["model.blocks.0.down", "fp16", "bf16"]]
     assert {event["verdict"] for event in ranks[0]["fsdp2 searched"]["events"]} == {"scale"}
 
 
