@@ -211,7 +211,7 @@ class AdaptivePrecision(FailureMonitor):
     @override
     def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         assert (watch := self._failures) is not None and (run := self._run) is not None
-        may_sample = watch.window is None and not self._has_no_batches(trainer)
+        may_sample = watch.window is None and not self._has_no_batches(trainer, "nothing will move")
         settle = partial(self._settle_buffers, pl_module)
         run.begin_batch(KeptBatch(batch, batch_idx, None), settle, may_sample=may_sample)
         self._follow_up()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec import ranks
-from lightning_mixprec.callbacks.monitor import Monitor, is_validated_next, monitors, takes_iterator
+from lightning_mixprec.callbacks.monitor import Monitor, is_validated_next, monitors_of
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.evaluation import EvaluationWatch, Seen, diagnosed_evaluation, values_of
@@ -156,20 +156,9 @@ class FailureMonitor(Monitor):
             self._failures.settle()
             self._follow_up()
 
-    def _has_no_batches(self, trainer: pl.Trainer) -> bool:
-        """True where only the training_step sees batches, which is said once."""
-        if takes_iterator(trainer):
-            self._warn_once(
-                "iterator",
-                "AdaptivePrecision needs batches, and this training_step takes an iterator over them "
-                "(dataloader_iter): nothing will move.",
-            )
-            return True
-        return False
-
     def _begin_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watches the buffers of a batch that begins; the first of these monitors does it for all."""
-        first = next(each for each in monitors(trainer) if isinstance(each, FailureMonitor))
+        first = monitors_of(trainer, FailureMonitor)[0]
         if first is not self:
             self._buffers = first._buffers
         elif not ranks.are_many():

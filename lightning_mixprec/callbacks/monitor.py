@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -25,6 +25,8 @@ ROWS = 10
 """Layers that a summary shows."""
 
 _HOOK = "on_train_batch_start"
+
+C = TypeVar("C", bound="RunCallback")
 
 
 class RunCallback(Callback):
@@ -244,14 +246,14 @@ class Monitor(RunCallback):
             return
         formats = formats_of(trainer, type(self).__name__)
         super().setup(trainer, pl_module, stage)
-        first = next(each for each in monitors(trainer) if isinstance(each, Monitor))  # what one finds, all know
+        first = monitors_of(trainer, Monitor)[0]  # what one finds, all know
         self._formats = formats if first is self else first._formats
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        every = [each for each in monitors(trainer) if isinstance(each, Monitor)]
+        every = monitors_of(trainer, Monitor)
         if self is every[0]:  # the first one acts for all
 
             def begin(made: Made) -> None:
@@ -278,6 +280,16 @@ class Monitor(RunCallback):
         """Tells why a step could not be looked into: once in a run, whoever of its callbacks finds it first."""
         monitors(trainer)[0]._warn_once("problem", message)
 
+    def _has_no_batches(self, trainer: pl.Trainer, so: str) -> bool:
+        """True where only the training_step sees batches, which is said once, with what follows from it."""
+        if takes_iterator(trainer):
+            self._warn_once(
+                "iterator",
+                f"{type(self).__name__} needs batches, and this training_step takes an iterator over them "
+                f"(dataloader_iter): {so}.",
+            )
+        return takes_iterator(trainer)
+
     def _leave_module(self) -> None:
         if self._start is not None:
             self._start.remove()
@@ -285,8 +297,13 @@ class Monitor(RunCallback):
 
 def monitors(trainer: pl.Trainer) -> list[RunCallback]:
     """The callbacks of this package in a run, in their order."""
+    return monitors_of(trainer, RunCallback)
+
+
+def monitors_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:
+    """Those of them that are of a kind."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in callbacks if isinstance(each, RunCallback)]
+    return [each for each in callbacks if isinstance(each, kind)]
 
 
 def is_quiet(trainer: pl.Trainer) -> bool:

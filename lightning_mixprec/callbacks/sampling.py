@@ -6,16 +6,12 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.monitor import Monitor, RunCallback, check_count, monitors, takes_iterator
+from lightning_mixprec.callbacks.monitor import Monitor, RunCallback, check_count, monitors, monitors_of, takes_iterator
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
 from lightning_mixprec.evidence.instruments.sandbox import is_stopped
 from lightning_mixprec.evidence.sampled_step import SampledStep
 from lightning_mixprec.records.schema import Count, Shapes
-
-_NEEDS_BATCHES = (
-    "{} needs batches, and this training_step takes an iterator over them (dataloader_iter): no step is sampled."
-)
 
 _MOST_RETRIES = 16
 _EXPLAINED = ("ReplayError", "SupportError", "TraceLeftError", "memory")
@@ -73,14 +69,14 @@ class SamplingMonitor(Monitor):
 
     @override
     def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        sharing = [each for each in monitors(trainer) if isinstance(each, SamplingMonitor)]
+        sharing = monitors_of(trainer, SamplingMonitor)
         if self is not sharing[0]:
             return  # the first one acts for all
         due = [each for each in sharing if each._comes_due()]
         if due and takes_iterator(trainer):
             for monitor in due:
                 monitor._why = ": training_step takes an iterator over batches"
-                monitor._warn_once("iterator", _NEEDS_BATCHES.format(type(monitor).__name__))
+                monitor._has_no_batches(trainer, "no step is sampled")
         elif due:
             wanted = Wanted()
             for monitor in due:

@@ -117,9 +117,14 @@ def mapped(value: Any, change: Change, known: Mapping[int, Any] | None = None) -
         return _Rewriting(change, done, known)(value)
 
 
-def rebuilt(value: Any) -> Any:
-    """A value in containers and objects of its own, with the same tensors: what is taken out of one stays in it."""
-    return _Rewriting(lambda tensor: tensor, [], None, renews=True)(value)
+def rebuilt(value: Any, change: Change = lambda tensor: tensor) -> Any:
+    """A value in containers and objects of its own, with the same tensors: what is taken out of one stays in it.
+
+    Args:
+        value: anything.
+        change: what becomes of a tensor; itself if nothing does.
+    """
+    return _Rewriting(change, [], None, renews=True)(value)
 
 
 def copied(value: Any) -> Any:

@@ -175,6 +175,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_any_sharded(model: nn.Module) -> bool:
+    """True if ranks hold parts of a model's weights, so that they have to act together."""
+    return any(map(is_sharded, model.parameters()))
+
+
 def _leaders(model: nn.Module) -> list[Any]:
     """The modules that were sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_available else []

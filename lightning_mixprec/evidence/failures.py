@@ -14,11 +14,12 @@ from lightning_mixprec import ranks
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.evidence.comparison import Comparison, Wanted
 from lightning_mixprec.evidence.diagnosis import Diagnosis, Judge
+from lightning_mixprec.evidence.instruments.restoring.contents import version_of
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import Formats, RunFormats
 from lightning_mixprec.evidence.step_window import BatchUse, KeptBatch, Made, Outcome, RandomUse, StepWindow, received
 from lightning_mixprec.numerics.finite import all_finite, are_nonfinite
-from lightning_mixprec.optim.skipped_buffers import buffer_of, copy_where
+from lightning_mixprec.optim.skipped_buffers import buffer_of, copy_where, is_written_in_place
 from lightning_mixprec.policy.module_names import walk
 from lightning_mixprec.records.words import listed
 
@@ -360,13 +361,12 @@ def _present(slots: Mapping[str, _Slot]) -> dict[str, Tensor]:
 
 
 def _is_watched(buffer: Tensor) -> bool:
-    is_plain = buffer.dtype in _WATCHED and buffer.layout == torch.strided and buffer.numel() > 0
-    return is_plain and torch._debug_has_internal_overlap(buffer) != 1
+    return buffer.dtype in _WATCHED and buffer.numel() > 0 and is_written_in_place(buffer)
 
 
 def _versions(module: nn.Module) -> tuple[Any, ...]:
     buffers = (buffer for buffer in module._buffers.values() if buffer is not None)
-    return tuple((id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in buffers)
+    return tuple((id(buffer), version_of(buffer)) for buffer in buffers)
 
 
 class BufferReplay(StepReplay):

@@ -1,17 +1,18 @@
 """Layers that cannot compute in fp32, such as those whose kernels take 16 bits alone: found when they fail."""
 
-import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mixprec import ranks
+from lightning_mixprec.engine.sharding import is_any_sharded
 from lightning_mixprec.errors import ReplayError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import layers_of
+from lightning_mixprec.evidence.instruments.raised import layers_through
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
-from lightning_mixprec.evidence.replay import StepReplay, is_shared
+from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.records.words import also, named
 
@@ -40,7 +41,7 @@ def in_fp32(replay: StepReplay, run: Callable[[Sandbox], T], tries: int = 3) -> 
         error = raised
         is_no_layers = isinstance(raised, (ReplayError, TraceLeftError)) or is_out_of_memory(raised)
         found = (_failing(replay, raised), one_line(raised)) if tries and not is_no_layers else None
-    if is_shared(replay.module):
+    if is_any_sharded(replay.module):
         _, found = ranks.first_found(found)
     if found is None or not found[0]:
         if error is not None:
@@ -74,10 +75,9 @@ def _failing(replay: StepReplay, error: Exception) -> list[str]:
     One that fails although it is left out is given in fp32 what it does not take, by the layer around it.
     """
     layers, formats = layers_of(replay.module), replay.formats
-    names = {id(module): name for name, module in layers.items()}
-    through = [names.get(id(frame.f_locals.get("self"))) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    through = layers_through(error, replay.module)
     candidates = [name for name in through if name and name not in formats.not_in_fp32]
-    innermost = next((name for name in reversed(candidates) if get_format(formats.of(name)).is_half), None)
+    innermost = next((name for name in candidates if get_format(formats.of(name)).is_half), None)
     if innermost is None:
         return []
     kind = type(layers[innermost])

@@ -29,14 +29,16 @@ from typing_extensions import Self
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.objects import copied, mapped, tensors_in
-from lightning_mixprec.engine.sharding import is_sharded
+from lightning_mixprec.engine.sharding import is_any_sharded, is_sharded
 from lightning_mixprec.errors import SupportError, one_line
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
 from lightning_mixprec.evidence.instruments.memory import free_host_bytes, is_out_of_memory
 from lightning_mixprec.evidence.instruments.optimizer_copies import Copies
 from lightning_mixprec.evidence.instruments.probe import cast_to_fp32
+from lightning_mixprec.evidence.instruments.restoring.attributes import replaced
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox, sandbox
 from lightning_mixprec.evidence.run_formats import Formats
+from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.plugin.lightnings import DummyLogger, both
 
 _LIGHTNING_OPTIMIZERS = both("core.optimizer", "LightningOptimizer")
@@ -174,23 +176,23 @@ class _Step:
             with torch.autocast(loss.device.type, enabled=False):
                 (loss * self._scale).backward(*args, **kwargs)
 
-    def keep(self, parameters: Iterable[Tensor]) -> None:
+    def keep(self, optimizer: Any) -> None:
         """Keeps the gradients that an optimizer would step with."""
-        for name, gradient in self._gradients(parameters):
+        for name, gradient in self._gradients(optimizer):
             self.replayed.gradients[name] = gradient.clone()
             self._zeroed.pop(name, None)
 
-    def note_zeroed(self, parameters: Iterable[Tensor]) -> None:
+    def note_zeroed(self, optimizer: Any) -> None:
         """Notes gradients that nobody has stepped with, as far as is known: an optimizer may in a way of its own."""
-        for name, gradient in self._gradients(parameters):
+        for name, gradient in self._gradients(optimizer):
             if name not in self.replayed.gradients:
                 self._zeroed[name] = gradient.clone()
 
     def toggle(self, optimizer: Any, others: Iterable[Any]) -> None:
         """Gradients for one optimizer's parameters, none for the others'."""
-        chosen = set(map(id, _parameters_of(optimizer)))
+        chosen = set(map(id, params_of(optimizer)))
         for other in others:
-            for stand_in in _parameters_of(other):
+            for stand_in in params_of(other):
                 stand_in.requires_grad_(id(stand_in) in chosen and stand_in.requires_grad)
 
     def untoggle(self) -> None:
@@ -200,7 +202,7 @@ class _Step:
 
     def refuse(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Refuses the step of an optimizer that holds weights of the run; one of the step's own may do as it likes."""
-        if any(self._stand_ins.of(param) is not None for param in _parameters_of(optimizer)):
+        if any(self._stand_ins.of(param) is not None for param in params_of(optimizer)):
             raise SupportError(
                 f"training_step steps the run's {type(optimizer).__name__}, which it has from elsewhere than "
                 "self.optimizers() or an attribute of the module, so that no replay can be kept from moving weights; "
@@ -216,14 +218,10 @@ class _Step:
         for name, gradient in self._zeroed.items():
             self.replayed.gradients.setdefault(name, gradient)
 
-    def _gradients(self, parameters: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for stand_in in parameters:
+    def _gradients(self, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+        for stand_in in params_of(optimizer):
             if stand_in.grad is not None and id(stand_in) in self._name_of:
                 yield self._name_of[id(stand_in)], stand_in.grad.detach()
-
-
-def _parameters_of(optimizer: Any) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 @contextlib.contextmanager
@@ -231,25 +229,13 @@ def _stand_ins_for_the_trainer(module: pl.LightningModule, step: _Step) -> Gener
     trainer, run = module._trainer, _OfRun(module, step)
     with contextlib.ExitStack() as stack:
         stack.callback(register_optimizer_step_pre_hook(step.refuse).remove)
-        stack.enter_context(_replaced(vars(module), run.for_module()))
+        stack.enter_context(replaced(vars(module), run.for_module()))
         if trainer is not None:
-            stack.enter_context(_replaced(vars(trainer.strategy), run.for_strategy()))
+            stack.enter_context(replaced(vars(trainer.strategy), run.for_strategy()))
             stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
             stack.callback(setattr, trainer, "loggers", trainer.loggers)
             trainer.loggers = [DummyLogger() for _ in trainer.loggers]
         yield
-
-
-@contextlib.contextmanager
-def _replaced(attributes: dict[str, Any], new: dict[str, Any]) -> Generator[None, None, None]:
-    before = {name: attributes[name] for name in new if name in attributes}
-    attributes.update(new)
-    try:
-        yield
-    finally:
-        for name in new.keys() - before.keys():
-            attributes.pop(name, None)
-        attributes.update(before)
 
 
 class _OfRun:
@@ -348,11 +334,6 @@ def _agree_on_room(module: pl.LightningModule, device: torch.device) -> None:
         )
 
 
-def is_shared(module: pl.LightningModule) -> bool:
-    """True where ranks have to replay together, because each holds a part of the weights."""
-    return any(map(is_sharded, module.parameters()))
-
-
 def halved(batch: Any) -> Any:
     """The first half of a batch: of every tensor as long as its first one; itself if there is none to halve."""
     lengths = [len(tensor) for tensor in tensors_in(batch) if _has_rows(tensor)]
@@ -390,7 +371,7 @@ class Halving:
         try:
             return run(self.batch)
         except Exception as error:
-            if self.shortage is not None or is_shared(self._module) or not is_out_of_memory(error):
+            if self.shortage is not None or is_any_sharded(self._module) or not is_out_of_memory(error):
                 raise
             self.shortage = one_line(error)
         self.batch = halved(self.batch)

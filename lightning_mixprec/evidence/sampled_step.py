@@ -100,7 +100,7 @@ class SampledStep:
     def _compared(self, batch: Any) -> Measured:
         """The step in the run's formats, where that is wanted, and then in fp32."""
         wanted, found = self._wanted, self._findings
-        kept = KeptBatch(batch, found.place["batch_idx"], None)
+        kept = self._kept._replace(batch=batch)
         comparison = Comparison(self._module, self._formats, kept, wanted, found.own if wanted.statistics else None)
         low = Recorded()
         if wanted.agreement or wanted.layers:

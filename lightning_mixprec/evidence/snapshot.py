@@ -21,6 +21,7 @@ from lightning_mixprec.engine.sharding import is_sharded, reshard
 from lightning_mixprec.evidence.instruments.memory import bytes_of, free_host_bytes
 from lightning_mixprec.numerics.finite import are_nonfinite
 from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.skipped_buffers import buffer_of
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.module_names import walk
@@ -161,7 +162,7 @@ class Snapshots:
             return None
         optimizers = []
         for optimizer, states, groups in copy.optimizers:
-            numbers = {param: number for number, param in enumerate(_params_of(optimizer))}
+            numbers = {param: number for number, param in enumerate(params_of(optimizer))}
             kept = {numbers[param]: _taken(state) for param, state in states.items() if param in numbers}
             optimizers.append({"state": kept})
             optimizers[-1]["groups"] = _taken(groups)
@@ -184,7 +185,7 @@ class Snapshots:
 
         optimizers = []
         for optimizer, entry in zip(trainer.optimizers, state["optimizers"], strict=True):
-            of = list(_params_of(optimizer))
+            of = params_of(optimizer)
             states = {of[number]: _saved(each, keep) for number, each in entry["state"].items()}
             optimizers.append((optimizer, states, _saved(entry["groups"], keep)))
         params = [(param, keep(kept)) for param, kept in zip(pl_module.parameters(), state["params"], strict=True)]
@@ -345,10 +346,6 @@ def _taken(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_taken(entry) for entry in value)
     return deepcopy(value)
-
-
-def _params_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (param for group in optimizer.param_groups for param in group["params"])
 
 
 def _restored(present: Any, saved: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_mixprec import ranks
-from lightning_mixprec.engine.objects import mapped, rebuilt, tensors_in
+from lightning_mixprec.engine.objects import rebuilt, tensors_in
 from lightning_mixprec.engine.transfer import Transfer
+from lightning_mixprec.evidence.instruments.restoring.attributes import replaced
 from lightning_mixprec.evidence.instruments.restoring.contents import version_of
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.run_formats import RunFormats
@@ -74,18 +75,9 @@ class Made:
     module: nn.Module
     values: Mapping[str, Any]
 
-    @contextlib.contextmanager
-    def in_place(self) -> Generator[None, None, None]:
+    def in_place(self) -> contextlib.AbstractContextManager[None]:
         """The module has these attributes within, and its present ones after."""
-        attributes = vars(self.module)
-        now = {name: attributes[name] for name in self.values if name in attributes}
-        attributes.update(self.values)
-        try:
-            yield
-        finally:
-            for name in self.values.keys() - now.keys():
-                attributes.pop(name, None)
-            attributes.update(now)
+        return replaced(vars(self.module), self.values)
 
 
 class BatchUse:
@@ -106,7 +98,7 @@ class BatchUse:
         self._steps += 1
         self._versions = [] if self._copies else [(tensor, version_of(tensor)) for tensor in tensors_in(batch)]
         try:
-            return rebuilt(mapped(batch, _own) if copies else batch)
+            return rebuilt(batch, _own) if copies else rebuilt(batch)
         except Exception:  # a monitor ends no run
             return batch
 

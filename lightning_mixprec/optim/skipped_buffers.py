@@ -108,7 +108,7 @@ class _Window:
         news, olds = [], []
         for slot, old in self._saved:
             new = slot.tensor
-            if new is not None and new.shape == old.shape and _is_written_in_place(new):
+            if new is not None and new.shape == old.shape and is_written_in_place(new):
                 news.append(new)
                 olds.append(old)
             elif skipped and not _is_equal(new, old):  # nothing on the device chooses here, so a flag is read
@@ -166,7 +166,7 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _is_written_in_place(tensor: Tensor) -> bool:
+def is_written_in_place(tensor: Tensor) -> bool:
     """True if kernels copy into a tensor as it is: not into a sparse one, nor into one that was expanded."""
     return tensor.layout == torch.strided and torch._debug_has_internal_overlap(tensor) != 1
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_mixprec import ranks
+from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
 
 _FIRST_LOOKS = 8
@@ -28,7 +29,7 @@ class PastSteps:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], scaler: LossScaler) -> None:
-        params = [[param for group in each.param_groups for param in group["params"]] for each in optimizers]
+        params = [params_of(each) for each in optimizers]
         self._weights = {id(param) for each in params for param in each}
         self._first: list[Tensor] = [each[0] for each in params if each]
         self._scaler = scaler
@@ -73,7 +74,7 @@ class PastSteps:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or self.is_inside or not self._is_watching:
             return
-        if any(id(param) in self._weights for group in optimizer.param_groups for param in group["params"]):
+        if any(id(param) in self._weights for param in params_of(optimizer)):
             self._tell(type(optimizer).__name__)
 
     def _tell(self, who: str) -> None:

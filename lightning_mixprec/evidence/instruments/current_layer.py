@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.module_names import is_scripted, walk
 
 Direction = Literal["forward", "backward"]
 
@@ -47,7 +47,7 @@ class CurrentLayer:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        nodes = [node for node in walk(model) if not isinstance(node.module, torch.jit.ScriptModule)]
+        nodes = [node for node in walk(model) if not is_scripted(node.module)]
         self._modules = {id(node.module): node.module for node in nodes}
         self._names = {id(node.module): node.name for node in reversed(nodes)}
         self._handles: list[RemovableHandle] = []

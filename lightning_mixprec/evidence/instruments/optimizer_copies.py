@@ -14,7 +14,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -26,8 +26,8 @@ from lightning_mixprec.errors import SupportError
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.numerics.formats import half_dtypes
 
-Told = Callable[[Iterable[Tensor]], None]
-"""Is given the stand-ins of an optimizer's parameters."""
+Told = Callable[[Any], None]
+"""Is given the copy of an optimizer."""
 
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), enum.Enum, torch.dtype, torch.device, torch.Size)
 _CODE = (type, FunctionType, BuiltinFunctionType, ModuleType)
@@ -142,16 +142,12 @@ class _CopiedOptimizer(_Copied):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        vars(self)[_ORIGIN][1].on_step(_parameters_of(self))
+        vars(self)[_ORIGIN][1].on_step(self)
         return result
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        vars(self)[_ORIGIN][1].on_zero(_parameters_of(self))
+        vars(self)[_ORIGIN][1].on_zero(self)
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
-
-
-def _parameters_of(optimizer: Any) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 @functools.cache

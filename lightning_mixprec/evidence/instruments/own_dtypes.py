@@ -17,13 +17,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.evidence.instruments.restoring.contents import version_of
+from lightning_mixprec.policy.module_names import is_scripted
 
 _CAST = "ToCopyBackward0"
 
 
 def hookable(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The layers that take hooks."""
-    return {name: module for name, module in layers.items() if not isinstance(module, torch.jit.ScriptModule)}
+    return {name: module for name, module in layers.items() if not is_scripted(module)}
 
 
 class OwnTensors:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.casting import cast
-from lightning_mixprec.engine.objects import mapped, rebuilt, tensors_in
+from lightning_mixprec.engine.objects import rebuilt, tensors_in
 from lightning_mixprec.errors import SupportError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import bytes_of, is_out_of_memory
 from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes, OwnTensors, hookable
@@ -375,7 +375,7 @@ def _comparable(output: Any) -> list[Tensor]:
 
 def _detached(value: Any) -> Any:
     """A copy of a value whose objects and tensors are copies, too, out of the graph but ready for another one."""
-    return mapped(rebuilt(value), _copy_of)
+    return rebuilt(value, _copy_of)
 
 
 def _copy_of(tensor: Tensor) -> Tensor:

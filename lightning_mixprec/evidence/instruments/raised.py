@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Iterator
+from types import FrameType
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -30,14 +31,22 @@ def origin_of(error: BaseException, trace: Trace) -> Origin | None:
 
 def layer_of(error: BaseException, model: nn.Module) -> str:
     """The innermost module that ran when the exception was raised, ``""`` for the root and what is outside of it."""
+    return next(iter(layers_through(error, model)), "")
+
+
+def layers_through(error: BaseException, model: nn.Module) -> list[str]:
+    """The modules that an exception went through, the innermost first."""
     names = {id(node.module): node.name for node in reversed(list(walk(model)))}
-    frames = (frame for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))))
-    modules = (id(frame.f_locals.get("self")) for frame in frames)
-    return next((names[module] for module in modules if module in names), "")
+    modules = [id(frame.f_locals.get("self")) for frame in _frames(error)]
+    return [names[module] for module in modules if module in names]
+
+
+def _frames(error: BaseException) -> list[FrameType]:
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
 
 
 def _tensors_by_frame(error: BaseException) -> Iterator[list[Tensor]]:
     """The tensors that the functions of a traceback hold, the innermost function's first."""
-    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+    for frame in _frames(error):
         leaves = tree_leaves(list(frame.f_locals.values()))
         yield [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -212,8 +212,8 @@ def _remembered(found: MixPrecError, run: object) -> MixPrecError:
 def _refuse_if_stopped(run: object, model: nn.Module, device: torch.device) -> None:
     """Raises where a step of the run has left a trace; where weights are sharded on all ranks, which open together."""
     reason = None if run is None else _STOPPED.get(run)
-    is_shared = any(map(sharding.is_sharded, model.parameters()))
-    if ranks.is_any(reason is not None, device) if is_shared else reason is not None:
+    asks_all = sharding.is_any_sharded(model)
+    if ranks.is_any(reason is not None, device) if asks_all else reason is not None:
         raise ReplayError(reason or f"a step left a trace on another rank, and {_NO_FURTHER}")
 
 

@@ -1,5 +1,6 @@
 """The Python objects that modules hold: found before a step, replaced for it where need be, put back after it."""
 
+import contextlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -197,6 +198,19 @@ class Attributes:
         copied = refusals.copied(value)
         refused = refusals.refusal(value, partial(self._refused, named(path))) if copied is None else copied
         self._stand_ins[id(value)] = refused
+
+
+@contextlib.contextmanager
+def replaced(attributes: dict[str, Any], new: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes are others within, and what they were after."""
+    before = {name: attributes[name] for name in new if name in attributes}
+    attributes.update(new)
+    try:
+        yield
+    finally:
+        for name in new.keys() - before.keys():
+            attributes.pop(name, None)
+        attributes.update(before)
 
 
 def named(path: Path) -> str:
