@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec import ranks
@@ -14,9 +16,13 @@ from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import Diagnosis
 from lightning_mixprec.evidence.failures import FailureWatch, Found, diagnosed, diagnosed_error
 from lightning_mixprec.evidence.replay import StepReplay
+from lightning_mixprec.evidence.run_formats import StockFormats
 from lightning_mixprec.evidence.saved_batches import save_batch
 from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
+from lightning_mixprec.numerics.finite import all_finite
 from lightning_mixprec.numerics.plots import draw_steps
+from lightning_mixprec.optim.gradients import grads_of, params_of
+from lightning_mixprec.plugin.hidden_infinities import HiddenInfinities
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.records.events import Event
 from lightning_mixprec.records.schema import Count, Place
@@ -98,6 +104,39 @@ class OverflowMonitor(FailureMonitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._has_lost_weights = False
+        self._hidden: HiddenInfinities | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if isinstance(self._formats, StockFormats) and self._formats.is_guarded:  # ours looks by itself
+            self._hidden = HiddenInfinities(pl_module)
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        super().on_before_backward(trainer, pl_module, loss)
+        if self._hidden is not None:
+            self._hidden.begin_backward()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._hidden is not None:
+            self._hidden.end_backward()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._hidden is not None:
+            skipped = self._hidden.is_looking and ~all_finite(grads_of(params_of(optimizer)))
+            self._hidden.end_step(optimizer, skipped, is_scaled=True)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._hidden is not None:
+            self._hidden.finish()
+        super().on_train_end(trainer, pl_module)
 
     @override
     def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

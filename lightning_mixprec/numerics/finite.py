@@ -26,6 +26,15 @@ def are_nonfinite(tensors: Sequence[Tensor]) -> list[bool]:
     return result
 
 
+def are_finite(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For each tensor, true if it holds no NaN and no infinity: a bool on its device. Waits for nothing there."""
+    result = [torch.tensor(True)] * len(tensors)
+    for places, flags in _nonfinite_flags(tensors):
+        for place, flag in zip(places, (~flags).unbind(), strict=True):
+            result[place] = flag
+    return result
+
+
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """True if no tensor holds a NaN or an infinity: a bool on the device of the first one. Waits for nothing there."""
     bad = [flags.any() for _, flags in _nonfinite_flags(tensors)]

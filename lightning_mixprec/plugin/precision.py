@@ -297,6 +297,7 @@ class PerLayerPrecision(Precision):
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
         """Shows the hooks the loss as the user knows it, and hands on the scaled one."""
         self._formats.in_step = True
+        self._ledger.begin_backward()
         return self.scaler.scale(Precision.pre_backward(self, tensor, module))
 
     @override
@@ -311,6 +312,7 @@ class PerLayerPrecision(Precision):
     @override
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
         self._formats.in_step = not module.automatic_optimization
+        self._ledger.end_backward()
         return super().post_backward(tensor, module)
 
     @override

@@ -26,6 +26,7 @@ from lightning_mixprec.optim.gradients import grads_of
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.plugin.formats_in_force import attributes_of_copy
+from lightning_mixprec.plugin.hidden_infinities import HiddenInfinities
 from lightning_mixprec.plugin.past_steps import PastSteps
 from lightning_mixprec.plugin.strategies import forget_communication_errors
 from lightning_mixprec.policy.module_names import walk
@@ -78,6 +79,7 @@ class StepLedger:
         self._optimizers: list[Optimizer] = []
         self._schedulers: list[LRSchedulerConfig] = []
         self._past: PastSteps | None = None
+        self._hidden: HiddenInfinities | None = None
         self._may_give_up = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,6 +98,7 @@ class StepLedger:
         self._tallies = [_Tally() for _ in self._schedulers]
         self._in_a_row = {}
         self._past = PastSteps(self._optimizers, self._scaler)
+        self._hidden = HiddenInfinities(model)
         if model.automatic_optimization and any(config.interval == "step" for config in schedulers):
             SchedulerGate(model, self)
 
@@ -106,6 +109,8 @@ class StepLedger:
             gate.remove()
         if self._past is not None:
             self._past.remove()
+        if self._hidden is not None:
+            self._hidden.finish()
         self._may_give_up = False
         self.settle()
         self._forget_run()
@@ -119,6 +124,20 @@ class StepLedger:
         yield
         if past is not None:
             past.end_batch()
+
+    def begin_backward(self) -> None:
+        """A loss is about to go backward."""
+        if self._hidden is not None and self._is_guarded:
+            self._hidden.begin_backward()
+
+    def end_backward(self) -> None:
+        """A loss went backward, and no hook of the run has seen its gradients."""
+        if self._hidden is not None and self._is_guarded:
+            self._hidden.end_backward()
+
+    @property
+    def _is_guarded(self) -> bool:
+        return self._scaler.is_active or self._scaler.guards
 
     def begin(self) -> None:
         """The plugin is about to take a step, whose outcome it will :meth:`note`."""
@@ -138,6 +157,8 @@ class StepLedger:
         """
         if self._past is not None:
             self._past.end_own()
+        if self._hidden is not None and self._is_guarded:
+            self._hidden.end_step(optimizer, skipped, is_scaled=self._scaler.is_active)
         self._hold_global_step(self._owed_holds)
         self._owed_holds = 0
         if isinstance(skipped, Tensor):
