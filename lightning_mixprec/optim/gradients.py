@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
+from lightning_mixprec.numerics.finite import all_finite
 from lightning_mixprec.numerics.flat_batches import local_part
 
 _PLAIN = (Tensor, nn.Parameter)
+_CHECKED_BY_KERNEL = (torch.float16, torch.float32, torch.float64)  # by torch's one kernel, on every device
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -87,18 +89,41 @@ def _values(param: Tensor) -> Tensor:
     return grad._values()
 
 
-def check_and_unscale(grads: list[Tensor], factor: Tensor, found_inf: Tensor) -> Tensor:
-    """Multiplies gradients in place; ``found_inf``, or 1 if a gradient is not finite."""
-    lists: list[list[Tensor | None]] = [list(grads)]
-    for (device, dtype), ((group,), _) in _group_tensors_by_device_and_dtype(lists).items():
+def check_and_unscale(grads: list[Tensor], factor: Tensor | None, found_inf: Tensor) -> Tensor:
+    """Multiplies gradients in place, if there is a factor; ``found_inf``, or 1 if a gradient is not finite."""
+    for (device, dtype), group in _by_kind(grads).items():
         flag = found_inf if device == found_inf.device else scalar(0.0, device)
-        same_kind = cast(list[Tensor], group)
-        real = [torch.view_as_real(grad) for grad in same_kind] if dtype.is_complex else same_kind
-        here = factor.to(device, non_blocking=device.type != "cpu")  # the host must not read ahead of the copy
-        torch._amp_foreach_non_finite_check_and_unscale_(real, flag, here)
+        real = [torch.view_as_real(grad) for grad in group] if dtype.is_complex else group
+        # The host must not read ahead of the copy.
+        here = None if factor is None else factor.to(device, non_blocking=device.type != "cpu")
+        if real[0].dtype in _CHECKED_BY_KERNEL:
+            one_or_factor = scalar(1.0, device) if here is None else here
+            torch._amp_foreach_non_finite_check_and_unscale_(real, flag, one_or_factor)
+        elif nonempty := [grad for grad in real if grad.numel()]:
+            flag.copy_(torch.maximum(flag, ~all_finite(nonempty)))
+            if here is not None:
+                multiply_(nonempty, here)
         if flag is not found_inf:
             found_inf = torch.maximum(found_inf, flag.to(found_inf.device, non_blocking=True))
     return found_inf
+
+
+def multiply_(tensors: list[Tensor], factor: Tensor | float) -> None:
+    """Multiplies tensors of any formats and devices in place, each product rounded once, to the tensor's format."""
+    for (device, dtype), group in _by_kind(tensors).items():
+        here = factor.to(device) if isinstance(factor, Tensor) else factor
+        if isinstance(here, Tensor) and dtype.itemsize == 2:
+            # CUDA rounds a number on the device to the tensors' format first: in fp16 a scale of 65536 is infinite.
+            torch._foreach_mul_(group, [here.view([1] * tensor.dim()) for tensor in group])
+        else:
+            torch._foreach_mul_(group, here)
+
+
+def _by_kind(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    if not tensors:
+        return {}
+    grouped = _group_tensors_by_device_and_dtype([list(tensors)])
+    return {kind: cast(list[Tensor], group) for kind, ((group,), _) in grouped.items()}
 
 
 class GradMark:

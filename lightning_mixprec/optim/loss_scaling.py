@@ -26,6 +26,7 @@ from lightning_mixprec.optim.gradients import (
     GradMark,
     check_and_unscale,
     grads_of,
+    multiply_,
     obeys_found_inf,
     params_of,
     scalar,
@@ -91,10 +92,10 @@ class LossScaler:
         )
         found_inf = scalar(0.0, device)
         if fresh:
-            divisor = self._on(device)[0].double().reciprocal().float() if self.is_active else scalar(1.0, device)
+            divisor = self._on(device)[0].double().reciprocal().float() if self.is_active else None
             found_inf = check_and_unscale(fresh, divisor, found_inf)
         if done:
-            found_inf = check_and_unscale(done, scalar(1.0, device), found_inf)
+            found_inf = check_and_unscale(done, None, found_inf)
         if optimizer in self._found_before:
             found_inf = torch.maximum(found_inf, self._found_before.pop(optimizer).to(device, non_blocking=True))
         if self.shared_on is not None:
@@ -349,10 +350,7 @@ class LossScaler:
         done = self._unscaled_params() | spent
         params = (param for optimizer in optimizers for param in params_of(optimizer))
         waiting = {id(param): param for param in params if id(param) not in done}
-        grads = grads_of(list(waiting.values()))
-        for device in dict.fromkeys(grad.device for grad in grads):
-            here = ratio.to(device) if isinstance(ratio, Tensor) else ratio
-            torch._foreach_mul_([grad for grad in grads if grad.device == device], here)
+        multiply_(grads_of(list(waiting.values())), ratio)
 
 
 class _SparedError(Exception):
