@@ -38,6 +38,11 @@ class Use:
         for_precision: The format to promote to where this one rounds too coarsely.
         lightning_name: What ``Trainer(precision=...)`` calls training in it; empty if Lightning has no name for it.
         cuda_capability: The least compute capability of an NVIDIA GPU whose arithmetic units take it.
+        tensor_cores: The least one whose tensor cores do, where that is a later one.
+        amd_targets: How the names of the AMD GPUs begin whose arithmetic units take it, as LLVM calls their targets.
+        x86_features: The features of an x86 CPU, as ``torch.cpu.get_capabilities()`` names them, any of which is
+            arithmetic in it.
+        arm_features: Those of an Arm CPU.
     """
 
     is_computed_in: bool = False
@@ -47,6 +52,10 @@ class Use:
     for_precision: str | None = None
     lightning_name: str = ""
     cuda_capability: tuple[int, int] = (0, 0)
+    tensor_cores: tuple[int, int] | None = None
+    amd_targets: tuple[str, ...] = ()
+    x86_features: tuple[str, ...] = ()
+    arm_features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,8 +163,22 @@ _BF16 = Use(
     for_precision="fp32",
     lightning_name="bf16-mixed",
     cuda_capability=(8, 0),  # Ampere
+    amd_targets=("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12"),  # CDNA, RDNA 3
+    x86_features=("avx512_bf16", "amx_bf16"),
+    arm_features=("bf16",),
 )
-_FP16 = Use(is_computed_in=True, needs_scaling=True, for_range="bf16", for_precision="fp32", lightning_name="16-mixed")
+_FP16 = Use(
+    is_computed_in=True,
+    needs_scaling=True,
+    for_range="bf16",
+    for_precision="fp32",
+    lightning_name="16-mixed",
+    cuda_capability=(5, 3),  # Maxwell, the last of it
+    tensor_cores=(7, 0),  # Volta
+    amd_targets=("gfx9", "gfx10", "gfx11", "gfx12"),
+    x86_features=("avx512_fp16", "amx_fp16"),
+    arm_features=("fp16_arith",),
+)
 _FP8 = Use(needs_scaling=True, for_range="bf16", for_precision="bf16", cuda_capability=(8, 9))  # Ada
 _E4M3 = Format("e4m3", 4, 3, "nan", torch.float8_e4m3fn, _FP8)
 _E5M2 = Format("e5m2", 5, 2, "inf", torch.float8_e5m2, _FP8)

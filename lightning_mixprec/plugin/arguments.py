@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
 from lightning_mixprec.numerics.devices import native_support
-from lightning_mixprec.numerics.formats import is_scaling_needed
+from lightning_mixprec.numerics.formats import REFERENCE, is_scaling_needed
 from lightning_mixprec.optim.gradients import needs_closure
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.policy.assignment import Assignment
@@ -47,10 +47,12 @@ def configured_form(policy: object) -> str | dict[str, Any]:
 
 def choose_format(device: torch.device) -> tuple[str, str]:
     """The format that ``policy="auto"`` stands for on a device, and the reason."""
-    bf16 = native_support("bf16", device)
+    bf16, fp16, name = native_support("bf16", device), native_support("fp16", device), device_name(device)
     if bf16.native:
-        return "bf16", f"bf16, which {device_name(device)} computes natively ({bf16.reason})"
-    return "fp16", f"fp16 with loss scaling, because {device_name(device)} does not compute bf16 ({bf16.reason})"
+        return "bf16", f"bf16, which {name} computes natively ({bf16.reason})"
+    if fp16.native:
+        return "fp16", f"fp16 with loss scaling, because {name} does not compute bf16 natively ({bf16.reason})"
+    return REFERENCE, f"fp32, because {name} computes neither bf16 ({bf16.reason}) nor fp16 ({fp16.reason}) natively"
 
 
 def check_running(model: pl.LightningModule | None, in_step: bool, what: str) -> pl.LightningModule:

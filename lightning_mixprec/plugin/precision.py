@@ -35,9 +35,10 @@ class PerLayerPrecision(Precision):
     """Trains every layer in the number format that a policy gives it, and scales the loss where fp16 needs it.
 
     Args:
-        policy: ``"auto"`` (bf16 where the device computes it natively, else fp16), a format name (``"fp16"`` trains as
-            Lightning's ``16-mixed``, ``"bf16"`` as ``bf16-mixed``, ``"fp32"`` as ``32-true``), a path to a YAML file,
-            a mapping such as ``{"default": "bf16", "model.head": "fp32"}``, or a ``PrecisionPolicy``.
+        policy: ``"auto"`` (bf16 where the device computes it natively, else fp16 where it does, else fp32), a format
+            name (``"fp16"`` trains as Lightning's ``16-mixed``, ``"bf16"`` as ``bf16-mixed``, ``"fp32"`` as
+            ``32-true``), a path to a YAML file, a mapping such as ``{"default": "bf16", "model.head": "fp32"}``, or a
+            ``PrecisionPolicy``.
         loss_scaling: ``"auto"`` (on exactly when some layer computes in fp16), False, a number (a static scale), a
             mapping of options, or a ``LossScaling``.
         skip_nonfinite: Skip optimizer steps with non-finite gradients in every format, not only under loss scaling.

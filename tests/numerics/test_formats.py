@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_mixprec.errors import FormatError, MixPrecError, SupportError
-from lightning_mixprec.numerics.devices import native_support
+from lightning_mixprec.errors import FormatError, MixPrecError
 from lightning_mixprec.numerics.formats import (
     FORMATS,
     Format,
@@ -211,99 +210,6 @@ def test_an_unknown_format_is_answered_in_one_line_with_what_was_meant(wrong, me
 def test_format_errors_are_the_packages_errors():
     assert issubclass(FormatError, MixPrecError)
     assert issubclass(MixPrecError, ValueError)
-
-
-class FakeGPU:
-    """Answers as torch.cuda does on a machine with GPUs of one model."""
-
-    def __init__(self, monkeypatch, capability, name="Fake GPU", count=1):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
-
-
-@pytest.mark.parametrize(
-    ("gpu", "capability", "native"),
-    [
-        ("Tesla T4", (7, 5), {"fp64", "fp32", "fp16"}),
-        ("NVIDIA A100", (8, 0), {"fp64", "fp32", "fp16", "bf16"}),
-        ("NVIDIA GeForce RTX 3090", (8, 6), {"fp64", "fp32", "fp16", "bf16"}),
-        ("NVIDIA L4", (8, 9), set(FORMATS)),
-        ("NVIDIA H200", (9, 0), set(FORMATS)),
-        ("NVIDIA B200", (10, 0), set(FORMATS)),
-    ],
-)
-def test_native_formats_of_gpus(monkeypatch, gpu, capability, native):
-    FakeGPU(monkeypatch, capability, gpu)
-    assert {name for name in FORMATS if native_support(name, "cuda").native} == native
-    assert {name for name in FORMATS if native_support(name, torch.device("cuda", 0)).native} == native
-
-
-def test_the_reason_names_the_gpu_and_what_it_lacks(monkeypatch):
-    FakeGPU(monkeypatch, (7, 5), "Tesla T4")
-    reason = native_support("bf16", "cuda:0").reason
-    assert reason == "Tesla T4 (compute capability 7.5) has no bf16 arithmetic, which came with 8.0"
-
-
-def test_no_cuda_device(monkeypatch):
-    FakeGPU(monkeypatch, (9, 0), count=0)
-    assert native_support("fp32", "cuda") == native_support("bf16", "cuda:3")
-    assert native_support("fp32", "cuda").native is False
-    assert native_support("fp32", "cuda").reason == "torch sees no CUDA device"
-
-
-def test_a_gpu_that_is_not_there(monkeypatch):
-    FakeGPU(monkeypatch, (9, 0), count=2)
-    support = native_support("fp32", "cuda:2")
-    assert not support.native
-    assert support.reason == "there is no cuda:2, the last CUDA device is cuda:1"
-
-
-def test_fp8_on_rocm_is_not_claimed(monkeypatch):
-    FakeGPU(monkeypatch, (9, 4), "AMD Instinct MI300X")
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert native_support("bf16", "cuda").native
-    assert (
-        native_support("fp8", "cuda").reason == "fp8 is supported on NVIDIA GPUs only, and this is AMD Instinct MI300X"
-    )
-
-
-def test_native_formats_of_a_cpu():
-    assert {name for name in FORMATS if native_support(name, "cpu").native} == {"fp64", "fp32", "bf16", "fp16"}
-    assert "slow" in native_support("fp16", "cpu").reason
-
-
-@pytest.mark.parametrize("name", ["fp64", "fp32", "bf16", "fp16"])
-def test_torch_computes_in_the_native_formats_of_a_cpu(name):
-    matrix = torch.ones(2, 2, dtype=DTYPE[name])
-    assert (matrix @ matrix + matrix).tolist() == [[3, 3], [3, 3]]
-
-
-@pytest.mark.parametrize("device", ["mps", "xla", "meta"])
-def test_other_devices_are_not_supported(device):
-    support = native_support("fp32", device)
-    assert not support.native
-    assert device in support.reason
-    assert "cuda and cpu" in support.reason
-
-
-@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", None, 1.5])
-def test_no_device_at_all(device):
-    with pytest.raises(SupportError, match="is no device") as caught:
-        native_support("fp32", device)
-    assert "\n" not in str(caught.value)
-
-
-def test_support_of_an_unknown_format():
-    with pytest.raises(FormatError, match="did you mean 'bf16'"):
-        native_support("bfloat16", "cpu")
-
-
-@pytest.mark.gpu
-def test_torch_agrees_on_this_gpu():
-    assert native_support("bf16", "cuda").native is torch.cuda.is_bf16_supported(including_emulation=False)
-    assert native_support("fp32", "cuda").native
 
 
 def test_a_format_is_only_its_definition_and_its_use():

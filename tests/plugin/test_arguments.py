@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 
 from lightning_mixprec import LossScaling, MixPrecError, PerLayerPrecision, PrecisionPolicy
+from lightning_mixprec.numerics.devices import Support, native_support
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -87,39 +88,54 @@ def test_a_rule_that_matches_nothing_names_the_file_the_line_and_near_misses(tmp
 # policy="auto"
 
 
-def pretend_no_native_bf16(monkeypatch):
+def pretend(monkeypatch, **reasons):
+    """Has a device compute none of the formats that are named, for the reasons given, and all others natively."""
     from lightning_mixprec.engine.backends import autocast
     from lightning_mixprec.plugin import arguments
 
-    real = arguments.native_support
-
     def native_support(name, device):
-        support = real(name, device)
-        return type(support)(False, "its compute capability is 7.5, bf16 needs 8.0") if name == "bf16" else support
+        return Support(name not in reasons, reasons.get(name, f"it has {name}"))
 
     for module in (arguments, autocast):
         monkeypatch.setattr(module, "native_support", native_support)
 
 
-def test_auto_is_bf16_on_the_cpu_and_says_why(capsys):
+NO_BF16 = {"bf16": "its compute capability is 7.5, bf16 needs 8.0"}
+NO_HALVES = {"bf16": "it has no AVX512-BF16", "fp16": "it has no AVX512-FP16"}
+
+
+def printed(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_auto_is_what_this_cpu_computes_natively(capsys):
+    plugin = PerLayerPrecision()
+    fit(Task(mlp()), plugin)
+    [native, *_] = [name for name in ("bf16", "fp16", "fp32") if native_support(name, "cpu").native]
+    assert plugin.policy == PrecisionPolicy(native)
+    assert f"auto': {native}" in printed(capsys)
+
+
+def test_auto_is_bf16_where_it_is_native_and_says_why(monkeypatch, capsys):
+    pretend(monkeypatch)
     plugin = PerLayerPrecision()
     assert plugin.policy is None
     model = Task(probes())
     fit(model, plugin)
-    out = capsys.readouterr().out
+    out = printed(capsys)
     assert "auto" in out
-    assert "bf16, which the CPU computes natively" in " ".join(out.split())
+    assert "bf16, which the CPU computes natively (it has bf16)" in out
     assert plugin.policy == PrecisionPolicy("bf16")
     assert plugin.scaler.get_scale() == 1
     assert all(probe.computed == {BF16} for probe in model.net)
 
 
-def test_auto_is_fp16_with_loss_scaling_where_bf16_is_not_native(monkeypatch, capsys):
-    pretend_no_native_bf16(monkeypatch)
+def test_auto_is_fp16_with_loss_scaling_where_only_that_is_native(monkeypatch, capsys):
+    pretend(monkeypatch, **NO_BF16)
     plugin = PerLayerPrecision("auto")
     model = Task(probes())
     fit(model, plugin)
-    out = " ".join(capsys.readouterr().out.split())
+    out = printed(capsys)
     assert "fp16 with loss scaling" in out
     assert "compute capability is 7.5" in out
     assert plugin.policy == PrecisionPolicy("fp16")
@@ -127,10 +143,25 @@ def test_auto_is_fp16_with_loss_scaling_where_bf16_is_not_native(monkeypatch, ca
     assert all(probe.computed == {FP16} for probe in model.net)
 
 
-def test_a_format_that_is_not_native_is_not_emulated_silently(monkeypatch):
-    pretend_no_native_bf16(monkeypatch)
-    with pytest.warns(UserWarning, match="bf16.*does not compute natively.*emulates.*Use fp16") as caught:
-        fit(Task(mlp()), PerLayerPrecision({"default": "fp16", "net.0": "bf16"}))
+def test_auto_is_fp32_where_neither_is_native(monkeypatch, capsys):
+    pretend(monkeypatch, **NO_HALVES)
+    plugin = PerLayerPrecision("auto")
+    model = Task(probes())
+    fit(model, plugin)
+    assert (
+        "fp32, because the CPU computes neither bf16 (it has no AVX512-BF16) nor fp16 (it has no AVX512-FP16) natively"
+        in printed(capsys)
+    )
+    assert plugin.policy == PrecisionPolicy("fp32")
+    assert plugin.scaler.get_scale() == 1
+    assert all(probe.computed == {FP32} for probe in model.net)
+
+
+@pytest.mark.parametrize(("missing", "instead"), [(NO_BF16, "fp16"), (NO_HALVES, "fp32")])
+def test_a_format_that_is_not_native_is_not_emulated_silently(monkeypatch, missing, instead):
+    pretend(monkeypatch, **missing)
+    with pytest.warns(UserWarning, match=f"bf16.*does not compute natively.*emulates.*Use {instead}") as caught:
+        fit(Task(mlp()), PerLayerPrecision({"default": instead, "net.0": "bf16"}))
     assert len([warning for warning in caught if "emulates" in str(warning.message)]) == 1
 
 
