@@ -35,12 +35,9 @@ from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.plugin.step_errors import Remedy
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.records.changes import Decision, Made
+from lightning_mixprec.records.changes import Decision, Made, Refused
 from lightning_mixprec.records.schema import matches
-from lightning_mixprec.records.words import cell, listed, quoted, written
-
-_FEW = 4
-"""Moves of one decision that a line tells one by one."""
+from lightning_mixprec.records.words import cell, listed, written
 
 LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"
 
@@ -68,8 +65,10 @@ class AdaptivePrecision(FailureMonitor):
     Args:
         mode: ``"act"``, or ``"advise"`` to say only what would be done; the policy is then ``advised_policy.yaml``.
         pin: Patterns of layers that are left alone.
-        min_low_precision_share: Share of the matrix products' flops that has to stay in at most 16 bits. None, the
-            default, for no bound: then only what trials find necessary moves, as often as ``max_assignments`` allows.
+        min_low_precision_share: Share of the matrix products' flops that has to stay in at most 16 bits (of those that
+            your policy has there, if it has fewer): half of them by default, and 0 or None for no bound. A move that
+            trials find necessary and that would leave less is not made, which is told once: such a model is better
+            trained in bf16 or fp32 as a whole. Layers that move to bf16 stay in 16 bits.
         every_n_steps: Batches between two comparisons with fp32 once the run has settled; they are denser at first and
             after a move (the 1st, 10th, 30th, 100th and 300th batch).
         dwell_steps: Batches that a promoted layer stays as it is, at least; four times as long after each relapse.
@@ -94,7 +93,7 @@ class AdaptivePrecision(FailureMonitor):
         self,
         mode: Literal["act", "advise"] = "act",
         pin: str | Sequence[str] = (),
-        min_low_precision_share: float | None = None,
+        min_low_precision_share: float | None = 0.5,
         every_n_steps: int = 1000,
         dwell_steps: int = 1000,
         max_trials: int = 48,
@@ -318,7 +317,10 @@ class AdaptivePrecision(FailureMonitor):
         self, place: Mapping[str, int], decision: Decision | None = None, passes: int | None = None, **seen: Any
     ) -> None:
         """Takes over what was seen or decided."""
-        if decision is None:
+        if isinstance(refused := seen.get("refused"), Refused):
+            self._write(place, refused=refused.to_dict(), passes=passes)
+            self._warn_once("bound", f"step {place['step']}: {refused.in_words()}")
+        elif decision is None:
             self._write(place, **seen)
             self._looks += "sample" in seen
             if seen.get("problem", NOT_FINITE) != NOT_FINITE:
@@ -350,13 +352,7 @@ class AdaptivePrecision(FailureMonitor):
         trainer = self._trainer
         if decision is None or trainer is None or not trainer.is_global_zero or is_quiet(trainer):
             return
-        moves = [f"{quoted(name)} {old} -> {new}" for name, old, new in decision.moves[:_FEW]]
-        if len(decision.moves) > _FEW:
-            moves = [f"{len(decision.moves)} layers: {', '.join(moves)}, ..."]
-        scale = [f"loss scale -> {decision.scale:g}"] if decision.scale is not None else []
-        restored = ["wrong steps undone" if moves else "restored"] if decision.restores else []
-        step, what = self.decisions[-1]["step"], ", ".join(moves + scale + restored)
-        print(f"AdaptivePrecision: step {step}: {would}{what} ({decision.reason})")
+        print(f"AdaptivePrecision: step {self.decisions[-1]['step']}: {would}{decision.in_words()} ({decision.reason})")
 
     def _log_progress(self) -> None:
         assert self._trainer is not None and self._run is not None and self._plugin is not None

@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
 from lightning_mixprec import ranks
-from lightning_mixprec.engine.border_plan import Site, survey
+from lightning_mixprec.engine.border_plan import heights, survey
 from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, Comparison, Wanted
 from lightning_mixprec.evidence.failures import Found, diagnosed
 from lightning_mixprec.evidence.findings import SHORT, describe
@@ -281,6 +281,8 @@ class AdaptiveRun:
         if (problem := ranks.first_told(trials.problem)) is not None:
             self._report(place, problem=problem, passes=trials.passes)
         if decision is None:
+            if (refused := self.controller.take_refused()) is not None:
+                self._report(place, refused=refused, passes=trials.passes)
             return
         seen = self._statistics([name for name, _, _ in decision.moves], trials, scale)
         self.pending = decision.with_evidence(statistics=seen) if seen else decision
@@ -380,18 +382,3 @@ def _has_room(trials: Trials, scale: float, formats: Mapping[str, str]) -> bool:
     found = trials.statistics(scale)
     known = {name: format for name, format in formats.items() if name in found.outputs}
     return found.is_any and all(headroom(found.outputs[name], format) >= _ROOM_BITS for name, format in known.items())
-
-
-def heights(sites: Sequence[Site]) -> dict[str, int]:
-    """Depth of each site in layers, on its longest side; a shared layer that holds itself counts once."""
-    known: dict[str, int] = {}
-
-    def height(site: Site, above: frozenset[str]) -> int:
-        if site.name not in known:
-            inside = [child for child in site.children if child.name not in above]
-            known[site.name] = max((1 + height(child, above | {site.name}) for child in inside), default=0)
-        return known[site.name]
-
-    for site in sites:
-        height(site, frozenset())
-    return known

@@ -1,6 +1,6 @@
 """The plan of borders: the modules of a model that get one under an assignment, and the work of each."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,6 +68,21 @@ def survey(model: nn.Module) -> list[Site]:
             site.parents.append(parent)
             parent.children.append(site)
     return list(sites.values())
+
+
+def heights(sites: Sequence[Site]) -> dict[str, int]:
+    """Depth of each site in layers, on its longest side; a shared layer that holds itself counts once."""
+    known: dict[str, int] = {}
+
+    def height(site: Site, above: frozenset[str]) -> int:
+        if site.name not in known:
+            inside = [child for child in site.children if child.name not in above]
+            known[site.name] = max((1 + height(child, above | {site.name}) for child in inside), default=0)
+        return known[site.name]
+
+    for site in sites:
+        height(site, frozenset())
+    return known
 
 
 def _has_no_forward(module: nn.Module) -> bool:

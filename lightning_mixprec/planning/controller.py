@@ -17,7 +17,7 @@ from lightning_mixprec.planning.controller_state import ControllerCounts, Contro
 from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.planning.remedies import Candidate, Promotions, Remedies, Remedy, Try
 from lightning_mixprec.records.advice import min_cosine_to_act
-from lightning_mixprec.records.changes import Decision
+from lightning_mixprec.records.changes import Decision, Refused
 from lightning_mixprec.records.words import listed
 
 _FIRST_SAMPLES = (0, 10, 30, 100, 300)
@@ -45,10 +45,12 @@ class Controller:
         promoted: The promotions in force.
         assignments: The sets of promotions that have been in force, none included.
         counts: Its counters and dates.
+        refused: What the latest decision would have been, had a bound not forbidden it.
     """
 
     def __init__(self, layers: Sequence[Candidate], options: Options) -> None:
         self.options = options
+        self.refused: Refused | None = None
         self.promoted: dict[str, Promotion] = {}
         self.counts = ControllerCounts()
         self.assignments: list[dict[str, Promotion]] = [{}]
@@ -229,6 +231,11 @@ class Controller:
         remedy = self._remedy(present, scale, self._remedies(attempt))
         return self._carried_out(remedy, scale, present, {"layers": failing[:8]})
 
+    def take_refused(self) -> Refused | None:
+        """What the latest decision would have been, had a bound not forbidden it; told once."""
+        refused, self.refused = self.refused, None
+        return refused
+
     def decide_on_damage(self, names: Sequence[str]) -> Decision | None:
         """Decides on weights or buffers that are not finite: back to the last good copy of them, a few times."""
         if self.counts.restores >= _MOST_RESTORES:
@@ -265,26 +272,33 @@ class Controller:
         wide = [name for name, promotion in promotions.items() if not get_format(promotion.compute).is_low_precision]
         return sum(self.layers[name].flops for name in wide), len(promotions)
 
-    def _is_allowed(self, promoted: Promotions) -> bool:
+    def _forbidding(self, promoted: Promotions) -> tuple[str, float] | None:
+        """The bound that forbids promotions, and its value; None if they are allowed."""
         least, share = self.options.min_low_precision_share, self.low_share(promoted)
-        if least is not None and share < least and share < self.low_share():
-            return False
+        of_policy = self.low_share({})
+        if least is not None and share < least * (of_policy if of_policy < least else 1) and share < self.low_share():
+            return "min_low_precision_share", least
         known = self.assignments
-        return dict(promoted) in known or len(known) < self.options.max_assignments
+        is_known = dict(promoted) in known or len(known) < self.options.max_assignments
+        return None if is_known else ("max_assignments", self.options.max_assignments)
 
     def _carried_out(
         self, remedy: Remedy | None, scale: float, present: Agreement, evidence: Mapping[str, Any]
     ) -> Decision | None:
-        if remedy is None or not self._is_allowed({**self.promoted, **remedy.promotions}):
+        if remedy is None:
             self.give_up_looking()
             return None
-        counts = self.counts
+        counts, promoted = self.counts, {**self.promoted, **remedy.promotions}
         moves = tuple((name, self._format(name), each.compute) for name, each in remedy.promotions.items())
+        if (bound := self._forbidding(promoted)) is not None:
+            self.refused = Refused(moves, self.low_share(promoted), bound, _reason(present, self.limits))
+            self.give_up_looking()
+            return None
         for name in remedy.promotions:
             if name in counts.relapses:
                 counts.relapses[name] += 1
             counts.since[name], counts.group[name] = counts.batches, counts.moves
-        self.promoted = {**self.promoted, **remedy.promotions}
+        self.promoted = promoted
         if moves:
             self._note_assignment()
         counts.failures, counts.accusations, counts.fruitless = [], [], 0
@@ -302,7 +316,7 @@ class Controller:
             return None
         counts = self.counts
         remaining = {name: promotion for name, promotion in self.promoted.items() if name not in group}
-        if not self._is_allowed(remaining):
+        if self._forbidding(remaining) is not None:
             return None
         tried = attempt(remaining, scale)
         key = group[0]

@@ -12,7 +12,8 @@ class Options:
         dwell_steps: Batches that a promoted layer stays as it is, at least; four times as long after each relapse.
         max_trials: Trials for one decision.
         max_assignments: Different assignments in a run.
-        min_low_precision_share: Share of the flops that has to stay in at most 16 bits; None for any.
+        min_low_precision_share: Share of the flops that has to stay in at most 16 bits, or of those that the user's
+            policy has there if it has fewer; None for any.
         has_bf16: Whether the device computes in bf16.
         scales: The smallest and the largest loss scale; None where it is not searched for.
     """

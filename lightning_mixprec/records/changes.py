@@ -1,12 +1,16 @@
 """The records of changes of precision: moves, decisions of ``AdaptivePrecision``, phases of ``PrecisionScheduler``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 from typing_extensions import NotRequired, TypedDict
 
 from lightning_mixprec.records.schema import Count, Place
+from lightning_mixprec.records.words import quoted
+
+_FEW = 4
+"""Moves that a line tells one by one."""
 
 MoveInShort = TypedDict("MoveInShort", {"step": Count, "layer": str, "from": str, "to": str, "reason": str})
 """A move as the report's rows have it."""
@@ -54,6 +58,54 @@ class Decided:
     restores: bool
     reason: str
     evidence: Mapping[str, Any]
+
+    def in_words(self) -> str:
+        """What changes, in part of a line."""
+        scale = [f"loss scale -> {self.scale:g}"] if self.scale is not None else []
+        restored = ["wrong steps undone" if self.moves else "restored"] if self.restores else []
+        return ", ".join(moves_in_words(self.moves) + scale + restored)
+
+
+def moves_in_words(moves: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Moves of layers, in part of a line: the first few, and how many there are.
+
+    >>> moves_in_words([("a", "fp16", "bf16")])
+    ["'a' fp16 -> bf16"]
+    """
+    told = [f"{quoted(name)} {old} -> {new}" for name, old, new in moves[:_FEW]]
+    return [f"{len(moves)} layers: {', '.join(told)}, ..."] if len(moves) > _FEW else told
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Moves that were found necessary, and that a bound forbids.
+
+    Attributes:
+        moves: The layers, each with its format and the one that it would need.
+        low_precision_share: The share of the matrix products' flops that they would leave in at most 16 bits.
+        bound: Which argument forbids them, and its value.
+        reason: Why they were found necessary, in one line.
+    """
+
+    moves: tuple[tuple[str, str, str], ...]
+    low_precision_share: float
+    bound: tuple[str, float]
+    reason: str
+
+    def in_words(self) -> str:
+        """What does not happen, why, and what to do, in one line."""
+        name, value = self.bound
+        is_share = name == "min_low_precision_share"
+        left = f", which leaves {self.low_precision_share:.1%} of the flops in at most 16 bits" if is_share else ""
+        whole = "the whole model" if is_share else "these layers"
+        return (
+            f"{', '.join(moves_in_words(self.moves))} would be needed ({self.reason}){left}: {name}={value:g} forbids "
+            f"it, nothing moves, and training goes on as it is. Train {whole} in bf16 or fp32, or set another {name}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {**asdict(self), "moves": [list(move) for move in self.moves], "bound": dict([self.bound])}
 
 
 @dataclass(frozen=True)

@@ -148,12 +148,36 @@ def test_promotions_are_taken_back_to_the_rule_of_the_user_and_no_further():
 
 def test_layers_with_most_of_the_flops_stay_low_if_a_share_has_to():
     free = adapt(silent, batches=encoded())
-    bound = adapt(silent, AdaptivePrecision(min_low_precision_share=0.99), batches=encoded())
+    with pytest.warns(UserWarning, match="min_low_precision_share=0.99 forbids it"):
+        bound = adapt(silent, AdaptivePrecision(min_low_precision_share=0.99), batches=encoded())
     assert free.moves == [("net.encode", "fp16", "fp32")]
     share = free.trainer.callback_metrics["mixprec/low_precision_share"].item()
     assert share == 1 - (6 * 16) / (6 * 16 + 16 * 16 + 16 * 2)
     assert all(to != "fp32" for _, _, to in bound.moves)
     assert bound.trainer.callback_metrics["mixprec/low_precision_share"].item() >= 0.99
+
+
+class Fine(nn.Module):
+    """What it is to learn needs a layer in fp32 that has nearly all of its flops."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.head = Encoding(), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.encode(x))
+
+
+def test_by_default_half_of_the_flops_stay_low_and_what_that_forbids_is_told_once(tmp_path):
+    with pytest.warns(UserWarning, match="min_low_precision_share") as caught:
+        bound = adapt(partial(Task, Fine()), batches=encoded())
+    (told,) = [str(each.message) for each in caught if "min_low_precision_share" in str(each.message)]
+    assert "'net.encode' fp16 -> fp32 would be needed (" in told
+    assert "leaves 25.0% of the flops in at most 16 bits: min_low_precision_share=0.5 forbids it" in told
+    assert bound.moves == [] and bound.trainer.callback_metrics["mixprec/low_precision_share"] == 1
+    for share in (0, None):
+        free = adapt(partial(Task, Fine()), AdaptivePrecision(min_low_precision_share=share), batches=encoded())
+        assert free.moves == [("net.encode", "fp16", "fp32")]
 
 
 WRONG = {
@@ -224,6 +248,7 @@ def test_after_a_relapse_a_promotion_stays_four_times_as_long():
     assert 40 <= fourth - third <= 43
 
 
+@pytest.mark.filterwarnings("ignore:.*max_assignments=. forbids it")
 @pytest.mark.parametrize("most", [1, slow(2)])
 def test_there_are_at_most_so_many_assignments(most):
     seen = []

@@ -154,6 +154,27 @@ def test_the_share_of_16_bits_is_kept():
     assert decision.moves == (("c", "fp16", "fp32"),)
 
 
+def test_a_move_that_a_bound_forbids_is_told():
+    world = World({"c": "precision"}, is_loud=False, flops={"c": 1000})
+    controller = world.controller(min_low_precision_share=0.5)
+    assert world.run(controller, 1000) == []
+    refused = controller.take_refused()
+    assert refused.moves == (("c", "fp16", "fp32"),) and refused.bound == ("min_low_precision_share", 0.5)
+    assert refused.low_precision_share == 70 / 1070
+    assert controller.take_refused() is None
+
+
+def test_a_share_above_what_the_policy_has_is_a_share_of_that():
+    world = World({"c": "precision"}, is_loud=False, flops={"a": 1000, "b": 60, "c": 10})
+    controller = world.controller(min_low_precision_share=0.5)
+    controller.rebase({**{name: layer.format for name, layer in controller.layers.items()}, "a": "fp32"})
+    assert controller.low_share() < 0.5
+    [(_, decision)] = world.run(controller, 1000)
+    assert decision.moves == (("c", "fp16", "fp32"),)
+    world.needs = {"b": "precision"}
+    assert world.run(controller, 1000) == [] and controller.take_refused().moves == (("b", "fp16", "fp32"),)
+
+
 def test_the_number_of_assignments_is_bounded():
     world = World(dict.fromkeys("abcdef", "range"))
     controller = world.controller(max_assignments=3)
