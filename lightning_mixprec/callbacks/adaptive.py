@@ -22,8 +22,9 @@ from lightning_mixprec.callbacks.monitor import (
     takes_iterator,
 )
 from lightning_mixprec.errors import MixPrecError, SupportError
+from lightning_mixprec.evidence.buffers import Broken
 from lightning_mixprec.evidence.comparison import Wanted
-from lightning_mixprec.evidence.failures import Broken, FailureWatch, Found, diagnosed_error
+from lightning_mixprec.evidence.failures import FailureWatch, Found, diagnosed_error
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow

@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import heights, survey
 from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, Comparison, Wanted
-from lightning_mixprec.evidence.failures import Found, diagnosed
+from lightning_mixprec.evidence.failures import Found, ScaleSearch
 from lightning_mixprec.evidence.findings import SHORT, describe
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
@@ -90,6 +90,7 @@ class AdaptiveRun:
         self._adapt()
         self.pending: Decision | None = None
         self._snapshots = Snapshots()
+        self._search = ScaleSearch()
         self._remember()
 
     def _remember(self, *, is_sound: bool = False) -> None:
@@ -197,6 +198,7 @@ class AdaptiveRun:
     def see_outcome(self, window: StepWindow, outcome: Outcome) -> None:
         """A step ended well or badly; a bad one was told to :meth:`see_failure`."""
         if not outcome.is_bad:
+            self._search.end()
             self.controller.see_step(skipped=False, loss_is_bad=False)
 
     def see_failure(self, window: StepWindow, outcome: Outcome) -> None:
@@ -205,7 +207,7 @@ class AdaptiveRun:
         if not looks or not window.batches:
             return
         replay = StepReplay(self._module, PluginFormats(self._plugin), window.device)
-        found, problems = diagnosed(replay, window, outcome.scale, self.wanted(statistics=True))
+        found, problems = self._search.diagnosed(replay, window, outcome, self.wanted(statistics=True))
         for problem in problems:
             self._report({**self._now(), "batch_idx": problem.batch_idx}, problem=problem.message)
         verdict = None if found is None else found.diagnosis.cause["verdict"]

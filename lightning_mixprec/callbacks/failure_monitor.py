@@ -15,16 +15,10 @@ from typing_extensions import override
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.monitor import Monitor, is_validated_next, monitors_of
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.evidence.buffers import Broken, BufferReplay, BufferWatch, diagnosed_buffers
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.evaluation import EvaluationWatch, Seen, diagnosed_evaluation, values_of
-from lightning_mixprec.evidence.failures import (
-    Broken,
-    BufferReplay,
-    BufferWatch,
-    FailureWatch,
-    Found,
-    diagnosed_buffers,
-)
+from lightning_mixprec.evidence.failures import FailureWatch, Found
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.step_window import KeptBatch, StepWindow
 from lightning_mixprec.numerics.formats import get_format

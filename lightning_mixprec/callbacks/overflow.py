@@ -14,7 +14,7 @@ from lightning_mixprec.callbacks.failure_monitor import FailureMonitor, note
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, takes_iterator
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.diagnosis import Diagnosis
-from lightning_mixprec.evidence.failures import FailureWatch, Found, diagnosed, diagnosed_error
+from lightning_mixprec.evidence.failures import FailureWatch, Found, ScaleSearch, diagnosed_error
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import StockFormats
 from lightning_mixprec.evidence.saved_batches import save_batch
@@ -104,6 +104,7 @@ class OverflowMonitor(FailureMonitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._has_lost_weights = False
+        self._search = ScaleSearch()
         self._hidden: HiddenInfinities | None = None
 
     @override
@@ -155,6 +156,8 @@ class OverflowMonitor(FailureMonitor):
 
     def _count(self, window: StepWindow, outcome: Outcome) -> None:
         assert self._trainer is not None
+        if not outcome.is_bad:
+            self._search.end()
         self.skipped_steps += outcome.skipped
         self._steps += window.steps
         bad = max(outcome.skipped, int(outcome.loss_is_bad))
@@ -177,7 +180,7 @@ class OverflowMonitor(FailureMonitor):
             verdict = "model"
         elif self._diagnoses < self.max_diagnoses and not takes_iterator(trainer):
             self._diagnoses += 1
-            found = self._diagnosed(trainer, window, outcome.scale)
+            found = self._diagnosed(trainer, window, outcome)
         if found is not None:
             verdict, self._has_lost_weights = found.cause["verdict"], found.has_lost_weights
         self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
@@ -207,10 +210,10 @@ class OverflowMonitor(FailureMonitor):
             self._tell(self._trainer, self._trainer.global_step, found.rank, found.kept, found.diagnosis, stage)
             self._journal.flush()
 
-    def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, scale: float) -> Diagnosis | None:
+    def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, outcome: Outcome) -> Diagnosis | None:
         replay = StepReplay(trainer.lightning_module, window.formats, window.device)
         with self._buffers.as_they_were() if self._buffers is not None else contextlib.nullcontext():
-            found, problems = diagnosed(replay, window, scale)
+            found, problems = self._search.diagnosed(replay, window, outcome)
         for batch_idx, problem in problems:
             self._write(self._where(trainer, window.step, batch_idx), problem=problem)
             self._warn_once("problem", f"step {window.step} failed and could not be replayed ({problem}).")

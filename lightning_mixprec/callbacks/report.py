@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_mixprec.callbacks.loss_curve import LossCurve, loss_in
 from lightning_mixprec.callbacks.monitor import is_quiet, monitors
 from lightning_mixprec.callbacks.report_rows import described, environment, sampled, short
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
 from lightning_mixprec.evidence.findings import Findings
-from lightning_mixprec.evidence.loss_curve import LossCurve, loss_in
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.records import runs

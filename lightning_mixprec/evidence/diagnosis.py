@@ -18,11 +18,7 @@ from lightning_mixprec.evidence.instruments.raised import layer_of, origin_of
 from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.evidence.instruments.trace import Origin, Trace
-from lightning_mixprec.evidence.replay import (
-    Halving,
-    Replayed,
-    StepReplay,
-)
+from lightning_mixprec.evidence.replay import Halving, Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import Formats, with_layer_in
 from lightning_mixprec.evidence.saved_batches import nonfinite_in, repaired
 from lightning_mixprec.evidence.step_window import KeptBatch
@@ -151,7 +147,7 @@ class Judge:
         broken = self._broken_data(wide)
         if self._on_any_rank(bool(broken)):
             # Through the gradients, or the step's own messages, it spoils the other ranks' steps as well.
-            return self._marked(Diagnosis.of("data", self._scale, detail=", ".join(broken[:3]))) if broken else None
+            return self.marked(Diagnosis.of("data", self._scale, detail=", ".join(broken[:3]))) if broken else None
         is_of_gradients = wide.is_finite and low.origin is not None and low.origin.is_of_gradients
         smaller, stubborn = None, self._scale
         if self._is_scaled and self._on_any_rank(is_of_gradients):
@@ -161,7 +157,7 @@ class Judge:
             stubbornly = self._traced(reference=False, scale=stubborn)
             low = stubbornly if is_of_gradients else low
         is_judged = not low.is_finite and self.problem is None
-        return self._marked(
+        return self.marked(
             self._confirmed(self._tried(partial(self._judged, low, wide, smaller)) if is_judged else None)
         )
 
@@ -178,7 +174,8 @@ class Judge:
             return found
         return replace(found, cause={**found.cause, "fits": None if formats is None else "fp32"})._in_words()
 
-    def _marked(self, found: Diagnosis | None) -> Diagnosis | None:
+    def marked(self, found: Diagnosis | None) -> Diagnosis | None:
+        """A diagnosis, with a word that it is of half of the batch if it is."""
         return found.on_half_of_the_batch() if found is not None and self._is_halved else found
 
     def _judged(self, low: _Traced, wide: _Traced, smaller: float | None) -> Diagnosis | None:
@@ -255,6 +252,10 @@ class Judge:
     def is_finite_at(self, scale: float) -> bool:
         """True if the step is finite at another loss scale, on all ranks."""
         return not self._on_any_rank(self._tried(partial(self._is_finite_at, scale)) is not True)
+
+    def fails_at(self, scale: float) -> bool:
+        """True if the step is not finite at a loss scale, on this rank."""
+        return self._tried(partial(self._is_finite_at, scale)) is False
 
     def _is_finite_at(self, scale: float, formats: Formats | None = None) -> bool:
         """True if the step is finite at another loss scale, or in other formats; one that raises is not."""

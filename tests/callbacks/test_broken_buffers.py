@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_mixprec import OverflowMonitor, PerLayerPrecision
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
-from lightning_mixprec.evidence.failures import BufferWatch
+from lightning_mixprec.evidence.buffers import BufferWatch
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:step \d+, batch \d+. in buffers alone")
 
