@@ -4,7 +4,8 @@
 (True, False)
 """
 
+from lightning_mixprec.numerics.devices.named import DEVICES, NamedDevice, named_device
 from lightning_mixprec.numerics.devices.native import native_support
 from lightning_mixprec.numerics.devices.support import Support
 
-__all__ = ["Support", "native_support"]
+__all__ = ["DEVICES", "NamedDevice", "Support", "named_device", "native_support"]
