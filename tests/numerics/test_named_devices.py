@@ -13,8 +13,8 @@ from lightning_mixprec.numerics.formats import FORMATS
 
 GPUS = [device for device in DEVICES if device.name != "cpu"]
 
-# Multiprocessors, dense 16-bit operations of each in a clock, boost clock of tensor cores in GHz; bits of the memory bus
-# and Gbit/s of each. The boards of the NVL variants are held below the boost clock by their power.
+# Multiprocessors, dense 16-bit operations of each in a clock, boost clock of tensor cores in GHz; bits of the memory
+# bus and Gbit/s of each. The boards of the NVL variants are held below the boost clock by their power.
 HARDWARE = {
     "V100 SXM2 32GB": ((80, 1024, 1.53), (4096, 1.752)),
     "V100 SXM2 16GB": ((80, 1024, 1.53), (4096, 1.752)),
