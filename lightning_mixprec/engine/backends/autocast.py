@@ -1,11 +1,12 @@
 """torch's autocast: 16-bit formats with autocast on, wider ones with autocast off."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import (
+    get_autocast_dtype,
     is_autocast_cache_enabled,
     is_autocast_enabled,
     set_autocast_cache_enabled,
@@ -59,12 +60,32 @@ class AutocastRegion:
         self.device, self.dtype, self.is_on = device, dtype, is_on
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast for everything within, or none."""
+        """Autocast for everything within, or none.
+
+        Where there is no CUDA device, torch.autocast would switch itself off: fake tensors compute as on one.
+        """
+        if self.is_on and self.device == "cuda" and not torch.cuda.is_available():
+            return self._switched()
         if self.is_on:
             return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
         if is_autocast_enabled(self.device):
             return torch.autocast(self.device, enabled=False)
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _switched(self) -> Iterator[None]:
+        """Autocast on, by the flags that torch.autocast sets."""
+        device, did_cache = self.device, is_autocast_cache_enabled()
+        was_on, was = is_autocast_enabled(device), get_autocast_dtype(device)
+        try:
+            set_autocast_enabled(device, True)
+            set_autocast_dtype(device, self.dtype)
+            set_autocast_cache_enabled(False)
+            yield
+        finally:
+            set_autocast_enabled(device, was_on)
+            set_autocast_dtype(device, was)
+            set_autocast_cache_enabled(did_cache)
 
     def call(
         self,

@@ -78,7 +78,8 @@ class _Counter(TorchDispatchMode):
         if any(isinstance(each, Tensor) and each.is_nested for each in args):
             return func(*args, **kwargs)
         formula = self._formulas.get(getattr(func, "_overloadpacket", func))
-        if formula is None and isinstance(func, torch._ops.OpOverload):
+        # What torch asks a fake tensor about itself, as its device, is no operation.
+        if formula is None and isinstance(func, torch._ops.OpOverload) and func.namespace != "prim":
             with self:
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
