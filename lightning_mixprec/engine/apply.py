@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_mixprec.engine import fastpath, sharding
-from lightning_mixprec.engine.backends import Region, backend_for
+from lightning_mixprec.engine.backends import Backends, Emulate
 from lightning_mixprec.engine.border_plan import Plan, Site, bypassing, draw, survey
 from lightning_mixprec.engine.borders import Border, border_of
 from lightning_mixprec.engine.compiling import CompilerSettings
@@ -24,7 +24,9 @@ from lightning_mixprec.policy.module_names import unwrap, walk
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
-def attach(model: nn.Module, assignment: Mapping[str, Any], device_type: str) -> "Attachment":
+def attach(
+    model: nn.Module, assignment: Mapping[str, Any], device_type: str, emulate: Emulate = "auto"
+) -> "Attachment":
     """Makes a model obey an assignment until it is detached.
 
     Weights are stored as their rules say, and every module whose format differs from its surroundings gets a border.
@@ -36,6 +38,8 @@ def attach(model: nn.Module, assignment: Mapping[str, Any], device_type: str) ->
             ``output``: the formats that its weights are stored in, that it computes in, and that its output is handed
             on in (``"input"`` for the one that came, None for as computed).
         device_type: the device type whose autocast computes in 16 bits: ``"cuda"`` or ``"cpu"``.
+        emulate: ``"auto"``: 16-bit formats are emulated that the device has no arithmetic for, where it is present;
+            True: also those that it has; False: torch's own kernels compute.
 
     Raises:
         PolicyError: the model is attached already, or a part of it cannot be given its format.
@@ -56,7 +60,7 @@ def attach(model: nn.Module, assignment: Mapping[str, Any], device_type: str) ->
         )
     for node in walk(root):
         _strip(node.module)
-    attachment = Attachment(model, device_type)
+    attachment = Attachment(model, Backends(device_type, emulate))
     try:
         attachment._store(_layers_of(assignment))
         attachment.change(assignment)
@@ -69,9 +73,9 @@ def attach(model: nn.Module, assignment: Mapping[str, Any], device_type: str) ->
 class Attachment:
     """An assignment in force on a model; made by :func:`attach`. Keeps the model alive until it is detached."""
 
-    def __init__(self, model: nn.Module, device_type: str) -> None:
+    def __init__(self, model: nn.Module, backends: Backends) -> None:
         self._model: nn.Module | None = model
-        self._device = device_type
+        self._backends = backends
         self._sites = survey(model)
         self._groups = sharding.groups_of(self._sites)
         self._gate = Gate()
@@ -80,7 +84,7 @@ class Attachment:
         self._borders: dict[Site, Border] = {}
         self._layers: Mapping[str, LayerPrecision] = {}
         self._plan = Plan({}, {}, False)
-        self._root = self._region_of(REFERENCE)
+        self._root = backends.region(REFERENCE)
         self._settings = CompilerSettings()
         self._check: FirstStepCheck | None = None
         _attached.add(unwrap(model))
@@ -100,21 +104,21 @@ class Attachment:
         if self._model is None:
             raise PolicyError("the formats of a model were to change after they were detached; attach them again")
         layers = _layers_of(assignment)
-        plan = draw(self._sites, layers)
+        plan = draw(self._sites, layers, self._backends)
         if self._widen_buffers(layers):
-            plan = draw(self._sites, layers)
+            plan = draw(self._sites, layers, self._backends)
         if not is_lent:
             sharding.gather(self._groups, layers)
         for site in self._plan.crossings.keys() - plan.crossings.keys():
             self._borders[site].remove()
         for site, crossing in plan.crossings.items():
             if site not in self._borders:
-                self._borders[site] = Border(site.module, self._device, self._gate)
+                self._borders[site] = Border(site.module, self._backends, self._gate)
             self._borders[site].become(crossing)
             self._borders[site].install()
         self._fast_paths.keep_off(bypassing(self._sites, plan))
         self._plan, self._layers = plan, layers
-        self._root = self._region_of(plan.formats[self._sites[0]])
+        self._root = self._backends.region(plan.formats[self._sites[0]])
         if not is_lent:
             self._settings.make_room(self._model, self._sites, plan)
 
@@ -126,6 +130,17 @@ class Attachment:
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """The format of the root's own operations, to be entered around each step; it may be entered again inside."""
         return self._root.context()
+
+    def backward_context(self) -> contextlib.AbstractContextManager[Any]:
+        """To be entered around backward: what checkpointing computes anew there, it computes as in forward.
+
+        Autocast is left to checkpointing, and what replaces functions of torch is entered.
+        """
+        stack = contextlib.ExitStack()
+        for mode in {self._backends.region(format).mode for format in self._plan.formats.values()} - {None}:
+            if mode is not None and not mode.is_entered():
+                stack.enter_context(mode)
+        return stack
 
     def begin_first_step(self) -> None:
         """Begins the first-step check."""
@@ -174,11 +189,6 @@ class Attachment:
         _attached.discard(unwrap(self._model))
         self._model, self._sites, self._groups, self._borders = None, [], [], {}
         self._plan = self._plan._replace(crossings={}, formats={})
-
-    def _region_of(self, format: str) -> Region:
-        backend = backend_for(format)
-        assert backend is not None
-        return backend.region(format, self._device)
 
     def _store(self, layers: Mapping[str, LayerPrecision]) -> None:
         assert self._model is not None

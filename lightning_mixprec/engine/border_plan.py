@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lightning_mixprec.engine.backends import backend_for
+from lightning_mixprec.engine.backends import Backends
 from lightning_mixprec.engine.borders import Crossing
 from lightning_mixprec.engine.fastpath import FUSED
 from lightning_mixprec.engine.weights import Slot, mismatches, unusable_in
@@ -116,18 +116,18 @@ class Plan(NamedTuple):
         return crossing.output is not None or any(self.formats[p] != self.formats[site] for p in site.parents)
 
 
-def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision]) -> Plan:
+def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision], backends: Backends) -> Plan:
     """Plans the borders.
 
     A module is a border if its format differs from that of any of its callers, if its output is set, or if it has
     weights that its operations cannot use as they are stored. What a border swaps are the weights of the whole region
     below it, because a container may use its children's weights; and each module below swaps its own again, because
-    checkpointing recomputes it without the container.
+    checkpointing recomputes it without the container. So does each module of a region that replaces functions of torch.
 
     Raises:
         PolicyError: a format cannot be computed in, or a module cannot be instrumented.
     """
-    formats = {site: _checked(site.name, assignment[site.name].compute) for site in sites}
+    formats = {site: _checked(site.name, assignment[site.name].compute, backends) for site in sites}
     unusable = {format: unusable_in(_dtype(format)) for format in set(formats.values())}
     slots = {site: own for site in sites if (own := _own_slots(site, unusable[formats[site]], assignment[site.name]))}
     root = sites[0]
@@ -142,13 +142,19 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision]) -> Plan:
             crossings[site] = Crossing(
                 formats[site],
                 _wide(formats[parent] for parent in site.parents),
-                "input" if output == "input" else _dtype(_checked(site.name, output)) if output else None,
+                "input" if output == "input" else _dtype(_checked(site.name, output, backends)) if output else None,
                 layer.stays_wide,
                 seen,
             )
+    replaced = {format for format in set(formats.values()) if backends.region(format).mode is not None}
+    entrances = {
+        site: Crossing(formats[site], only_enters=True)
+        for site in sites[1:]
+        if formats[site] in replaced and site not in crossings and not is_scripted(site.module)
+    }
     _refuse_scripted(crossings)
     is_mixed = bool(crossings) or len(set(formats.values())) > 1
-    return Plan(crossings, formats, is_mixed)
+    return Plan(crossings | entrances, formats, is_mixed)
 
 
 def bypassing(sites: list[Site], plan: Plan) -> list[nn.Module]:
@@ -165,10 +171,10 @@ def _is_all_fp32(site: Site, plan: Plan) -> bool:
     )
 
 
-def _checked(name: str, format: str) -> str:
-    if backend_for(format) is not None:
+def _checked(name: str, format: str, backends: Backends) -> str:
+    if backends.backend_for(format) is not None:
         return format
-    formats = ", ".join(filter(backend_for, compute_formats()))
+    formats = ", ".join(filter(backends.backend_for, compute_formats()))
     raise PolicyError(
         f"layer {name!r} is to compute in {format!r}, and layers compute in {formats}; choose one of these"
     )

@@ -12,7 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_mixprec.engine.backends import backend_for
+from lightning_mixprec.engine.backends import Backends
 from lightning_mixprec.engine.casting import FLOATING, Casts, all_to, cast, first_floating, holds_dtype
 from lightning_mixprec.engine.fastpath import arrive_cast
 from lightning_mixprec.engine.loans import lend
@@ -59,6 +59,8 @@ class Crossing(NamedTuple):
         lifts: whether inputs alone are cast, to the format, and results stay as computed: a layer that is left alone in
             a wider format than its callers' works on whatever the borders around it hand on.
         slots: the weights that the module's region cannot use as they are stored.
+        only_enters: whether the region is entered, where it is not yet, and nothing else is done: for a module whose
+            callers compute in the same region, which checkpointing recomputes without them.
     """
 
     format: str
@@ -66,6 +68,7 @@ class Crossing(NamedTuple):
     output: torch.dtype | Literal["input"] | None = None
     lifts: bool = False
     slots: tuple[Slot, ...] = ()
+    only_enters: bool = False
 
 
 class Border:
@@ -76,13 +79,14 @@ class Border:
 
     Args:
         module: the module whose forward this is.
-        device: the device type whose autocast state counts.
+        backends: those of the device whose autocast state counts.
         gate: shared by all borders that swap weights of one model.
     """
 
-    def __init__(self, module: nn.Module, device: str, gate: Gate) -> None:
+    def __init__(self, module: nn.Module, backends: Backends, gate: Gate) -> None:
         self.module = module
-        self.device = device
+        self.backends = backends
+        self.device = backends.device
         self.gate = gate
         self.inner = module.__dict__.get("forward")
         self.hooks: dict[int, Any] = {}
@@ -95,10 +99,9 @@ class Border:
 
     def become(self, crossing: Crossing) -> None:
         """Takes over another crossing; the object stays, so that compiled code finds it again."""
-        format, self.wide, self.output, lifts, self.slots = crossing
-        backend = backend_for(format)
-        assert backend is not None
-        self.region = backend.region(format, self.device)
+        format, self.wide, self.output, lifts, self.slots, self.only_enters = crossing
+        self.region = self.backends.region(format)
+        self.mode = self.region.mode
         self.dtype = self.region.dtype
         self.casts = dict.fromkeys(_COMPUTED, (_ALL_TO[self.dtype], {}, {})) if lifts else _CASTS[self.dtype]
         self.attends = get_format(format).is_half and isinstance(self.module, nn.MultiheadAttention)
@@ -139,6 +142,8 @@ class Border:
         if is_compiling():
             return self._traced(args, kwargs)
         self.entered = True
+        if self.only_enters:
+            return self._entered(args, kwargs)
         device, own, output = self.device, self.dtype, self.output
         was_on, was = is_autocast_enabled(device), get_autocast_dtype(device)
         caller = was if was_on else self.wide or _wide_caller(args, kwargs)
@@ -155,7 +160,8 @@ class Border:
                 output = _arrived(args, kwargs)
             args, kwargs, loan = lend(args, kwargs, into)
         compute = self._compute if self.slots else self._forward
-        result = compute(args, kwargs) if own is caller else self.region.call(was_on, was, compute, args, kwargs)
+        is_inside = own is caller and (self.mode is None or self.mode.is_entered())
+        result = compute(args, kwargs) if is_inside else self.region.call(was_on, was, compute, args, kwargs)
         if output is torch.float64:
             back = back_from_fp64
         if loan is not None:
@@ -166,6 +172,12 @@ class Border:
             result = result.to(output)
         target = back.get(result.dtype)
         return result if target is None else result.to(target)
+
+    def _entered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.mode is None or self.mode.is_entered():
+            return self._forward(args, kwargs)
+        with self.mode:
+            return self._forward(args, kwargs)
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.slots:
@@ -188,6 +200,8 @@ class Border:
         return type(module).forward(module, *args, **kwargs)
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.only_enters:
+            return self._entered(args, kwargs)
         was_on, was = is_autocast_enabled(self.device), get_autocast_dtype(self.device)
         caller = was if was_on else self.wide or _wide_caller(args, kwargs)
         into, back, back_from_fp64 = self.casts[caller]

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.apply import Attachment, attach
+from lightning_mixprec.engine.backends import Backends, Emulate
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
@@ -31,11 +32,15 @@ class FormatsInForce:
     Args:
         training: Policy of training; None until the device is known.
         evaluation: Policy of validate, test and predict, if they have one of their own.
+        emulate: Which 16-bit formats are emulated, as :func:`~lightning_mixprec.engine.apply.attach` takes it.
     """
 
-    def __init__(self, training: PrecisionPolicy | None, evaluation: PrecisionPolicy | None) -> None:
+    def __init__(
+        self, training: PrecisionPolicy | None, evaluation: PrecisionPolicy | None, emulate: Emulate = "auto"
+    ) -> None:
         self.configured = self.training = training
         self.evaluation = evaluation
+        self.emulate = emulate
         self.chosen = ""
         self.training_assignment: Assignment | None = None
         self.evaluation_assignment: Assignment | None = None
@@ -95,7 +100,9 @@ class FormatsInForce:
 
     def resolve(self, model: pl.LightningModule) -> tuple[Assignment, Assignment | None]:
         """Resolves both policies against the model that is about to run; raises if they store weights differently."""
-        self.training_assignment = self.known_on(model.trainer.strategy.root_device).resolve(model)
+        device = model.trainer.strategy.root_device
+        self.backends = Backends(device.type, self.emulate)
+        self.training_assignment = self.known_on(device).resolve(model)
         self.evaluation_assignment = None if self.evaluation is None else self.evaluation.resolve(model)
         if self.evaluation_assignment is not None:
             check_storage_unchanged(self.training_assignment, self.evaluation_assignment)
@@ -111,7 +118,7 @@ class FormatsInForce:
 
     def attach(self, model: pl.LightningModule, device_type: str) -> None:
         """Makes the model obey the policy of training."""
-        self._attachment = attach(model, self.resolved_for_training, device_type)
+        self._attachment = attach(model, self.resolved_for_training, device_type, self.emulate)
         self._in_force = self.training_assignment
 
     def detach(self) -> None:
@@ -147,6 +154,16 @@ class FormatsInForce:
     def forward(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes in the formats in force."""
         return self._attachment.context() if self._attachment is not None else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def backward(self, device_type: str) -> Generator[None, None, None]:
+        """Backward runs outside autocast within, and what checkpointing computes anew there, it computes as before."""
+        with contextlib.ExitStack() as stack:
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            if self._attachment is not None:
+                stack.enter_context(self._attachment.backward_context())
+            yield
 
     def replay(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as a step of training does, whatever ran before; between steps."""

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_mixprec.engine.backends import backend_for
+from lightning_mixprec.engine.backends import Backends
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.numerics.formats import get_format, half_dtypes
 from lightning_mixprec.plugin.arguments import choose_format, device_name
@@ -23,17 +23,19 @@ from lightning_mixprec.policy.module_names import walk
 _MONITORS = both("callbacks", "ThroughputMonitor")
 
 
-def warn_of_costs(model: pl.LightningModule, training: Assignment, evaluation: Assignment | None) -> None:
+def warn_of_costs(
+    model: pl.LightningModule, training: Assignment, evaluation: Assignment | None, backends: Backends
+) -> None:
     """Warns of what the assignments of a run that is about to start cost."""
     for assignment in filter(None, (training, evaluation)):
-        warn_of_emulation(assignment, model.trainer.strategy.root_device)
+        warn_of_emulation(assignment, model.trainer.strategy.root_device, backends)
     warn_of_narrow_weights(model, training)
 
 
-def warn_of_emulation(assignment: Assignment, device: torch.device) -> None:
+def warn_of_emulation(assignment: Assignment, device: torch.device, backends: Backends) -> None:
     """One warning per compute format that the device does not compute natively."""
     for name in sorted(assignment.compute_formats):
-        backend = backend_for(name)
+        backend = backends.backend_for(name)
         if backend is not None and not (support := backend.support(name, device)).native:
             cost = backend.cost(name, device)
             slow = "slow" if cost is None else f"{cost:.1f} times as slow as fp32"

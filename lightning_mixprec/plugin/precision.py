@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_mixprec.engine.backends import EMULATE
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
@@ -45,6 +46,8 @@ class PerLayerPrecision(Precision):
         eval_policy: A policy that holds during validate, test and predict instead.
         on_policy_change: What to do when a checkpoint is resumed that was written under another configured policy:
             ``"raise"``, ``"accept"`` the policy configured now, or take the one of the ``"checkpoint"``.
+        emulate: Whether 16 bits are computed as on a tensor core, by products in fp32 of operands rounded to 16 bits:
+            ``"auto"`` (where the device has no such arithmetic), True, or False (torch's own kernels, which are slow).
 
     Attributes:
         scaler: The loss scaler; ``get_scale()`` is 1 while nothing is scaled.
@@ -68,12 +71,15 @@ class PerLayerPrecision(Precision):
         skip_nonfinite: bool = True,
         eval_policy: str | PrecisionPolicy | dict[str, Any] | None = None,
         on_policy_change: Literal["raise", "accept", "checkpoint"] = "raise",
+        emulate: bool | Literal["auto"] = "auto",
     ) -> None:
         arguments.check_choice("on_policy_change", on_policy_change, ("raise", "accept", "checkpoint"))
         arguments.check_choice("skip_nonfinite", skip_nonfinite, (True, False))
+        arguments.check_choice("emulate", emulate, EMULATE)
         self._configured = arguments.configured_form(policy)
         self.eval_policy = None if eval_policy is None else as_policy(eval_policy)
-        self._formats = FormatsInForce(None if self._configured == "auto" else as_policy(policy), self.eval_policy)
+        training = None if self._configured == "auto" else as_policy(policy)
+        self._formats = FormatsInForce(training, self.eval_policy, emulate)
         self._loss_scaling = arguments.as_loss_scaling(loss_scaling)
         self._on_policy_change = on_policy_change
         self.history: list[Move] = []
@@ -177,7 +183,7 @@ class PerLayerPrecision(Precision):
     def _adopt(self, policy: PrecisionPolicy, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
         assignment, options = self._fitted(policy)
         model, before = self._running_model(), self._formats.resolved_for_training
-        warn_of_emulation(assignment, model.trainer.strategy.root_device)
+        warn_of_emulation(assignment, model.trainer.strategy.root_device, self._formats.backends)
         self._ledger.settle()
         entries = history_entries(before, assignment, model.trainer.global_step, reason, evidence)
         self._formats.replace(policy, assignment)
@@ -223,7 +229,7 @@ class PerLayerPrecision(Precision):
         check_strategy(strategy, self._IN_ROWS)
         self.scaler.shared_on = strategy.root_device if row_of(strategy).is_sharding else None
         training, evaluation = self._formats.resolve(model)
-        warn_of_costs(model, training, evaluation)
+        warn_of_costs(model, training, evaluation, self._formats.backends)
         self.scaler.configure(arguments.scaling_for(self._loss_scaling, training))
         self._formats.attach(model, strategy.root_device.type)
         self._model = weakref.ref(model)
@@ -306,8 +312,7 @@ class PerLayerPrecision(Precision):
         self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Runs backward outside autocast, so that in manual optimization, too, fp32 layers have fp32 gradients."""
-        is_on = torch.is_autocast_enabled(model.device.type)
-        with torch.autocast(model.device.type, enabled=False) if is_on else contextlib.nullcontext():
+        with self._formats.backward(model.device.type):
             super().backward(tensor, model, optimizer, *args, **kwargs)
 
     @override

@@ -14,7 +14,7 @@ from plugin_models import Batches, Task, mlp
 from torch import Tensor
 
 from lightning_mixprec import FidelityMonitor, PerLayerPrecision, PrecisionPolicy, PrecisionReport, UnderflowMonitor
-from lightning_mixprec.engine.backends import backend_for
+from lightning_mixprec.engine.backends import Backends
 from lightning_mixprec.numerics.formats import FORMATS, Format, format_of, get_format, is_wider
 from lightning_mixprec.report.content import content_of
 from lightning_mixprec.report.reading import read_records
@@ -78,7 +78,8 @@ def test_beside_bf16_it_is_a_format_of_its_own(tmp_path: Path) -> None:
 
 def test_what_is_stored_has_the_name_that_comes_first_in_the_table() -> None:
     assert format_of(torch.bfloat16) == "bf16"
-    assert backend_for("xf16") is backend_for("bf16")
+    backends = Backends("cpu", emulate=False)
+    assert backends.backend_for("xf16") is backends.backend_for("bf16")
 
 
 def test_the_table_of_the_policy_says_it() -> None:

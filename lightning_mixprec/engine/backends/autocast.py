@@ -14,6 +14,7 @@ from torch import (
     set_autocast_enabled,
 )
 
+from lightning_mixprec.engine.backends.replacing import Replacing
 from lightning_mixprec.numerics.devices import Support, native_support
 from lightning_mixprec.numerics.formats import FORMATS, Format, get_format
 
@@ -58,6 +59,7 @@ class AutocastRegion:
 
     def __init__(self, device: str, dtype: torch.dtype, is_on: bool) -> None:
         self.device, self.dtype, self.is_on = device, dtype, is_on
+        self.mode: Replacing | None = None
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast for everything within, or none.

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lightning_mixprec.engine.backends.replacing import Replacing
 from lightning_mixprec.numerics.devices import Support
 
 
@@ -14,9 +15,16 @@ class Region(Protocol):
 
     Attributes:
         dtype: The dtype that its operations compute in, as code inside the part sees it.
+        mode: What replaces functions of torch within; None if nothing does. Checkpointing computes a module anew in
+            backward, where no region is entered but autocast is as it was: borders enter a region that has a mode even
+            where autocast is in its state already, unless the mode is entered.
     """
 
     dtype: torch.dtype
+
+    @property
+    def mode(self) -> Replacing | None:
+        """What replaces functions of torch within."""
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes in the format. For the model's own operations and for compiled borders."""
