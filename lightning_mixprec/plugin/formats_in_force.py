@@ -11,12 +11,12 @@ from torch import nn
 
 from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.apply import Attachment, attach
-from lightning_mixprec.engine.backends import Backends, Emulate
+from lightning_mixprec.engine.backends import EMULATE, Backends, Emulate
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
-from lightning_mixprec.plugin.arguments import check_running, check_storage_unchanged, choose_format
+from lightning_mixprec.plugin.arguments import check_choice, check_running, check_storage_unchanged, choose_format
 from lightning_mixprec.plugin.notices import warn_of_whole_copies
 from lightning_mixprec.plugin.strategies import data_parallel_mesh
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
@@ -33,11 +33,15 @@ class FormatsInForce:
         training: Policy of training; None until the device is known.
         evaluation: Policy of validate, test and predict, if they have one of their own.
         emulate: Which 16-bit formats are emulated, as :func:`~lightning_mixprec.engine.apply.attach` takes it.
+
+    Raises:
+        MixPrecError: ``emulate`` is none of what it may be.
     """
 
     def __init__(
         self, training: PrecisionPolicy | None, evaluation: PrecisionPolicy | None, emulate: Emulate = "auto"
     ) -> None:
+        check_choice("emulate", emulate, EMULATE)
         self.configured = self.training = training
         self.evaluation = evaluation
         self.emulate = emulate

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_mixprec.engine.backends import EMULATE
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.optim.loss_scaling import LossScaler
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
@@ -75,7 +74,6 @@ class PerLayerPrecision(Precision):
     ) -> None:
         arguments.check_choice("on_policy_change", on_policy_change, ("raise", "accept", "checkpoint"))
         arguments.check_choice("skip_nonfinite", skip_nonfinite, (True, False))
-        arguments.check_choice("emulate", emulate, EMULATE)
         self._configured = arguments.configured_form(policy)
         self.eval_policy = None if eval_policy is None else as_policy(eval_policy)
         training = None if self._configured == "auto" else as_policy(policy)
