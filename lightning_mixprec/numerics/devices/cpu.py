@@ -49,6 +49,7 @@ def cpu_support(format: Format) -> Support:
     found = [feature for feature in asked if features.get(feature)]
     limit, hidden = _limit()
     if usable := [feature for feature in found if feature not in hidden]:
+        # A build without oneDNN has kernels that may or may not use them.
         if torch.backends.mkldnn.is_available():
             return Support(True, f"this CPU has {' and '.join(map(_spelled, usable))}")
     elif found:
