@@ -7,6 +7,7 @@
         ├── FormatError        a number format that does not exist, or a tensor that cannot be rounded to one
         ├── PolicyError        a rule or policy is malformed, or does not fit the model
         ├── ScalingError       a loss-scaling option is invalid, or the loss scale cannot go on
+        ├── PlanError          no choice of formats is within the budgets, or a plan does not fit the model
         ├── ReplayError        a step that cannot be replayed without a trace; none is left
         ├── TraceLeftError     a replay changed the training and it could not be put back
         └── SupportError       a device, strategy or optimizer that is not supported
@@ -27,6 +28,10 @@ class PolicyError(MixPrecError):
 
 class ScalingError(MixPrecError):
     """A loss-scaling option is invalid, or the loss scale cannot go on."""
+
+
+class PlanError(MixPrecError):
+    """No choice of formats is within the budgets, or a plan does not fit the model."""
 
 
 class ReplayError(MixPrecError):
