@@ -326,6 +326,8 @@ class _Programme:
         numpy, problem = self._numpy, self._problem
         constraints = [LinearConstraint(self._matrix, self._sums, self._sums)]
         for cost, most in problem.at_most.items():
+            if math.isinf(most):
+                continue
             unit = abs(most) or float(abs(self._costs[cost]).max(initial=0.0)) or 1.0
             constraints.append(LinearConstraint(self._costs[cost] / unit, -numpy.inf, most / unit))
         columns = self._matrix.shape[1]
