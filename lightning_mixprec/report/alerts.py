@@ -5,7 +5,7 @@ Of single layers the latest sample counts. A layer that has moved since is passe
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -66,8 +66,21 @@ class Alert:
 
 def alerts(records: Records, layers: dict[str, LayerLife]) -> list[Alert]:
     """All alerts of a run, the most severe first."""
-    found = [alert for look in _LOOKS for alert in look(records)]
-    found += [alert for look in _LOOKS_AT_LAYERS for alert in look(records, layers)]
+    found = [
+        *_ending(records),
+        *_overflows(records),
+        *_lost_loss(records),
+        *_scale(records),
+        *_skips(records),
+        *_moves(records),
+        *_unseen(records),
+        *_noise(records, layers),
+        *_underflow(records, layers),
+        *_gradients(records, layers),
+        *_loss_gap(records),
+        *_headroom(records, layers),
+        *_stagnation(records),
+    ]
     return sorted(found, key=lambda alert: LEVELS.index(alert.level))
 
 
@@ -165,17 +178,6 @@ def _unseen(records: Records) -> Iterator[Alert]:
     if not {"OverflowMonitor", "AdaptivePrecision"} & set(records.monitors):
         text = "Nobody looked for the layer behind a step that failed."
         yield Alert("note", "Overflows were not watched", text, "Add OverflowMonitor() to the callbacks.")
-
-
-_LOOKS: Sequence[Callable[[Records], Iterator[Alert]]] = (
-    _ending,
-    _overflows,
-    _lost_loss,
-    _scale,
-    _skips,
-    _moves,
-    _unseen,
-)
 
 
 # Single layers
@@ -283,7 +285,7 @@ def _latest_loss(records: Records) -> Row:
     return next((row for row in reversed(records.fidelity) if "loss_gap" in row), {})
 
 
-def _loss_gap(records: Records, layers: Lives) -> Iterator[Alert]:
+def _loss_gap(records: Records) -> Iterator[Alert]:
     last_move, limit = _last_move(records), _latest_loss(records).get("max_loss_gap", advice.MAX_LOSS_GAP)
     known = [row for row in records.fidelity if row.get("loss_gap") is not None]
     gaps = [(row["step"], 0.0 if row.get("is_noise") else row["loss_gap"]) for row in known]
@@ -332,7 +334,7 @@ def _room(records: Records, layers: Lives) -> dict[str, tuple[int, float]]:
     return found
 
 
-def _stagnation(records: Records, layers: Lives) -> Iterator[Alert]:
+def _stagnation(records: Records) -> Iterator[Alert]:
     known = {row["layer"]: row for row in records.underflow if row.get("stagnation_rate") is not None}
     latest = {name: (row["step"], row["stagnation_rate"]) for name, row in known.items()}
     latest = {name: told for name, told in latest.items() if told[1] > advice.MAX_STAGNATION}
@@ -341,13 +343,3 @@ def _stagnation(records: Records, layers: Lives) -> Iterator[Alert]:
         step, rate = latest[worst]
         told = advice.stagnation(worst, rate)
         yield Alert.of_layers("warning", "Weights do not move", told, worst, step, len(latest))
-
-
-_LOOKS_AT_LAYERS: Sequence[Callable[[Records, Lives], Iterator[Alert]]] = (
-    _noise,
-    _underflow,
-    _gradients,
-    _loss_gap,
-    _headroom,
-    _stagnation,
-)

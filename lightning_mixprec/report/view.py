@@ -12,7 +12,6 @@ from lightning_mixprec.report import charts, histograms
 FORMAT_CLASSES = {"fp64": "f64", "fp32": "f32", "bf16": "fbf", "fp16": "f16", "e4m3": "f43", "e5m2": "f52"}
 SEVERAL_CLASS = {"several": "fsv"}
 OTHER_CLASS = "fot"
-LEVEL_WORDS = {"error": "Error", "warning": "Warning", "note": "Note"}
 STATE_WORDS = {"finished": "finished", "failed": "failed", "stopped": "was stopped", "unfinished": "did not finish"}
 MAX_NAMED_LAYERS = 3
 NAMED_FROM_SHARE = 0.09  # a format is named in its band where that covers this share of the time
@@ -45,10 +44,11 @@ def view(content: dict[str, Any]) -> dict[str, Any]:
         "start": start,
         "end": end,
         "ticks": charts.step_ticks(start, end),
-        "scales": {key: scale and {"ticks": scale.ticks()} for key, scale in scales.items()},
+        "scales": scales,
         "heats": heats,
         "formats": _formats_of(runs),
         "runs": [_run_view(run, index, content, heats, scales, (start, end)) for index, run in enumerate(runs)],
+        "most_named": MAX_NAMED_LAYERS,
         "most_assigned": MOST_ASSIGNED // len(runs) ** 2,  # the table is the largest part of a page
         "comparison": _comparison(*runs) if len(runs) == 2 else None,
         "data": {
@@ -59,11 +59,11 @@ def view(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _formats_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The formats that the precision charts show, with their classes; known ones first."""
+def _formats_of(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The formats that the precision charts show; known ones first."""
     names = {span[2] for run in runs for row in run["rows"] for span in row["spans"]}
     order = [*FORMAT_CLASSES, *sorted(names - {*FORMAT_CLASSES, *SEVERAL_CLASS}), *SEVERAL_CLASS]
-    return [(name, format_class(name)) for name in order if name in names]
+    return [name for name in order if name in names]
 
 
 def _run_view(
@@ -74,20 +74,13 @@ def _run_view(
     scales: dict[str, charts.Scale | None],
     span: tuple[int, int],
 ) -> dict[str, Any]:
-    counts = Counter(alert["level"] for alert in run["alerts"])
     return {
-        **{key: run[key] for key in ("name", "facts", "alerts", "watched", "environment", "assignment")},
+        **run,
         "index": index,
-        "state": run["status"]["state"],
         "state_words": STATE_WORDS.get(run["status"]["state"], run["status"]["state"]),
-        "message": run["status"]["message"],
-        "alert_counts": [(word, counts[level]) for level, word in LEVEL_WORDS.items() if counts[level]],
+        "alert_counts": Counter(alert["level"] for alert in run["alerts"]),
         "curve": _curve_view(run["curve"], scales),
         "marks": _marks(run["moves"], span),
-        "moves": [
-            {**move, "named": move["layers"][:MAX_NAMED_LAYERS], "others": move["layers"][MAX_NAMED_LAYERS:]}
-            for move in run["moves"]
-        ],
         "cells": _cells_box(run["samples"]["edges"], span),
         "rows": [_row_view(row, run["samples"]["edges"], heats, span) for row in run["rows"]],
         "histograms": _histogram_views(run["histograms"], content),
@@ -160,9 +153,7 @@ def _histogram_views(each_run: Sequence[dict[str, Any]], content: dict[str, Any]
     windows = {key: histograms.window(everything, content["formats"], key) for key in histograms.QUANTITIES}
     return [
         {
-            "layer": each["layer"],
-            "format": each["format"],
-            "step": each["step"],
+            **each,
             "charts": [
                 histograms.chart(each, key, content["formats"], windows[key])
                 for key in histograms.QUANTITIES
@@ -180,13 +171,11 @@ def _bar(shares: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         share = each["share"]
         parts.append(
             {
-                "format": each["format"],
-                "class": format_class(each["format"]),
+                **each,
                 "at": charts.coordinate(100 * start),
                 "width": charts.coordinate(100 * share),
                 "middle": charts.coordinate(100 * (start + share / 2)),
                 "fits": share > 0.06,
-                "percent": charts.percent(share),
             }
         )
         start += share
