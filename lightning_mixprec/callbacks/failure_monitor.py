@@ -44,6 +44,11 @@ class FailureMonitor(Monitor):
         self._evaluation = EvaluationWatch()
         self._buffers: BufferWatch | None = None
 
+    @property
+    def _run_trainer(self) -> pl.Trainer:
+        assert self._trainer is not None
+        return self._trainer
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -96,11 +101,6 @@ class FailureMonitor(Monitor):
         super().on_train_epoch_end(trainer, pl_module)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._settle()
-        super().on_train_end(trainer, pl_module)
-
-    @override
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -128,8 +128,8 @@ class FailureMonitor(Monitor):
 
     def _see_evaluation(self, pl_module: pl.LightningModule, seen: Seen) -> None:
         """Looks into a batch of validation that is not finite."""
-        assert self._formats is not None
-        found = diagnosed_evaluation(pl_module, self._formats.in_evaluation(pl_module), seen, self._wanted_of_failure())
+        formats = self._run_formats.in_evaluation(pl_module)
+        found = diagnosed_evaluation(pl_module, formats, seen, self._wanted_of_failure())
         if found is None:
             self._evaluation.acquit(seen)
         else:
@@ -140,10 +140,6 @@ class FailureMonitor(Monitor):
         raise NotImplementedError
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        self._settle()
-        return super().state_dict()
-
     def _settle(self) -> None:
         """Takes in an outcome that is still on its way, and does what follows."""
         if self._failures is not None:
@@ -161,11 +157,11 @@ class FailureMonitor(Monitor):
 
     def _see_buffers(self, pl_module: pl.LightningModule, broken: Broken) -> bool:
         """Looks into a step that left buffers not finite; true unless they would not be in fp32 either."""
-        assert self._buffers is not None and self._formats is not None
+        assert self._buffers is not None
         if self._buffers.acquitted.issuperset(broken.names):
             return False
         with self._buffers.as_they_were():
-            replay = BufferReplay(pl_module, self._formats, pl_module.device, self._buffers)
+            replay = BufferReplay(pl_module, self._run_formats, pl_module.device, self._buffers)
             found = diagnosed_buffers(replay, broken, self._wanted_of_failure())
             verdict = "precision" if found is None else found.diagnosis.cause["verdict"]
             if found is not None and verdict == "precision":

@@ -169,13 +169,12 @@ class FidelityMonitor(SamplingMonitor):
 
     def _noise(self) -> advice.Advice | None:
         """Advice on the output that is most noise, as far as outputs were compared; None if none is."""
-        assert self._formats is not None
         known = {name: values["sqnr_db"] for name, values in self.latest["layers"].items()}
         noisy = {name: ratio for name, ratio in known.items() if ratio is not None and ratio < advice.NOISE_DB}
         if not noisy:
             return None
         layer = advice.causes(sorted(noisy, key=lambda name: noisy[name]))[0]
-        format = self._formats.of(layer)
+        format = self._run_formats.of(layer)
         return advice.noise(layer, noisy[layer], format, get_format(format).use)
 
     def _limit(self) -> float:

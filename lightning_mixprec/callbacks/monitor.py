@@ -75,6 +75,7 @@ class RunCallback(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
         self._journal.flush()
         if trainer.is_global_zero and not is_quiet(trainer):
             title, rows = self._summary()
@@ -103,6 +104,7 @@ class RunCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        self._settle()
         return {"version": 1, **{name.lstrip("_"): _plain_copy(getattr(self, name)) for name in self._shapes()}}
 
     @override
@@ -121,6 +123,9 @@ class RunCallback(Callback):
         """Parts of a state that have their shapes, but cannot be gone on from together."""
         if state["values"].keys() != self._values.keys():
             yield "values"
+
+    def _settle(self) -> None:
+        """Takes in what is still on its way, before a run ends and before a checkpoint is written."""
 
     def plot(self, ax: Any = None) -> Any:
         """Draws what the class says of its plot.
@@ -234,6 +239,11 @@ class Monitor(RunCallback):
         self._formats: RunFormats | None = None
         self._start: BatchStart | None = None
         self._made: Made | None = None
+
+    @property
+    def _run_formats(self) -> RunFormats:
+        assert self._formats is not None
+        return self._formats
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

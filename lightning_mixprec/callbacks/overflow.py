@@ -142,9 +142,8 @@ class OverflowMonitor(FailureMonitor):
     @override
     def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._failures is None:
-            assert self._formats is not None
-            is_automatic = pl_module.automatic_optimization
-            self._failures = FailureWatch(self._formats, pl_module.device, is_automatic, self._look_into, self._count)
+            formats, is_automatic = self._run_formats, pl_module.automatic_optimization
+            self._failures = FailureWatch(formats, pl_module.device, is_automatic, self._look_into, self._count)
         self._failures.begin_batch(batch, batch_idx, self._made)
         self._begin_buffers(trainer, pl_module)
 
@@ -155,7 +154,6 @@ class OverflowMonitor(FailureMonitor):
             self._failures.abandon()  # Lightning calls no teardown
 
     def _count(self, window: StepWindow, outcome: Outcome) -> None:
-        assert self._trainer is not None
         if not outcome.is_bad:
             self._search.end()
         self.skipped_steps += outcome.skipped
@@ -167,20 +165,18 @@ class OverflowMonitor(FailureMonitor):
         self._last_step = window.step
         rate = sum(self._recent) / len(self._recent)
         self._log(
-            self._trainer,
+            self._run_trainer,
             {"loss_scale": outcome.scale, "overflow_rate": rate, "skipped_steps": float(self.skipped_steps)},
         )
 
     def _look_into(self, window: StepWindow, outcome: Outcome) -> None:
         """Finds out why a step failed."""
-        trainer = self._trainer
-        assert trainer is not None
         found, verdict = None, "unknown"
         if self._has_lost_weights:
             verdict = "model"
-        elif self._diagnoses < self.max_diagnoses and not takes_iterator(trainer):
+        elif self._diagnoses < self.max_diagnoses and not takes_iterator(self._run_trainer):
             self._diagnoses += 1
-            found = self._diagnosed(trainer, window, outcome)
+            found = self._diagnosed(window, outcome)
         if found is not None:
             verdict, self._has_lost_weights = found.cause["verdict"], found.has_lost_weights
         self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
@@ -188,56 +184,48 @@ class OverflowMonitor(FailureMonitor):
 
     @override
     def _look_into_error(self, window: StepWindow, error: Exception, is_over: bool) -> None:
-        trainer = self._trainer
-        assert trainer is not None
         if self._diagnoses >= self.max_diagnoses:
             return
         self._diagnoses += 1
-        found = diagnosed_error(StepReplay(trainer.lightning_module, window.formats, window.device), window, error)
+        found = diagnosed_error(self._replay(window), window, error)
         if found is None:
             return
         verdict = found.diagnosis.cause["verdict"]
         self.reasons[verdict] = self.reasons.get(verdict, 0) + 1
-        self._tell(trainer, trainer.global_step, found.rank, found.kept, found.diagnosis)
+        self._tell(self._run_trainer.global_step, found)
         self._journal.flush()
         note(error, found.diagnosis.cause["message"])
 
     @override
     def _explain(self, found: Found, stage: Literal["validation"] | None = None) -> None:
-        assert self._trainer is not None
         if self._diagnoses < self.max_diagnoses:
             self._diagnoses += 1
-            self._tell(self._trainer, self._trainer.global_step, found.rank, found.kept, found.diagnosis, stage)
+            self._tell(self._run_trainer.global_step, found, stage)
             self._journal.flush()
 
-    def _diagnosed(self, trainer: pl.Trainer, window: StepWindow, outcome: Outcome) -> Diagnosis | None:
-        replay = StepReplay(trainer.lightning_module, window.formats, window.device)
+    def _replay(self, window: StepWindow) -> StepReplay:
+        return StepReplay(self._run_trainer.lightning_module, window.formats, window.device)
+
+    def _diagnosed(self, window: StepWindow, outcome: Outcome) -> Diagnosis | None:
         with self._buffers.as_they_were() if self._buffers is not None else contextlib.nullcontext():
-            found, problems = self._search.diagnosed(replay, window, outcome)
+            found, problems = self._search.diagnosed(self._replay(window), window, outcome)
         for batch_idx, problem in problems:
-            self._write(self._where(trainer, window.step, batch_idx), problem=problem)
+            self._write(self._where(window.step, batch_idx), problem=problem)
             self._warn_once("problem", f"step {window.step} failed and could not be replayed ({problem}).")
         if found is None:
             return None
-        self._tell(trainer, window.step, found.rank, found.kept, found.diagnosis)
+        self._tell(window.step, found)
         return found.diagnosis
 
-    def _tell(
-        self,
-        trainer: pl.Trainer,
-        step: int,
-        rank: int,
-        kept: KeptBatch,
-        diagnosis: Diagnosis,
-        stage: Literal["validation"] | None = None,
-    ) -> None:
-        where = self._where(trainer, step, kept.batch_idx)
-        event = cast(Event, {**where, **diagnosis.cause})
+    def _tell(self, step: int, found: Found, stage: Literal["validation"] | None = None) -> None:
+        kept, diagnosis = found.kept, found.diagnosis
+        event = cast(Event, {**self._where(step, kept.batch_idx), **diagnosis.cause})
         if stage is not None:
             event["stage"] = stage
         if ranks.are_many():
-            event["rank"] = rank
-        _, saved = ranks.first_found(self._save(trainer, kept, event) if rank == trainer.global_rank else None)
+            event["rank"] = found.rank
+        is_ours = found.rank == self._run_trainer.global_rank
+        _, saved = ranks.first_found(self._save(kept, event) if is_ours else None)
         self.events.append(event)
         self._journal.write(monitor=self._NAME, **event, frames=[frame.to_dict() for frame in diagnosis.frames])
         if event["verdict"] == "scale" and diagnosis.is_search:
@@ -246,21 +234,20 @@ class OverflowMonitor(FailureMonitor):
         key = f"{event['verdict']} {event['layer']} {event['direction']}"
         self._warn_once(key, f"step {step}, batch {kept.batch_idx}: {event['message']}.{replay}")
 
-    def _where(self, trainer: pl.Trainer, step: int, batch_idx: int) -> Place:
-        return {"step": step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
+    def _where(self, step: int, batch_idx: int) -> Place:
+        return {"step": step, "epoch": self._run_trainer.current_epoch, "batch_idx": batch_idx}
 
-    def _save(self, trainer: pl.Trainer, kept: KeptBatch, event: Event) -> Path | None:
+    def _save(self, kept: KeptBatch, event: Event) -> Path | None:
         if not self.save_batch or event["verdict"] == "scale" or "stage" in event or self._folder is None:
             return None
         path = self._folder / f"overflow-step{event['step']}-batch{event['batch_idx']}.pt"
-        return save_batch(path, kept, event, self._policy(trainer))
+        return save_batch(path, kept, event, self._policy())
 
-    def _policy(self, trainer: pl.Trainer) -> dict[str, Any] | str:
-        plugin = trainer.precision_plugin
-        assert self._formats is not None
+    def _policy(self) -> dict[str, Any] | str:
+        plugin = self._run_trainer.precision_plugin
         if isinstance(plugin, PerLayerPrecision) and plugin.policy is not None:
             return plugin.policy.to_dict()
-        return self._formats.of("")
+        return self._run_formats.of("")
 
     @override
     def _summary(self) -> tuple[str, list[list[str]]]:

@@ -107,9 +107,8 @@ class PrecisionReport(SamplingMonitor):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        assert self._formats is not None
-        self._curve = LossCurve(self._formats, pl_module.device)
-        self._layers = described(trainer.precision_plugin, self._formats, pl_module)
+        self._curve = LossCurve(self._run_formats, pl_module.device)
+        self._layers = described(trainer.precision_plugin, self._run_formats, pl_module)
         run: runs.Run = {
             "environment": environment(trainer, pl_module.device),
             "layers": list(self._layers.values()),
@@ -117,7 +116,7 @@ class PrecisionReport(SamplingMonitor):
             "counts_skipped": not isinstance(trainer.precision_plugin, PerLayerPrecision),
         }
         self._write(self._place(trainer), run=run)
-        self._tell_history(trainer)
+        self._tell_changes(trainer, pl_module)
         self._is_asked_again = True  # the first batch of every fit is sampled, that of a resumed one too
 
     @override
@@ -204,21 +203,14 @@ class PrecisionReport(SamplingMonitor):
             self._journal.flush()
 
     def _tell_changes(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        plugin = trainer.precision_plugin
-        if not isinstance(plugin, PerLayerPrecision) or len(plugin.history) == self._told_history:
-            return
-        assert self._formats is not None
-        now = described(plugin, self._formats, pl_module)
-        changed = [layer for name, layer in now.items() if layer != self._layers.get(name)]
-        self._layers = now
-        self._tell_history(trainer, changed)
-
-    def _tell_history(self, trainer: pl.Trainer, changed: Sequence[runs.DescribedLayer] = ()) -> None:
+        """Writes what is new in the history, and the layers whose formats differ from those told last."""
         plugin = trainer.precision_plugin
         history = plugin.history if isinstance(plugin, PerLayerPrecision) else []
         new, self._told_history = history[self._told_history :], len(history)
         if new:
-            change: runs.Change = {"layers": list(changed), "history": [told_shortly(move) for move in new]}
+            before, self._layers = self._layers, described(plugin, self._run_formats, pl_module)
+            changed = [layer for name, layer in self._layers.items() if layer != before.get(name)]
+            change: runs.Change = {"layers": changed, "history": [told_shortly(move) for move in new]}
             self._write(self._place(trainer), change=change)
 
     @staticmethod
@@ -233,14 +225,9 @@ class PrecisionReport(SamplingMonitor):
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
-        assert self._formats is not None
-        sample = sampled(found, self._formats.of, self._chosen)
+        sample = sampled(found, self._run_formats.of, self._chosen)
         self._has_flops = self._has_flops or "flops" in sample
         self._write(found.place, sample=sample)
-
-    @override
-    def _summary(self) -> tuple[str, list[list[str]]]:
-        raise NotImplementedError
 
     @override
     def _draw(self, ax: Any) -> Any:

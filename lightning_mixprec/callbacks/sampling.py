@@ -81,9 +81,8 @@ class SamplingMonitor(Monitor):
             wanted = Wanted()
             for monitor in due:
                 wanted |= monitor._wanted(pl_module)
-            assert self._formats is not None
             place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
-            sampled = SampledStep(pl_module, self._formats, batch, place, wanted)
+            sampled = SampledStep(pl_module, self._run_formats, batch, place, wanted)
             for monitor in due:
                 monitor._sampled = sampled
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_mixprec import ranks
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
-from lightning_mixprec.callbacks.monitor import RunCallback, is_quiet
+from lightning_mixprec.callbacks.monitor import RunCallback, is_quiet, monitors_of
 from lightning_mixprec.callbacks.run_progress import (
     follows_epochs,
     learning_rate,
@@ -258,8 +258,7 @@ class PrecisionScheduler(RunCallback):
     def _adopt(self, trainer: pl.Trainer, phase: Phase) -> None:
         """Brings a phase into force."""
         plugin, reason = _plugin(trainer), f"schedule: {phase.when}"
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        controller = next((each for each in callbacks if isinstance(each, AdaptivePrecision)), None)
+        controller = next(iter(monitors_of(trainer, AdaptivePrecision)), None)
         before = _policy(trainer) if controller is None else controller.base
         policy = self._target(plugin, phase, before, trainer.lightning_module)
         if controller is None:

@@ -105,7 +105,7 @@ class UnderflowMonitor(SamplingMonitor):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._take_in_stagnation()
+        self._settle()
         if self._stagnation_check is not None and self._stagnation_check.has_stepped:
             place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
             self._stagnation_check.after()
@@ -114,16 +114,7 @@ class UnderflowMonitor(SamplingMonitor):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._take_in_stagnation()
-        super().on_train_end(trainer, pl_module)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        self._take_in_stagnation()
-        return super().state_dict()
-
-    def _take_in_stagnation(self) -> None:
+    def _settle(self) -> None:
         """Takes in what is known of the latest sampled optimizer step, if that is still on its way."""
         if self._watched is not None:
             (watch, place), self._watched = self._watched, None
@@ -133,10 +124,9 @@ class UnderflowMonitor(SamplingMonitor):
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
-        assert self._formats is not None
         measured = [layer for layer in found.layers if layer in found.weights or layer in found.gradients]
         for layer in measured:
-            values = describe(layer, found, self._formats.of(layer))
+            values = describe(layer, found, self._run_formats.of(layer))
             stagnation = self.latest.get(layer, {}).get("stagnation_rate")
             latest: KnownLosses = {"stagnation_rate": stagnation, **values}
             row = cast(UnderflowRow, {"layer": layer, "loss_scale": found.scale, **values})
@@ -151,10 +141,8 @@ class UnderflowMonitor(SamplingMonitor):
         lossy = {layer: rate for layer, rate in rates.items() if rate > self.threshold}
         for worst, others in self._not_warned_of("underflow", sorted(lossy, key=lambda layer: -lossy[layer])):
             latest = self.latest[worst]
-            use, largest = (
-                get_format(latest["format"]).use,
-                advice.largest_scale(self.latest[layer] for layer in measured),
-            )
+            use = get_format(latest["format"]).use
+            largest = advice.largest_scale(self.latest[layer] for layer in measured)
             told = advice.underflow(worst, latest, found.scale, others, use, largest)
             rank_zero_warn(f"step {found.place['step']}: {told}.")
 
