@@ -81,8 +81,7 @@ class Agreement:
         Args:
             in_fp32: The agreement of fp32 with itself, when all is rounded otherwise.
         """
-        known = in_fp32.layers
-        noise = {name for name, layer in known.items() if layer.share < _TINY and not layer.is_steady}
+        noise = {name for name, layer in in_fp32.layers.items() if layer.is_doubtful}
         layers = {name: layer for name, layer in self.layers.items() if name not in noise}
         return replace(self, layers=layers)
 

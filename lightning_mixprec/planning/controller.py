@@ -248,7 +248,12 @@ class Controller:
     # Weighs
 
     def _remedies(self, attempt: Try) -> Remedies:
-        return Remedies(self.layers, self.promoted, self.limits, self.options, attempt)
+        layers = {name: replace(layer, format=self._format(name)) for name, layer in self.layers.items()}
+
+        def on_top(more: Promotions, scale: float) -> Agreement:
+            return attempt({**self.promoted, **more}, scale)
+
+        return Remedies(layers, self.limits, self.options, on_top)
 
     def _remedy(self, present: Agreement, scale: float, remedies: Remedies) -> Remedy | None:
         """The least that helps: a larger loss scale, else few promotions, with a larger loss scale or without."""

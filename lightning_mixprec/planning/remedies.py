@@ -26,7 +26,7 @@ class Candidate:
 
     Attributes:
         name: Its name.
-        format: The format that the user's policy has it compute in.
+        format: The format that it computes in.
         flops: Multiplications and additions of its own matrix products in a step.
         is_pinned: Whether it is to be left alone.
         is_plain: Whether it only hands data on between the layers inside it.
@@ -66,26 +66,17 @@ class Remedies:
     """Looks for remedies by trying them on a captured batch.
 
     Args:
-        layers: The layers by name.
-        promoted: The promotions in force.
+        layers: The layers by name, each with the format that it computes in at present.
         limits: The limits within which a trial is good enough.
         options: The controller's options; of them the device, the loss scales and the number of trials.
-        attempt: Tries promotions and a loss scale.
+        attempt: Tries promotions on top of those in force, and a loss scale.
 
     Attributes:
         bf16_tolerance: Distance from agreement that a promotion to bf16 may have, as a part of the limits.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, Candidate],
-        promoted: Promotions,
-        limits: Limits,
-        options: Options,
-        attempt: Try,
-    ) -> None:
-        self._layers, self._promoted, self._limits = layers, promoted, limits
-        self._options, self._attempt = options, attempt
+    def __init__(self, layers: Mapping[str, Candidate], limits: Limits, options: Options, attempt: Try) -> None:
+        self._layers, self._limits, self._options, self._attempt = layers, limits, options, attempt
         self._trials_left = options.max_trials
         self.bf16_tolerance = 0.5
 
@@ -139,7 +130,7 @@ class Remedies:
     def attempt(self, promotions: Promotions, scale: float) -> Agreement:
         """Tries promotions on top of what is promoted already."""
         self._trials_left -= 1
-        return self._attempt({**self._promoted, **promotions}, scale)
+        return self._attempt(promotions, scale)
 
     def _smallest(self, scale: float, spared: Iterable[str], culprits: Sequence[str]) -> tuple[list[str], Manner]:
         movable = [name for name in self._movable() if name not in set(spared)]
@@ -182,7 +173,7 @@ class Remedies:
     def _narrowed(self, names: Sequence[str], manner: Manner, scale: float) -> dict[str, Promotion]:
         """Promotions to bf16 where the step agrees with that, too, and to fp32 elsewhere."""
         chosen = dict.fromkeys(names, manner.fp32)
-        able = [name for name in names if promoted_for_range(self._format_of(name)) == "bf16"]
+        able = [name for name in names if promoted_for_range(self._layers[name].format) == "bf16"]
         able = able if self._options.has_bf16 else []
         together = {**chosen, **dict.fromkeys(able, manner.bf16)}
         if not able or self._agrees(together, scale, self.bf16_tolerance):
@@ -204,20 +195,11 @@ class Remedies:
         others = dict.fromkeys(min(max(scale * 2.0**power, smallest_scale), largest_scale) for power in powers)
         return [other for other in others if other != scale and (other > scale) == (powers[0] > 0)]
 
-    def _format_of(self, name: str) -> str:
-        return self._promoted[name].compute if name in self._promoted else self._layers[name].format
-
     def _movable(self) -> list[str]:
         """The layers that may be promoted: those without matrix products, then the cheapest, parts before wholes."""
-        movable = [
-            name
-            for name, layer in self._layers.items()
-            if not layer.is_pinned and is_wider("fp32", self._format_of(name))
-        ]
-        return sorted(movable, key=lambda name: self._rank(self._layers[name]))
-
-    def _rank(self, layer: Candidate) -> tuple[bool, int, int]:
-        return layer.is_plain, layer.flops, layer.height
+        movable = [layer for layer in self._layers.values() if not layer.is_pinned and is_wider("fp32", layer.format)]
+        movable.sort(key=lambda layer: (layer.is_plain, layer.flops, layer.height))
+        return [layer.name for layer in movable]
 
     def _is_free(self, name: str) -> bool:
         return not self._layers[name].flops and not self._layers[name].is_plain
