@@ -2,21 +2,13 @@
 
 import difflib
 import fnmatch
+import re
 import sys
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lightning_mixprec.policy.patterns import (
-    REGEX_PREFIX,
-    AnyDepth,
-    Glob,
-    Literal,
-    Pattern,
-    Segment,
-    Slice,
-    parse,
-)
+from lightning_mixprec.policy.patterns import REGEX_PREFIX, Pattern, Segment, parse
 
 _MAX_SHOWN = 3
 _MAX_COMPARED = 20_000
@@ -28,6 +20,9 @@ class NameTree:
     Args:
         names: In the order of ``module_names.walk``: parents first, the root ``""`` leading.
 
+    Attributes:
+        by_segment: The places in ``names`` of all names that end in a segment.
+
     >>> tree = NameTree(["", "norm", "blocks", "blocks.0", "blocks.0.norm", "blocks.1", "blocks.1.norm"])
     >>> [tree.names[place] for place in sorted(tree.find(parse("blocks.[-1:].**.norm")))]
     ['blocks.1.norm']
@@ -38,13 +33,13 @@ class NameTree:
         children: dict[int, dict[str, int]] = {}
         self._parents = [-1] * len(self.names)
         self._ends = list(range(1, len(self.names) + 1))
-        self._by_segment: dict[str, list[int]] = {}
+        self.by_segment: dict[str, list[int]] = {}
         places = {name: place for place, name in enumerate(self.names)}
         for place, name in enumerate(self.names[1:], start=1):
             prefix, _, segment = name.rpartition(".")
             self._parents[place] = places[prefix]
             children.setdefault(places[prefix], {})[segment] = place
-            self._by_segment.setdefault(segment, []).append(place)
+            self.by_segment.setdefault(segment, []).append(place)
         for place in range(len(self.names) - 1, 0, -1):
             parent = self._parents[place]
             self._ends[parent] = max(self._ends[parent], self._ends[place])
@@ -55,11 +50,6 @@ class NameTree:
             place: sorted((child for child in below if child.isascii() and child.isdecimal()), key=int)
             for place, below in children.items()
         }
-
-    @property
-    def last_segments(self) -> list[str]:
-        """The distinct last segments of all names."""
-        return list(self._by_segment)
 
     def find(self, pattern: Pattern) -> set[int]:
         """The places in ``names`` of all names that a pattern matches."""
@@ -74,18 +64,18 @@ class NameTree:
     def step(self, found: set[int], segment: Segment) -> set[int]:
         """The places one segment further down than those found so far."""
         match segment:
-            case AnyDepth():
+            case str():
+                return set(self._named(found, segment))
+            case re.Pattern():
+                matches = segment.match
+                return {place for text in self.by_segment if matches(text) for place in self._named(found, text)}
+            case slice():
+                return self._sliced(found, segment)
+            case _:
                 return self._below(found)
-            case Slice(positions):
-                return self._sliced(found, positions)
-            case Glob(regex):
-                matches = regex.match
-                return {place for text in self._by_segment if matches(text) for place in self._named(found, text)}
-            case Literal(text):
-                return set(self._named(found, text))
 
     def _named(self, found: set[int], text: str) -> list[int]:
-        candidates = self._by_segment.get(text, [])
+        candidates = self.by_segment.get(text, [])
         if len(candidates) < len(found):
             return [place for place in candidates if self._parents[place] in found]
         return [self.children[place][text] for place in found if text in self.children[place]]
@@ -163,8 +153,8 @@ def near_layers(text: str, tree: NameTree) -> list[str]:
     names = tree.names[1 : _MAX_COMPARED + 1]
     if near := difflib.get_close_matches(word, names, n=_MAX_SHOWN):
         return near
-    last = difflib.get_close_matches(word.rpartition(".")[2], tree.last_segments, n=1)
-    found = tree.find(Pattern("", (AnyDepth(), *map(Literal, last)))) if last else ()
+    last = difflib.get_close_matches(word.rpartition(".")[2], tree.by_segment, n=1)
+    found = tree.find(Pattern("", (..., *last))) if last else ()
     return [tree.names[place] for place in sorted(found)][:_MAX_SHOWN]
 
 
@@ -180,7 +170,7 @@ def near_words(text: str, known: list[str]) -> list[str]:
 
 
 def _with_prefix(pattern: Pattern, tree: NameTree) -> list[str]:
-    found = tree.find(Pattern("", (AnyDepth(), *pattern.segments))) if pattern.segments else set()
+    found = tree.find(Pattern("", (..., *pattern.segments))) if pattern.segments else set()
     return [tree.names[place] for place in sorted(found)]
 
 

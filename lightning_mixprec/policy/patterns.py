@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import EllipsisType
 
 from lightning_mixprec.errors import PolicyError
 
@@ -22,33 +23,9 @@ _NUMERIC_CLASS = re.compile(r"[\d,:;-]+")
 _WRONG_RANGE = re.compile(r"\d\d+-|-\d\d+")
 
 
-@dataclass(frozen=True)
-class Literal:
-    """A segment that is one name."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Glob:
-    """A segment with ``*``, ``?`` or ``[ab]``."""
-
-    regex: re.Pattern[str]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A segment that takes a slice of the parent's numbered children, by position."""
-
-    positions: slice
-
-
-@dataclass(frozen=True)
-class AnyDepth:
-    """The segment ``**``: any number of segments, zero included."""
-
-
-Segment = Literal | Glob | Slice | AnyDepth
+Segment = str | re.Pattern[str] | slice | EllipsisType
+"""A name; a glob (``*``, ``?`` or ``[ab]``) as a regular expression; a slice of the parent's numbered children, by
+position; or ``...`` for ``**``, any number of segments, zero included."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +44,8 @@ def parse(text: str) -> Pattern:
     Raises:
         PolicyError: the pattern is malformed, or is sure to select other layers than it seems to.
 
-    >>> [type(segment).__name__ for segment in parse("model.**.[0:4].attn*").segments]
-    ['Literal', 'AnyDepth', 'Slice', 'Glob']
+    >>> parse("model.**.[0:4]").segments
+    ('model', Ellipsis, slice(0, 4, None))
     >>> parse("model.blocks.[20-23]")
     Traceback (most recent call last):
     lightning_mixprec.errors.PolicyError: pattern 'model.blocks.[20-23]': ... write the slice model.blocks.[20:24]
@@ -95,7 +72,7 @@ def literal(name: str) -> str:
         pattern = parse(name)
     except PolicyError:
         return REGEX_PREFIX + re.escape(name)
-    is_plain = pattern.regex is None and all(isinstance(segment, Literal) for segment in pattern.segments)
+    is_plain = pattern.regex is None and all(isinstance(segment, str) for segment in pattern.segments)
     return name if is_plain else REGEX_PREFIX + re.escape(name)
 
 
@@ -148,19 +125,19 @@ def _regex(text: str) -> re.Pattern[str]:
 
 def _segment(segment: str, whole: str) -> Segment:
     if segment == "**":
-        return AnyDepth()
+        return ...
     if "**" in segment:
         raise PolicyError(f"pattern {whole!r}: '**' stands alone between dots, not inside {segment!r}; write *")
     if found := _SLICE.fullmatch(segment):
         start, stop, step = (None if number is None else int(number) for number in found.groups())
         if step == 0:
             raise PolicyError(f"pattern {whole!r}: the step of slice {segment} is 0; write 1 or more, or leave it out")
-        return Slice(slice(start, stop, step))
+        return slice(start, stop, step)
     for body in _bracketed(segment, whole):
         _check_class(body, segment, whole)
     if any(character in segment for character in "*?["):
-        return Glob(re.compile(fnmatch.translate(segment)))
-    return Literal(segment)
+        return re.compile(fnmatch.translate(segment))
+    return segment
 
 
 def _check_class(body: str, segment: str, whole: str) -> None:
