@@ -35,8 +35,7 @@ from lightning_mixprec.optim.gradients import (
     untell_found_inf,
 )
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
-
-_INT32 = torch.iinfo(torch.int32)
+from lightning_mixprec.records.schema import Tally, matches
 
 
 class LossScaler:
@@ -84,8 +83,8 @@ class LossScaler:
         No host synchronisation. Returns the flag that :meth:`step` obeys (fp32 scalar, 1 if any gradient is not
         finite), or None if this scaler neither scales nor guards.
         """
-        if self._is_prepared(optimizer) or not (self.is_active or self.guards):
-            return self._unscaled.get(optimizer)
+        if self.found_inf(optimizer) is not None or not (self.is_active or self.guards):
+            return self.found_inf(optimizer)
         fresh, done = self._gradients(optimizer)
         device = (
             self._tensors[0].device if self._tensors is not None else next(iter(fresh + done), torch.zeros(())).device
@@ -160,7 +159,7 @@ class LossScaler:
         try:
             result = optimizer.step(closure=evaluate, **kwargs)
         except _SparedError as spared:
-            result = spared.result
+            (result,) = spared.args
         finally:
             untell_found_inf(optimizer)
         return result, False if skipped is None else skipped
@@ -189,7 +188,7 @@ class LossScaler:
             return
         scale = self._on(flags[0].device)[0]
         found_inf = flags[0] if len(flags) == 1 else torch.stack([flag.to(scale.device) for flag in flags]).amax()
-        waiting = [optimizer for optimizer in waiting if not self._is_prepared(optimizer)]
+        waiting = [optimizer for optimizer in waiting if self.found_inf(optimizer) is None]
         if not marks:
             waiting = [optimizer for optimizer in waiting if optimizer not in stepped]
         before = scale.clone() if waiting else scale
@@ -279,7 +278,13 @@ class LossScaler:
         """
         if self.options is None or "scale" not in state:
             return
-        scale, growth_tracker, overflows = _numbers_in(state)
+        growth_tracker = state.get("growth_tracker", state.get("_growth_tracker", 0))
+        scale, overflows = state["scale"], state.get("overflows", 0)
+        if not matches([scale, growth_tracker, overflows], tuple[float, Tally, Tally]):
+            raise ScalingError(
+                f"The checkpoint's loss scaler is damaged: its scale and counters are {scale!r}, {growth_tracker!r} "
+                f"and {overflows!r}. Resume from another checkpoint, or load the weights alone."
+            )
         if not math.isfinite(scale) or scale <= 0:
             warnings.warn(
                 f"The checkpoint's loss scale is {scale:g}: the run that wrote it had collapsed. Starting again at "
@@ -330,10 +335,6 @@ class LossScaler:
                 waiting = [optimizer for optimizer in prepared if optimizer in self._found_before]
                 self._rescale(waiting, self.present_scale)
 
-    def _is_prepared(self, optimizer: Optimizer) -> bool:
-        """True if its gradients are unscaled for a step that it has not taken."""
-        return self._unscaled.get(optimizer) is not None
-
     def _gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """Those to unscale, and those of parameters that another optimizer shares and has unscaled."""
         params = params_of(optimizer)
@@ -355,25 +356,6 @@ class LossScaler:
 
 class _SparedError(Exception):
     """Leaves an optimizer's step before it has moved anything; carries what its closure returned."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__()
-        self.result = result
-
-
-def _numbers_in(state: Mapping[str, Any]) -> tuple[float, int, int]:
-    """The scale and its counters."""
-    kept = (state["scale"], state.get("growth_tracker", state.get("_growth_tracker", 0)), state.get("overflows", 0))
-    try:
-        scale, growth_tracker, overflows = float(kept[0]), int(kept[1]), int(kept[2])
-        if min(growth_tracker, overflows) < 0 or max(growth_tracker, overflows) > _INT32.max:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise ScalingError(
-            "The checkpoint's loss scaler is damaged: its scale and counters are {!r}, {!r} and {!r}. Resume from "
-            "another checkpoint, or load the weights alone.".format(*kept)
-        ) from None
-    return scale, growth_tracker, overflows
 
 
 def _is_read(optimizer: Optimizer, found_inf: Tensor) -> bool:
