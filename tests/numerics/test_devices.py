@@ -296,6 +296,7 @@ def test_a_product_is_timed_best_of_several_and_once(monkeypatch):
     calls = []
 
     def multiply(one, other):
+        assert torch.get_num_threads() == 1
         calls.append(one.dtype)
         clock[0] += (1.0 if one.dtype == torch.float32 else 4.0) + next(noise)
 
@@ -308,12 +309,13 @@ def test_a_product_is_timed_best_of_several_and_once(monkeypatch):
 
 
 def test_timing_leaves_no_trace_and_no_surroundings_change_it():
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     product_cost.cache_clear()
     with torch.autocast("cpu", torch.float16), torch.device("meta"):
         assert product_cost(torch.float64) is not None
     product_cost.cache_clear()
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
 
 
 def test_what_torch_cannot_multiply_costs_nothing_that_could_be_told():

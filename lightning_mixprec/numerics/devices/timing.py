@@ -2,10 +2,12 @@
 
 With arithmetic of its own a CPU takes 0.8 times as long for a product of 128 x 128 matrices (AVX512-BF16), and less for
 larger ones. Without, the best kernels convert at each step and take 2.9 times as long (AVX-512 without BF16), torch's
-plain ones 20 to 90 times. A factor of 1.5 divides the two.
+plain ones 20 to 90 times (all on a two-core AMD EPYC). A factor of 1.5 divides the two.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -46,10 +48,11 @@ def judged(format: str, cost: float | None) -> Support:
 def product_cost(dtype: torch.dtype) -> float | None:
     """The time of a product as a multiple of its time in fp32, None if torch has none; measured once per process.
 
-    The best of several tries, one in the one and one in the other, so that what else the machine does falls on both.
+    The best of several tries, one in the one and one in the other, so that what else the machine does falls on both. On
+    one thread: where the cores are busy, several wait for each other a thousand times as long as they compute.
     """
     times: dict[torch.dtype, list[float]] = {torch.float32: [], dtype: []}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _one_thread():
         try:
             for _ in range(_TRIES + 1):
                 for each, taken in times.items():
@@ -59,6 +62,16 @@ def product_cost(dtype: torch.dtype) -> float | None:
     # The first try of each is for kernels to be made.
     reference, timed = (min(taken[1:]) for taken in times.values())
     return timed / reference
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _seconds(matrix: Tensor) -> float:
