@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import pstats
+import shutil
 import statistics
 import subprocess
 import time
@@ -162,7 +163,7 @@ def train(
 def spread(ours: list[float], stock: list[float]) -> dict[str, float]:
     """Return the median and the quartiles of the ratios of two cases, round by round."""
     ratios = [a / b for a, b in zip(ours, stock, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"median": statistics.median(ratios), "low": low, "high": high}
 
 
@@ -184,29 +185,35 @@ def machine(device: str) -> dict:
         if cpuinfo.exists()
         else []
     )
-    git = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else None,
+        "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
-        "commit": git.stdout.strip() or None,
+        "commit": os.environ.get("COMMIT") or _said_by("git", "describe", "--always", "--abbrev=40", "--dirty"),
     }
 
 
-def arguments(description: str, formats: Sequence[str], rounds: int, steps: int) -> argparse.ArgumentParser:
+def _said_by(*command: str) -> str | None:
+    """Return the first line that a program prints, or None where it is not installed or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.partition("\n")[0].strip() or None if done.returncode == 0 else None
+
+
+def arguments(
+    description: str, formats: Sequence[str], rounds: int, steps: int, models: Sequence[str] = ("tiny", "resnet18")
+) -> argparse.ArgumentParser:
     """Return a command line with what all benchmarks take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", choices=["tiny", "resnet18"], default=["tiny", "resnet18"])
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--steps", type=int, default=steps, help="timed steps in a block")
@@ -228,15 +235,22 @@ def prepare(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
 
 
+def save(lines: list[dict], options: argparse.Namespace) -> None:
+    """Write the lines, and what they depend on, if asked to: after each round, so that a run cut short leaves them."""
+    if options.output is None:
+        return
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = options.output.with_suffix(".part")
+    content = {"machine": machine(options.device), "settings": settings, "results": lines}
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(options.output)
+
+
 def report(lines: list[dict], table: str, options: argparse.Namespace) -> None:
     """Print the machine and a table of the lines, and write all that if asked to."""
-    about = machine(options.device)
-    print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
+    print(", ".join(f"{key} {value}" for key, value in machine(options.device).items() if value is not None))
     print(table)
+    save(lines, options)
     if options.output is not None:
-        settings = {key: value for key, value in vars(options).items() if key != "output"}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(
-            json.dumps({"machine": about, "settings": settings, "results": lines}, indent=1) + "\n"
-        )
         print(f"written: {options.output}")

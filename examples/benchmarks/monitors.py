@@ -40,7 +40,7 @@ from dataclasses import asdict, dataclass
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from measuring import Inspector, Profiler, Stopwatch, arguments, judged, prepare, report, spread, train, written
+from measuring import Inspector, Profiler, Stopwatch, arguments, judged, prepare, report, save, spread, train, written
 from torch import Tensor
 from workloads import Case, Repeated, Task
 
@@ -251,6 +251,7 @@ def measure(benches: list[Bench], options: argparse.Namespace) -> None:
             for kind in shuffler.sample(blocks, len(blocks)):
                 bench.time(kind)
         print(f"\rround {number + 1} of {options.rounds}", end="", flush=True)
+        save([row for bench in benches for row in bench.rows()], options)
     print()
 
 

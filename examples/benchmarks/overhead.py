@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from lightning.pytorch import Callback
-from measuring import Inspector, Profiler, Stopwatch, arguments, judged, prepare, report, spread, train, written
+from measuring import Inspector, Profiler, Stopwatch, arguments, judged, prepare, report, save, spread, train, written
 from workloads import Case, Repeated, Task
 
 
@@ -76,6 +76,7 @@ def measure(groups: list[list[Case]], options: argparse.Namespace) -> dict[Case,
                 results[case].wall.append(statistics.median(wall))
                 results[case].cpu.append(statistics.median(cpu))
         print(f"\rround {number + 1} of {options.rounds}", end="", flush=True)
+        save(list(rows(results)), options)
     print()
     return results
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import prepare, report, spread, written
+from measuring import prepare, report, save, spread, written
 from rescue_cases import CASES, CONTROLS, Case
 from rescue_cases.runs import LOW, STOCK, Outcome, run_case
 
@@ -216,6 +216,7 @@ def main() -> None:
     for name, case, is_control in chosen:
         lines.append(measure(name, case, is_control, options))
         print(" ".join(cells(lines[-1])), flush=True)
+        save(lines, options)
     report(lines, table(lines), options)
 
 
