@@ -91,13 +91,13 @@ def test_a_rule_that_matches_nothing_names_the_file_the_line_and_near_misses(tmp
 def pretend(monkeypatch, **reasons):
     """Has a device compute none of the formats that are named, for the reasons given, and all others natively."""
     from lightning_mixprec.engine import backends
-    from lightning_mixprec.engine.backends import autocast
+    from lightning_mixprec.engine.backends import autocast, emulated
     from lightning_mixprec.plugin import arguments
 
     def native_support(name, device):
         return Support(name not in reasons, reasons.get(name, f"it has {name}"))
 
-    for module in (arguments, autocast, backends):
+    for module in (arguments, autocast, emulated, backends):
         monkeypatch.setattr(module, "native_support", native_support)
 
 
