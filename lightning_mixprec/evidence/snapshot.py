@@ -22,7 +22,7 @@ from lightning_mixprec.evidence.instruments.memory import bytes_of, free_host_by
 from lightning_mixprec.numerics.finite import are_nonfinite
 from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.optim.gradients import params_of
-from lightning_mixprec.optim.skipped_buffers import buffer_of
+from lightning_mixprec.optim.skipped_buffers import buffer_of, copy_each
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.module_names import walk
 
@@ -378,8 +378,7 @@ def _write_back(present: MutableMapping[Any, Any], saved: dict[Any, Any], pairs:
 
 def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     dense = [pair for pair in pairs if pair[0].layout == torch.strided]
-    if dense:
-        torch._foreach_copy_([to for to, _ in dense], [source for _, source in dense])
+    copy_each([source for _, source in dense], [to for to, _ in dense])
     for to, source in pairs:
         if to.layout != torch.strided:
             to.copy_(source)

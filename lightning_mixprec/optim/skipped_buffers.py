@@ -5,8 +5,8 @@ skipped: one outlier batch then leaves them at inf, training goes on healthily i
 NaN. A skipped step is not a step, so the buffers return to what they were when its accumulation window opened.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class _Window:
         if isinstance(skipped, Tensor):
             copy_where(skipped, olds, news)
         elif news:
-            torch._foreach_copy_(news, olds)
+            copy_each(olds, news)
         self._versions = [_version(slot) for slot in self._unchanging]
 
     @torch.no_grad()
@@ -124,8 +124,7 @@ class _Window:
         tensors = [tensor for slot in slots if (tensor := slot.tensor) is not None]
         saved = [old for _, old in self._saved]
         if list(map(_kind, tensors)) == list(map(_kind, saved)) and all(t.layout == torch.strided for t in tensors):
-            if tensors:
-                torch._foreach_copy_(saved, tensors)
+            copy_each(tensors, saved)
         else:
             saved = [tensor.clone() for tensor in tensors]
         self._saved = list(zip(slots, saved, strict=True))
@@ -140,15 +139,26 @@ def buffer_of(module: nn.Module, name: str) -> Tensor | None:
 
 def copy_where(flag: Tensor, olds: list[Tensor], news: list[Tensor]) -> None:
     """Copies old into new where the flag is set: a few kernels for all of them, and no NaN of the new ones is left."""
-    kinds: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for old, new in zip(olds, news, strict=True):
-        pair = kinds.setdefault((new.dtype, new.device), ([], []))
-        pair[0].append(old.to(new))
-        pair[1].append(new)
-    for (_, device), (before, after) in kinds.items():
-        flat = torch.where(flag.to(device) > 0, _flat(before), _flat(after))
+    for before, after in _by_kind([old.to(new) for old, new in zip(olds, news, strict=True)], news):
+        flat = torch.where(flag.to(after[0].device) > 0, _flat(before), _flat(after))
         chosen = flat.split([new.numel() for new in after])
         torch._foreach_copy_(after, [part.view_as(new) for part, new in zip(chosen, after, strict=True)])
+
+
+def copy_each(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copies each into its target: a few kernels for all of them, where torch has one per tensor for mixed formats."""
+    for same, into in _by_kind(sources, targets):
+        torch._foreach_copy_(into, same)
+
+
+def _by_kind(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+    """Pairs whose sources are of one format and device, and whose targets are."""
+    kinds: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        same, into = kinds.setdefault((source.dtype, source.device, target.dtype, target.device), ([], []))
+        same.append(source)
+        into.append(target)
+    return kinds.values()
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

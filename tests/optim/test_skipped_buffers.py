@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_mixprec.optim.skipped_buffers import BufferGuard
+from lightning_mixprec.optim.skipped_buffers import BufferGuard, copy_each
 
 SKIPPED = [pytest.param(True, id="read"), pytest.param(torch.tensor(1.0), id="on the device")]
 TAKEN = [pytest.param(False, id="read"), pytest.param(torch.tensor(0.0), id="on the device")]
@@ -286,3 +286,55 @@ def test_a_flag_on_the_device_is_obeyed_by_as_many_kernels_however_many_buffers_
         with Operations() as operations:
             guard.close(optimizer, torch.zeros(()))
     assert operations.count <= 12
+
+
+class ListsCopied(TorchDispatchMode):
+    """The formats on both sides of each copy of a list: CUDA copies mixed ones tensor by tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.formats = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.formats.append([{tensor.dtype for tensor in tensors} for tensors in args])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("skipped", [True, torch.tensor(1.0)], ids=["read", "on the device"])
+def test_lists_of_buffers_that_are_copied_hold_one_format_each(skipped):
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(3)), Counting())
+    guard = BufferGuard(model, [optimizer := sgd(model)])
+    with ListsCopied() as lists:
+        for _ in range(3):
+            a_window(guard, optimizer, skipped, lambda: (model[:3](torch.randn(4, 3)), model[3](1.0)))
+    assert lists.formats
+    assert all(len(formats) == 1 for both in lists.formats for formats in both)
+    assert {dtype for both in lists.formats for dtype in both[0]} == {
+        torch.float32,
+        torch.int64,
+        torch.bfloat16,
+        torch.bool,
+    }
+
+
+def test_a_list_of_mixed_formats_is_copied_as_each_alone():
+    sources = [torch.randn(3), torch.arange(3), torch.randn(2, 2).bfloat16(), torch.tensor(True), torch.randn(0)]
+    targets = [torch.zeros_like(source, dtype=torch.float64) for source in sources]
+    copy_each(sources, targets)
+    assert all(torch.equal(target, source.double()) for source, target in zip(sources, targets, strict=True))
+    copy_each([], [])
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_buffers_of_many_layers_are_copied_by_a_few_kernels() -> None:
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(50))).cuda()
+    guard = BufferGuard(model, [optimizer := sgd(model)])
+    for _ in range(2):
+        a_window(guard, optimizer, False, lambda: model(torch.randn(4, 3, device="cuda")))
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        guard.open()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(kernels) <= 6
