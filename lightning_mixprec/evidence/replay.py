@@ -32,7 +32,7 @@ from lightning_mixprec.engine.objects import copied, mapped, tensors_in
 from lightning_mixprec.engine.sharding import is_any_sharded, is_sharded
 from lightning_mixprec.errors import SupportError, one_line
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
-from lightning_mixprec.evidence.instruments.memory import free_host_bytes, is_out_of_memory
+from lightning_mixprec.evidence.instruments.memory import free_cuda_bytes, free_host_bytes, is_out_of_memory
 from lightning_mixprec.evidence.instruments.optimizer_copies import Copies
 from lightning_mixprec.evidence.instruments.probe import cast_to_fp32
 from lightning_mixprec.evidence.instruments.restoring.attributes import replaced
@@ -326,7 +326,7 @@ def _agree_on_room(module: pl.LightningModule, device: torch.device) -> None:
     if not sharded:
         return
     needed = sum(param.numel() * param.element_size() for param in sharded)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes() // ranks.count()
+    free = free_cuda_bytes(device) if device.type == "cuda" else free_host_bytes() // ranks.count()
     if ranks.is_any(needed > free, device):
         raise SupportError(
             f"the weights are sharded, and to replay a step each rank needs the whole of them ({needed / 2**30:.1f} "

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded, reshard
-from lightning_mixprec.evidence.instruments.memory import bytes_of, free_host_bytes
+from lightning_mixprec.evidence.instruments.memory import bytes_of, free_cuda_bytes, free_host_bytes
 from lightning_mixprec.numerics.finite import are_nonfinite
 from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.optim.gradients import params_of
@@ -210,7 +210,7 @@ class Snapshots:
         for device in dict.fromkeys([pl_module.device, _CPU]):
             on_host = device.type == "cpu"
             reused = held if on_host == self._is_on_host else 0
-            free = free_host_bytes() // max(trainer.num_devices, 1) if on_host else torch.cuda.mem_get_info(device)[0]
+            free = free_host_bytes() // max(trainer.num_devices, 1) if on_host else free_cuda_bytes(device)
             room = reused + int(free * _SHARE) if self.max_bytes is None else min(self.max_bytes, reused + free)
             if needed <= room:
                 return on_host

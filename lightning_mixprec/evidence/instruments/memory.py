@@ -24,6 +24,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
 
 
+def free_cuda_bytes(device: torch.device) -> int:
+    """Memory that a GPU can give: what is nobody's, and what torch has taken from it and does not use."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def free_host_bytes() -> int:
     """Memory that this machine can give; 0 where it does not say."""
     with contextlib.suppress(OSError, StopIteration, ValueError):

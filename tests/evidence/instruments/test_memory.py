@@ -1,0 +1,56 @@
+"""Free memory is what nobody has taken, and what torch has taken from the GPU and does not use."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_mixprec.errors import SupportError
+from lightning_mixprec.evidence import replay
+from lightning_mixprec.evidence.instruments.memory import free_cuda_bytes
+from lightning_mixprec.evidence.snapshot import Snapshots
+
+CUDA = torch.device("cuda", 0)
+MIB = 2**20
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A simulated one: 10 MiB are nobody's, of 60 MiB that torch has reserved 20 MiB are in use."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * MIB, 80 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * MIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * MIB)
+
+
+def test_what_torch_holds_and_does_not_use_is_free(gpu):
+    assert free_cuda_bytes(CUDA) == 50 * MIB
+
+
+@pytest.mark.parametrize(("needed", "fits"), [(49, True), (51, False)])
+def test_sharded_weights_are_gathered_where_they_fit_into_it(gpu, monkeypatch, needed, fits):
+    module = torch.nn.Linear(needed * MIB // 4, 1, bias=False, device="meta")
+    monkeypatch.setattr(replay, "is_sharded", lambda param: True)
+    if fits:
+        replay._agree_on_room(module, CUDA)
+    else:
+        with pytest.raises(SupportError, match="do not fit beside the run"):
+            replay._agree_on_room(module, CUDA)
+
+
+@pytest.mark.parametrize(("needed", "on_host"), [(49, False), (51, True)])
+def test_a_snapshot_stays_on_the_gpu_where_it_fits_into_it(gpu, monkeypatch, needed, on_host):
+    monkeypatch.setattr(Snapshots, "bytes_needed", lambda self, trainer, module: needed * MIB)
+    trainer, module = SimpleNamespace(num_devices=1), SimpleNamespace(device=CUDA)
+    assert Snapshots(max_bytes=2**40)._place(trainer, module) is on_host
+
+
+@pytest.mark.gpu
+def test_on_cuda_memory_that_was_given_back_to_torch_is_free():
+    torch.cuda.empty_cache()
+    before = free_cuda_bytes(CUDA)
+    held = torch.empty(256 * MIB, dtype=torch.uint8, device=CUDA)
+    assert free_cuda_bytes(CUDA) <= before - 256 * MIB + 32 * MIB
+    del held
+    assert torch.cuda.memory_reserved(CUDA) >= 256 * MIB
+    assert abs(free_cuda_bytes(CUDA) - before) < 32 * MIB
+    torch.cuda.empty_cache()
