@@ -10,6 +10,7 @@
         ├── PlanError          no choice of formats is within the budgets, or a plan does not fit the model
         ├── ReplayError        a step that cannot be replayed without a trace; none is left
         ├── TraceLeftError     a replay changed the training and it could not be put back
+        ├── OtherRankError     a replay that another rank of the run could not go on with
         └── SupportError       a device, strategy or optimizer that is not supported
 """
 
@@ -40,6 +41,19 @@ class ReplayError(MixPrecError):
 
 class TraceLeftError(MixPrecError):
     """A replay changed the training in a way that could not be put back; no monitor keeps it to itself."""
+
+
+class OtherRankError(MixPrecError):
+    """A replay that another rank could not go on with, whose messages this rank would have waited for.
+
+    Args:
+        message: Which rank, and why.
+        is_out_of_memory: Whether that rank ran out of memory.
+    """
+
+    def __init__(self, message: str, is_out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.is_out_of_memory = is_out_of_memory
 
 
 class SupportError(MixPrecError):

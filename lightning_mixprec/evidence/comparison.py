@@ -208,6 +208,7 @@ class Comparison:
         replay: How to replay a batch; None for a training step.
 
     Attributes:
+        module: The module.
         layers: The modules by name, in the model's order.
         device: The device they are on.
         reference: The step in fp32, once it was run.
@@ -228,7 +229,7 @@ class Comparison:
         self.reference: Replayed | None = None
         self.flops: dict[str, int] = {}
         self.not_compared: dict[str, str] = {}
-        self._module, self._formats, self._kept, self._wanted = module, formats, kept, wanted
+        self.module, self._formats, self._kept, self._wanted = module, formats, kept, wanted
         self._owned = own_parameters(module, self.layers)
         self._replay = replay or StepReplay(module, formats, module.device)
         self._own = own

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mixprec import ranks
-from lightning_mixprec.errors import TraceLeftError, one_line
+from lightning_mixprec.errors import OtherRankError, TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters, weight_gradients
@@ -139,9 +139,8 @@ class Judge:
         """The diagnosis of this rank's batch; None if its replay is finite."""
         low = self._traced(reference=False, scale=self._scale)
         if not self._on_any_rank(not low.is_finite):
-            self.problem = self.problem or (
-                "memory ran out, and half of the batch is finite" if self._is_halved else None
-            )
+            if self._is_halved:
+                self.problem = self.problem or "memory ran out, and half of the batch is finite"
             return None
         wide = self._traced(reference=True, scale=1.0)
         broken = self._broken_data(wide)
@@ -156,10 +155,8 @@ class Judge:
             # What overflows at the step's scale alone, here or on another rank, hides what overflows at every scale.
             stubbornly = self._traced(reference=False, scale=stubborn)
             low = stubbornly if is_of_gradients else low
-        is_judged = not low.is_finite and self.problem is None
-        return self.marked(
-            self._confirmed(self._tried(partial(self._judged, low, wide, smaller)) if is_judged else None)
-        )
+        found = None if low.is_finite or self.problem else self._tried(partial(self._judged, low, wide, smaller))
+        return self.marked(self._confirmed(found))
 
     def _confirmed(self, found: Diagnosis | None) -> Diagnosis | None:
         """The diagnosis with a format that was tried, if what failed is a number that the failing one holds, too."""
@@ -169,7 +166,9 @@ class Judge:
             return found
         replay, layer, format = self._replay, cause and cause["layer"], cause and cause["fits"]
         formats = with_layer_in(replay.formats, replay.module, layer or "", format) if is_doubtful else replay.formats
-        is_enough = formats is not None and self._tried(partial(self._is_finite_at, self._scale, formats))
+        is_enough = formats is not None
+        if is_enough or ranks.are_many():  # if one rank replays all do
+            is_enough &= bool(self._replayed(partial(self._is_finite_at, self._scale, formats or replay.formats)))
         if found is None or not is_doubtful or is_enough:
             return found
         return replace(found, cause={**found.cause, "fits": None if formats is None else "fp32"})._in_words()
@@ -232,17 +231,21 @@ class Judge:
                 with replay.opened() as stand_ins:
                     traced(stand_ins)
 
-        self._tried(run)
+        self._replayed(run)
         return seen[-1] if seen else _Traced(Replayed(), None, None, True)
 
     def _tells(self, error: Exception) -> bool:
         """True for an exception that may be how the step failed."""
-        return self._may_raise and not is_out_of_memory(error)
+        return self._may_raise and not is_out_of_memory(error) and not isinstance(error, OtherRankError)
+
+    def _replayed(self, run: Callable[[], T]) -> T | None:
+        """Runs a replay, which all ranks do; its errors are kept, as those of all that is tried."""
+        return self._tried(lambda: self._halving.run(lambda batch: run()))
 
     def _tried(self, run: Callable[[], T]) -> T | None:
-        """Runs a replay; its errors are kept, not raised: a monitor ends no run, and the other ranks wait."""
+        """Runs something on this rank; its errors are kept, not raised: a monitor ends no run, and others wait."""
         try:
-            return self._halving.run(lambda batch: run())
+            return run()
         except TraceLeftError:
             raise
         except Exception as error:
@@ -251,11 +254,11 @@ class Judge:
 
     def is_finite_at(self, scale: float) -> bool:
         """True if the step is finite at another loss scale, on all ranks."""
-        return not self._on_any_rank(self._tried(partial(self._is_finite_at, scale)) is not True)
+        return not self._on_any_rank(self._replayed(partial(self._is_finite_at, scale)) is not True)
 
     def fails_at(self, scale: float) -> bool:
         """True if the step is not finite at a loss scale, on this rank."""
-        return self._tried(partial(self._is_finite_at, scale)) is False
+        return self._replayed(partial(self._is_finite_at, scale)) is False
 
     def _is_finite_at(self, scale: float, formats: Formats | None = None) -> bool:
         """True if the step is finite at another loss scale, or in other formats; one that raises is not."""
@@ -273,7 +276,7 @@ class Judge:
         """True if the step is finite in fp32 with a repaired batch; one that cannot be run with it is not."""
         try:
             batch = repaired(self._batch)
-            with self._replay.opened(reference=True) as stand_ins:
+            with self._halving.lockstep.attempt("repaired"), self._replay.opened(reference=True) as stand_ins:
                 replayed = self._replay.run(stand_ins, batch, self._batch_idx, random=self._random)
         except TraceLeftError:
             raise
@@ -290,7 +293,7 @@ class Judge:
         bad, good, smallest = math.ceil(math.log2(self._scale)), None, self._scale
         power = self._guess(wide, bad - 1)
         for _ in range(_TRIES):
-            if self._on_any_rank(self._tried(partial(self._is_finite_at, 2.0**power)) is False):
+            if self._on_any_rank(self._replayed(partial(self._is_finite_at, 2.0**power)) is False):
                 bad, smallest = power, 2.0**power
             elif not self._on_any_rank(self._tried(partial(self._keeps_gradients, wide.replayed, 2.0**power)) is False):
                 return 2.0**power, smallest

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_any_sharded
-from lightning_mixprec.errors import ReplayError, TraceLeftError, one_line
+from lightning_mixprec.errors import OtherRankError, ReplayError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import layers_of
 from lightning_mixprec.evidence.instruments.raised import layers_through
@@ -39,7 +39,7 @@ def in_fp32(replay: StepReplay, run: Callable[[Sandbox], T], tries: int = 3) -> 
             result = run(stand_ins)
     except Exception as raised:
         error = raised
-        is_no_layers = isinstance(raised, (ReplayError, TraceLeftError)) or is_out_of_memory(raised)
+        is_no_layers = isinstance(raised, (ReplayError, TraceLeftError, OtherRankError)) or is_out_of_memory(raised)
         found = (_failing(replay, raised), one_line(raised)) if tries and not is_no_layers else None
     if is_any_sharded(replay.module):
         _, found = ranks.first_found(found)

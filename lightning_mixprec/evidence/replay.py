@@ -30,8 +30,9 @@ from typing_extensions import Self
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.objects import copied, mapped, tensors_in
 from lightning_mixprec.engine.sharding import is_any_sharded, is_sharded
-from lightning_mixprec.errors import SupportError, one_line
+from lightning_mixprec.errors import OtherRankError, SupportError, one_line
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
+from lightning_mixprec.evidence.instruments.lockstep import Lockstep
 from lightning_mixprec.evidence.instruments.memory import free_cuda_bytes, free_host_bytes, is_out_of_memory
 from lightning_mixprec.evidence.instruments.optimizer_copies import Copies
 from lightning_mixprec.evidence.instruments.probe import cast_to_fp32
@@ -353,28 +354,39 @@ def _has_rows(tensor: Tensor) -> bool:
 class Halving:
     """A batch to run something on: half of it, from when memory ran out.
 
+    All ranks run the same, each on its own batch. Where what is run sends messages to all ranks, it is run on half of
+    the batch by all of them or by none.
+
     Args:
         module: The LightningModule that it is run through.
         batch: The batch, on the device.
 
     Attributes:
         batch: What is left of it.
+        lockstep: In which ranks replay it.
         shortage: The error that said that memory ran out, in one line; None if none did.
     """
 
     def __init__(self, module: pl.LightningModule, batch: Any) -> None:
         self._module, self.batch = module, batch
+        self.lockstep, self._runs = Lockstep(module), 0
         self.shortage: str | None = None
 
     def run(self, run: Callable[[Any], T]) -> T:
         """Runs something on the batch; if memory runs out, once more on half of it, and so from then on."""
+        self._runs += 1
+        once_more = f"{self._runs} on half"
         try:
-            return run(self.batch)
+            with self.lockstep.attempt(f"{self._runs}", is_repeated=self.shortage is None):
+                return run(self.batch)
         except Exception as error:
-            if self.shortage is not None or is_any_sharded(self._module) or not is_out_of_memory(error):
+            is_short = error.is_out_of_memory if isinstance(error, OtherRankError) else is_out_of_memory(error)
+            if self.shortage is not None or is_any_sharded(self._module) or not is_short:
+                self.lockstep.call_off(once_more, error)
                 raise
             self.shortage = one_line(error)
         self.batch = halved(self.batch)
         if self._module.device.type == "cuda":
             torch.cuda.empty_cache()
-        return run(self.batch)
+        with self.lockstep.attempt(once_more):
+            return run(self.batch)

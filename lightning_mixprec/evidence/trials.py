@@ -6,9 +6,10 @@ from typing import TypeVar
 import torch
 
 from lightning_mixprec import ranks
-from lightning_mixprec.errors import TraceLeftError, one_line
+from lightning_mixprec.errors import OtherRankError, TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, is_finite
 from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.instruments.lockstep import Lockstep
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.run_formats import PluginFormats, TrialFormats
 from lightning_mixprec.planning.agreement import Agreement
@@ -48,6 +49,7 @@ class Trials:
     ) -> None:
         self._comparison, self._plugin, self._policy_with = comparison, plugin, policy_with
         self.problem: str | None = None
+        self._lockstep, self._replays = Lockstep(comparison.module), 0
         self.passes = 1
         self._in_fp32: Agreement | None = None
         if comparison.reference is None:
@@ -121,11 +123,13 @@ class Trials:
         return Gathered(told, self._comparison.device, scale).read()
 
     def _tried(self, run: Callable[[], T], *, is_trial: bool = False) -> T | None:
+        self._replays += 1
         try:
-            return run()
+            with self._lockstep.attempt(f"{self._replays}"):
+                return run()
         except TraceLeftError:
             raise
         except Exception as error:  # a callback that watches ends no run, and the other ranks wait
-            if not is_trial or is_out_of_memory(error):
+            if not is_trial or is_out_of_memory(error) or isinstance(error, OtherRankError):
                 self.problem = one_line(error)
             return None

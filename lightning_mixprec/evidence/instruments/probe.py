@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.casting import cast
 from lightning_mixprec.engine.objects import rebuilt, tensors_in
-from lightning_mixprec.errors import SupportError, TraceLeftError, one_line
+from lightning_mixprec.errors import OtherRankError, SupportError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import bytes_of, is_out_of_memory
 from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes, OwnTensors, hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
@@ -275,11 +275,11 @@ def computed_again(call: LayerCall) -> Tensor:
 
 @contextlib.contextmanager
 def leaving_out(layer: str, left_out: dict[str, str]) -> Iterator[None]:
-    """An error within costs the layer alone and is noted; that memory ran out, or training was changed, is raised."""
+    """An error within costs the layer alone and is noted; what ends a replay is raised."""
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, TraceLeftError):
+        if is_out_of_memory(error) or isinstance(error, (TraceLeftError, OtherRankError)):
             raise
         left_out.setdefault(layer, one_line(error))
 
