@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.evidence.run_formats import RunFormats
+from lightning_mixprec.numerics.flat_batches import moved_to
 
 _CHUNK = 50
 _UNKNOWN = -1.0
@@ -76,18 +77,15 @@ class LossCurve:
         """One number for each batch; those on the device are joined in one call, the others sent in one."""
         tensors = [value.detach().reshape(()).double() for value in values if isinstance(value, Tensor)]
         plain = [math.nan if isinstance(value, Tensor) else value for value in values]
-        column = torch.tensor(plain, dtype=torch.float64).to(self._device, non_blocking=True)
+        column = moved_to(self._device, torch.tensor(plain, dtype=torch.float64))
         if not tensors:
             return column
-        told = (
-            torch.stack(tensors)
-            .nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-            .to(self._device, non_blocking=True)
-        )
+        told = torch.stack(tensors).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        told = moved_to(self._device, told)
         if len(tensors) == len(values):
             return told
         places = torch.tensor([place for place, value in enumerate(values) if isinstance(value, Tensor)])
-        return column.index_copy(0, places.to(self._device, non_blocking=True), told)
+        return column.index_copy(0, moved_to(self._device, places), told)
 
     def _received(self) -> dict[str, list[Any]] | None:
         if self._sent is None:

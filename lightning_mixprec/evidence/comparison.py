@@ -37,6 +37,7 @@ from lightning_mixprec.evidence.run_formats import Formats
 from lightning_mixprec.evidence.step_window import KeptBatch
 from lightning_mixprec.numerics.exponents import BINS
 from lightning_mixprec.numerics.finite import all_finite
+from lightning_mixprec.numerics.flat_batches import moved_to
 from lightning_mixprec.numerics.formats import is_scaling_needed
 from lightning_mixprec.numerics.similarity import cosine_of
 from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
@@ -173,7 +174,7 @@ class Gathered:
     def __init__(self, measured: Measured, device: torch.device, scale: float | Tensor) -> None:
         self._shapes = [[each.shape for each in group] for group in measured.parts]
         added, largest = (
-            torch.cat([each.detach().to(device, torch.float64, non_blocking=True).reshape(-1) for each in group])
+            torch.cat([moved_to(device, each.detach(), torch.float64).reshape(-1) for each in group])
             for group in measured.parts
         )
         ranks.add_up([added])

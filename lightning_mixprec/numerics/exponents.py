@@ -111,9 +111,9 @@ class Histogram:
         merged = {name: getattr(self, name) + getattr(other, name) for name in FIELDS}
         return Histogram(**merged | {"amax": torch.maximum(self.amax, other.amax)})
 
-    def to(self, device: str | torch.device, non_blocking: bool = False) -> "Histogram":
+    def to(self, device: str | torch.device) -> "Histogram":
         """The same on another device."""
-        return Histogram(**{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in FIELDS})
+        return Histogram(**{name: getattr(self, name).to(device) for name in FIELDS})
 
     def select(self, index: int) -> "Histogram":
         """The histogram of one of several groups."""

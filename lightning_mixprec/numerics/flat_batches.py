@@ -56,7 +56,7 @@ def flatten_together(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
             raise FormatError(f"cannot compare shape {tuple(first.shape)} with shape {tuple(second.shape)}")
         if first.dtype != second.dtype:
             first, second = first.double(), second.double()
-        second = second.to(first.device, non_blocking=True)
+        second = moved_to(first.device, second)
         if first.stride() == second.stride():
             return _in_storage_order(first), _in_storage_order(second)
         return first.reshape(-1), second.reshape(-1)
@@ -175,17 +175,22 @@ def maxima(values: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack(torch._foreach_max(values.split(sizes)))
 
 
+def moved_to(device: torch.device, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device. Waits for it towards the CPU alone, where the host might read before it is there."""
+    return tensor.to(device, dtype, non_blocking=device.type != "cpu")
+
+
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Integers of the host as an int64 tensor, without waiting for the device."""
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return moved_to(device, torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda"))
 
 
 def placed(part: Tensor, rows: list[int], total: Tensor) -> Tensor:
     """Rows of a part at their places in the total, zeros elsewhere; by gathering, which is always deterministic."""
     if len(rows) == len(total):
-        return part.to(total.device, non_blocking=True)
+        return moved_to(total.device, part)
     source = [len(rows)] * len(total)
     for place, row in enumerate(rows):
         source[row] = place
     padded = torch.cat([part, part.new_zeros(1, *part.shape[1:])])
-    return padded.index_select(0, on_device(source, part.device)).to(total.device, non_blocking=True)
+    return moved_to(total.device, padded.index_select(0, on_device(source, part.device)))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from lightning_mixprec.numerics.finite import all_finite
-from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.numerics.flat_batches import local_part, moved_to
 
 _PLAIN = (Tensor, nn.Parameter)
 _CHECKED_BY_KERNEL = (torch.float16, torch.float32, torch.float64)  # by torch's one kernel, on every device
@@ -94,8 +94,7 @@ def check_and_unscale(grads: list[Tensor], factor: Tensor | None, found_inf: Ten
     for (device, dtype), group in _by_kind(grads).items():
         flag = found_inf if device == found_inf.device else scalar(0.0, device)
         real = [torch.view_as_real(grad) for grad in group] if dtype.is_complex else group
-        # The host must not read ahead of the copy.
-        here = None if factor is None else factor.to(device, non_blocking=device.type != "cpu")
+        here = None if factor is None else moved_to(device, factor)
         if real[0].dtype in _CHECKED_BY_KERNEL:
             one_or_factor = scalar(1.0, device) if here is None else here
             torch._amp_foreach_non_finite_check_and_unscale_(real, flag, one_or_factor)
@@ -104,14 +103,14 @@ def check_and_unscale(grads: list[Tensor], factor: Tensor | None, found_inf: Ten
             if here is not None:
                 multiply_(nonempty, here)
         if flag is not found_inf:
-            found_inf = torch.maximum(found_inf, flag.to(found_inf.device, non_blocking=True))
+            found_inf = torch.maximum(found_inf, moved_to(found_inf.device, flag))
     return found_inf
 
 
 def multiply_(tensors: list[Tensor], factor: Tensor | float) -> None:
     """Multiplies tensors of any formats and devices in place, each product rounded once, to the tensor's format."""
     for (device, dtype), group in _by_kind(tensors).items():
-        here = factor.to(device) if isinstance(factor, Tensor) else factor
+        here = moved_to(device, factor) if isinstance(factor, Tensor) else factor
         if isinstance(here, Tensor) and dtype.itemsize == 2:
             # CUDA rounds a number on the device to the tensors' format first: in fp16 a scale of 65536 is infinite.
             torch._foreach_mul_(group, [here.view([1] * tensor.dim()) for tensor in group])

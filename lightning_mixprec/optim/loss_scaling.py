@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec.errors import ScalingError
+from lightning_mixprec.numerics.flat_batches import moved_to
 from lightning_mixprec.optim.gradients import (
     GradMark,
     check_and_unscale,
@@ -75,7 +76,7 @@ class LossScaler:
         self._scale_waiting()
         if self.options is None:
             return loss
-        return loss * self._on(loss.device)[0].to(loss.device, non_blocking=True)
+        return loss * moved_to(loss.device, self._on(loss.device)[0])
 
     def unscale_(self, optimizer: Optimizer) -> Tensor | None:
         """Divides the optimizer's gradients by the scale, once per step, and looks for non-finite ones.
@@ -96,9 +97,9 @@ class LossScaler:
         if done:
             found_inf = check_and_unscale(done, None, found_inf)
         if optimizer in self._found_before:
-            found_inf = torch.maximum(found_inf, self._found_before.pop(optimizer).to(device, non_blocking=True))
+            found_inf = torch.maximum(found_inf, moved_to(device, self._found_before.pop(optimizer)))
         if self.shared_on is not None:
-            found_inf = found_inf.to(self.shared_on, non_blocking=True)
+            found_inf = moved_to(self.shared_on, found_inf)
             torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX)
         self._unscaled[optimizer] = found_inf
         if fresh or done or self.shared_on is not None:
