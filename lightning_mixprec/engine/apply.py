@@ -118,7 +118,8 @@ class Attachment:
             self._borders[site].install()
         self._fast_paths.keep_off(bypassing(self._sites, plan))
         self._plan, self._layers = plan, layers
-        self._root = self._backends.region(plan.formats[self._sites[0]])
+        root = self._sites[0]
+        self._root = self._backends.region(plan.formats[root], plan.narrow.get(root))
         if not is_lent:
             self._settings.make_room(self._model, self._sites, plan)
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lightning_mixprec.engine.backends import Backends
+from lightning_mixprec.engine.backends import Backends, Manner
 from lightning_mixprec.engine.borders import Crossing
 from lightning_mixprec.engine.fastpath import FUSED
 from lightning_mixprec.engine.weights import Slot, mismatches, unusable_in
@@ -102,18 +103,20 @@ class Plan(NamedTuple):
         crossings: by site, what its border does; sites without a border are missing.
         formats: by site, in what its own operations compute.
         is_mixed: whether formats meet anywhere.
+        narrow: by site, how its products compute, if that is in 8 bits.
     """
 
     crossings: dict[Site, Crossing]
     formats: dict[Site, str]
     is_mixed: bool
+    narrow: Mapping[Site, Manner] = MappingProxyType({})
 
     def is_meeting(self, site: Site) -> bool:
         """True if a site's own format, or what it hands on, differs from what a caller computes in."""
         crossing = self.crossings.get(site)
         if crossing is None or crossing.lifts:
             return False
-        return crossing.output is not None or any(self.formats[p] != self.formats[site] for p in site.parents)
+        return crossing.output is not None or _differs(site, self.formats, self.narrow)
 
 
 def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision], backends: Backends) -> Plan:
@@ -127,7 +130,8 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision], backends: 
     Raises:
         PolicyError: a format cannot be computed in, or a module cannot be instrumented.
     """
-    formats = {site: _checked(site.name, assignment[site.name].compute, backends) for site in sites}
+    formats = {site: _checked(site.name, assignment[site.name].region, backends) for site in sites}
+    narrow = {site: manner for site in sites if (manner := _manner(assignment[site.name])) is not None}
     unusable = {format: unusable_in(_dtype(format)) for format in set(formats.values())}
     slots = {site: own for site in sites if (own := _own_slots(site, unusable[formats[site]], assignment[site.name]))}
     root = sites[0]
@@ -135,7 +139,7 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision], backends: 
     for site in sites[1:]:
         layer = assignment[site.name]
         output = layer.output
-        differs = any(formats[parent] != formats[site] for parent in site.parents)
+        differs = _differs(site, formats, narrow)
         is_top = differs or (root in site.parents and formats[root] == formats[site])
         seen = _region_slots(site, formats, slots) if slots and (is_top or output or site in slots) else ()
         if differs or output or seen:
@@ -145,6 +149,8 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision], backends: 
                 "input" if output == "input" else _dtype(_checked(site.name, output, backends)) if output else None,
                 layer.stays_wide,
                 seen,
+                narrow=narrow.get(site),
+                leaves=site not in narrow and any(parent in narrow for parent in site.parents),
             )
     replaced = {format for format in set(formats.values()) if backends.region(format).mode is not None}
     entrances = {
@@ -154,7 +160,17 @@ def draw(sites: list[Site], assignment: Mapping[str, LayerPrecision], backends: 
     }
     _refuse_scripted(crossings)
     is_mixed = bool(crossings) or len(set(formats.values())) > 1
-    return Plan(crossings | entrances, formats, is_mixed)
+    return Plan(crossings | entrances, formats, is_mixed, narrow)
+
+
+def _manner(layer: LayerPrecision) -> Manner | None:
+    how = layer.eight_bits
+    return Manner(layer.compute, how.scaling, how.gradients) if layer.has_narrow_products else None
+
+
+def _differs(site: Site, formats: Mapping[Site, str], narrow: Mapping[Site, Manner]) -> bool:
+    own = formats[site], narrow.get(site)
+    return any((formats[parent], narrow.get(parent)) != own for parent in site.parents)
 
 
 def bypassing(sites: list[Site], plan: Plan) -> list[nn.Module]:

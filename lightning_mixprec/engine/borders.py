@@ -12,7 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_mixprec.engine.backends import Backends
+from lightning_mixprec.engine.backends import Backends, Manner, WithoutNarrow
 from lightning_mixprec.engine.casting import FLOATING, Casts, all_to, cast, first_floating, holds_dtype
 from lightning_mixprec.engine.fastpath import arrive_cast
 from lightning_mixprec.engine.loans import lend
@@ -61,6 +61,8 @@ class Crossing(NamedTuple):
         slots: the weights that the module's region cannot use as they are stored.
         only_enters: whether the region is entered, where it is not yet, and nothing else is done: for a module whose
             callers compute in the same region, which checkpointing recomputes without them.
+        narrow: how the module's products compute, if that is in 8 bits.
+        leaves: whether those of a caller do, and its own do not.
     """
 
     format: str
@@ -69,6 +71,8 @@ class Crossing(NamedTuple):
     lifts: bool = False
     slots: tuple[Slot, ...] = ()
     only_enters: bool = False
+    narrow: Manner | None = None
+    leaves: bool = False
 
 
 class Border:
@@ -99,8 +103,9 @@ class Border:
 
     def become(self, crossing: Crossing) -> None:
         """Takes over another crossing; the object stays, so that compiled code finds it again."""
-        format, self.wide, self.output, lifts, self.slots, self.only_enters = crossing
-        self.region = self.backends.region(format)
+        format, self.wide, self.output, lifts, self.slots, self.only_enters, narrow, self.leaves = crossing
+        region = self.backends.region(format, narrow)
+        self.region = WithoutNarrow(region) if self.leaves else region
         self.mode = self.region.mode
         self.dtype = self.region.dtype
         self.casts = dict.fromkeys(_COMPUTED, (_ALL_TO[self.dtype], {}, {})) if lifts else _CASTS[self.dtype]
@@ -160,7 +165,7 @@ class Border:
                 output = _arrived(args, kwargs)
             args, kwargs, loan = lend(args, kwargs, into)
         compute = self._compute if self.slots else self._forward
-        is_inside = own is caller and (self.mode is None or self.mode.is_entered())
+        is_inside = own is caller and not self.leaves and (self.mode is None or self.mode.is_entered())
         result = compute(args, kwargs) if is_inside else self.region.call(was_on, was, compute, args, kwargs)
         if output is torch.float64:
             back = back_from_fp64

@@ -99,7 +99,8 @@ def _formats(sites: list[Site], plan: Plan) -> tuple[Any, ...]:
 def _crossed(crossing: Crossing | None) -> tuple[Any, ...] | None:
     if crossing is None:
         return None
-    return *crossing[:-1], tuple((slot.name, slot.dtype) for slot in crossing.slots)
+    slots = tuple((slot.name, slot.dtype) for slot in crossing.slots)
+    return *crossing._replace(slots=()), slots
 
 
 def _dynamo_config() -> Any:

@@ -229,7 +229,7 @@ def _format(module: nn.Module, precision: LayerPrecision) -> torch.dtype | None:
     """The 16-bit format that autocast casts all weights of a module to, if it does."""
     names = {name for name, param in module._parameters.items() if param is not None}
     is_cast = names <= _OWN_WEIGHTS and any(type(module).forward is kind.forward for kind in _CAST_BY_AUTOCAST)
-    return _half_dtype(precision.compute) if is_cast else None
+    return _half_dtype(precision.region) if is_cast else None
 
 
 def _half_dtype(format: str) -> torch.dtype | None:
@@ -245,7 +245,7 @@ def _is_ours(given: Any) -> bool:
 def _check_given(group: Group, assignment: Mapping[str, LayerPrecision]) -> None:
     gathered = group.given.param_dtype
     for name in group.layers if gathered is not None else ():
-        if _half_dtype(assignment[name].compute) != gathered:
+        if _half_dtype(assignment[name].region) != gathered:
             raise PolicyError(
                 f"the weights of layer {name!r} were sharded with MixedPrecisionPolicy(param_dtype={gathered}), but it "
                 f"is to compute in {assignment[name].compute}; leave mp_policy out of fully_shard, or call "

@@ -136,7 +136,8 @@ def _losses(gradient: Histogram, format: str, scale: float) -> tuple[float, floa
 
 
 def _what_if(format: str, gradients: Sequence[Histogram], output: Histogram | None, scale: float) -> WhatIf:
-    scale = scale if get_format(format).use.needs_scaling else 1.0
+    use = get_format(format).use
+    scale = scale if use.needs_scaling or use.scales_itself else 1.0
     outputs = 0.0 if output is None else overflow_rate(output, format).middle
     overflows = [overflow_rate(each, format, scale, direction="backward").middle for each in gradients]
     return {

@@ -2,13 +2,14 @@
 
 A format is defined by a handful of facts (IEEE 754-2019, section 3; for fp8 the OCP 8-bit floating point
 specification): how many exponent and mantissa bits it has, and what its largest exponent code stands for. Everything
-else about its numbers is derived. What it is used for is written beside it, in the table and nowhere else: lists of
+else about its numbers is derived. int8 is the format without exponent bits: all its numbers are subnormal, that is,
+whole multiples of the smallest one. What it is used for is written beside it, in the table and nowhere else: lists of
 formats are asked of the table when they are needed, so that a new row is known everywhere.
 
 >>> get_format("fp16").max, get_format("e4m3").max
 (65504.0, 448.0)
 >>> get_format("fp16").use.for_range, get_format("fp16").use.for_precision, compute_formats()
-('bf16', 'fp32', ('fp64', 'fp32', 'bf16', 'fp16'))
+('bf16', 'fp32', ('fp64', 'fp32', 'bf16', 'fp16', 'fp8', 'int8'))
 """
 
 import difflib
@@ -34,6 +35,9 @@ class Use:
         is_computed_in: Whether layers compute in it.
         stores_weights: Whether a policy may store weights in it.
         needs_scaling: Whether gradients need a loss scale to be kept in it.
+        scales_itself: Whether each tensor is scaled, before it is cast, by the largest magnitude in it.
+        products: The layers' own products that compute in it where a rule does not say which: ``"all"``, or
+            ``"forward"`` alone; empty for a format that all operations compute in.
         for_range: The format to promote to where numbers are too large or too small for this one.
         for_precision: The format to promote to where this one rounds too coarsely.
         lightning_name: What ``Trainer(precision=...)`` calls training in it; empty if Lightning has no name for it.
@@ -48,6 +52,8 @@ class Use:
     is_computed_in: bool = False
     stores_weights: bool = False
     needs_scaling: bool = False
+    scales_itself: bool = False
+    products: Literal["", "all", "forward"] = ""
     for_range: str | None = None
     for_precision: str | None = None
     lightning_name: str = ""
@@ -60,11 +66,13 @@ class Use:
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format with a sign bit, and everything that follows from its definition.
+    """A binary format with a sign bit, and everything that follows from its definition.
 
     ``overflow`` says what the largest exponent code means. ``"inf"``: infinity and NaNs, as IEEE 754 has it. ``"nan"``:
     ordinary numbers except for the very last code, which is the only NaN (the `fn` formats of OCP fp8), so what is too
-    large becomes NaN.
+    large becomes NaN. ``"max"``: ordinary numbers, so what is too large becomes the largest of them.
+
+    Without exponent bits it is the whole numbers from ``-max`` to ``max``.
 
     Two formats of one width may go under one name: ``parts`` are the one for weights and activations, whose numbers are
     those of the whole, and the one with more range for gradients.
@@ -73,7 +81,7 @@ class Format:
     name: str
     exponent_bits: int
     mantissa_bits: int
-    overflow: Literal["inf", "nan"]
+    overflow: Literal["inf", "nan", "max"]
     dtype: torch.dtype
     use: Use = Use()
     parts: "tuple[Format, Format] | None" = None
@@ -82,6 +90,11 @@ class Format:
     def bits(self) -> int:
         """Bits of one number."""
         return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def is_integer(self) -> bool:
+        """True if its numbers are whole ones: no tensor is stored in it without a scale."""
+        return self.exponent_bits == 0
 
     @property
     def is_low_precision(self) -> bool:
@@ -101,16 +114,20 @@ class Format:
     @cached_property
     def max_exponent(self) -> int:
         """Exponent of the largest finite number: it lies in ``[2**max_exponent, 2**(max_exponent + 1))``."""
+        if self.is_integer:
+            return self.mantissa_bits - 1
         return self._bias if self.overflow == "inf" else self._bias + 1
 
     @cached_property
     def min_exponent(self) -> int:
-        """Exponent of the smallest normal number."""
-        return 1 - self._bias
+        """Exponent of the smallest normal number; of an integer format, of the first number that is none of its."""
+        return self.mantissa_bits if self.is_integer else 1 - self._bias
 
     @cached_property
     def max(self) -> float:
         """Largest finite number."""
+        if self.is_integer:
+            return self.smallest_normal - self.smallest_subnormal
         codes_lost_to_nan = 0 if self.overflow == "inf" else 1
         return math.ldexp(2.0 - (1 + codes_lost_to_nan) * self.epsilon, self.max_exponent)
 
@@ -179,18 +196,30 @@ _FP16 = Use(
     x86_features=("avx512_fp16", "amx_fp16"),
     arm_features=("fp16_arith",),
 )
-_FP8 = Use(needs_scaling=True, for_range="bf16", for_precision="bf16", cuda_capability=(8, 9))  # Ada
-_E4M3 = Format("e4m3", 4, 3, "nan", torch.float8_e4m3fn, _FP8)
-_E5M2 = Format("e5m2", 5, 2, "inf", torch.float8_e5m2, _FP8)
+_PLAIN_FP8 = Use(needs_scaling=True, for_range="bf16", for_precision="bf16", cuda_capability=(8, 9))  # Ada
+_FP8 = replace(_PLAIN_FP8, is_computed_in=True, needs_scaling=False, scales_itself=True, products="all")
+_INT8 = Use(
+    is_computed_in=True,
+    scales_itself=True,
+    products="forward",
+    for_range="bf16",
+    for_precision="bf16",
+    cuda_capability=(7, 5),  # Turing
+    x86_features=("avx512_vnni", "avx_vnni", "amx_int8"),
+    arm_features=("dot", "i8mm"),
+)
+_E4M3 = Format("e4m3", 4, 3, "nan", torch.float8_e4m3fn, _PLAIN_FP8)
+_E5M2 = Format("e5m2", 5, 2, "inf", torch.float8_e5m2, _PLAIN_FP8)
 
 _ROWS = (
     Format("fp64", 11, 52, "inf", torch.float64, _FP64),
     Format("fp32", 8, 23, "inf", torch.float32, _FP32),
     Format("bf16", 8, 7, "inf", torch.bfloat16, _BF16),
     Format("fp16", 5, 10, "inf", torch.float16, _FP16),
-    replace(_E4M3, name="fp8", parts=(_E4M3, _E5M2)),
+    replace(_E4M3, name="fp8", use=_FP8, parts=(_E4M3, _E5M2)),
     _E4M3,
     _E5M2,
+    Format("int8", 0, 7, "max", torch.int8, _INT8),
 )
 
 FORMATS: dict[str, Format] = {format.name: format for format in _ROWS}
@@ -209,6 +238,7 @@ _OTHER_NAMES = {
     "brain": "bf16",
     "float8": "fp8",
     "8": "fp8",
+    "i8": "int8",
 }
 
 
@@ -217,13 +247,22 @@ def compute_formats() -> tuple[str, ...]:
     return tuple(name for name, format in FORMATS.items() if format.use.is_computed_in)
 
 
+def region_formats() -> tuple[str, ...]:
+    """The names of those that every operation of a layer can compute in: 16 bits and wider.
+
+    >>> region_formats()
+    ('fp64', 'fp32', 'bf16', 'fp16')
+    """
+    return tuple(name for name in compute_formats() if not FORMATS[name].use.products)
+
+
 def param_formats() -> tuple[str, ...]:
     """The names of the formats that a policy may store weights in."""
     return tuple(name for name, format in FORMATS.items() if format.use.stores_weights)
 
 
 def low_precision_formats(*, in_parts: bool = False) -> tuple[str, ...]:
-    """The names of the formats of 16 bits or fewer: more bits first, and of equally many the least range.
+    """The names of the floating-point formats of 16 bits or fewer: more bits first, of equally many the least range.
 
     Args:
         in_parts: Whether a pair stands for itself, or its two formats do.
@@ -231,20 +270,20 @@ def low_precision_formats(*, in_parts: bool = False) -> tuple[str, ...]:
     >>> low_precision_formats(), low_precision_formats(in_parts=True)
     (('fp16', 'bf16', 'fp8'), ('fp16', 'bf16', 'e4m3', 'e5m2'))
     """
-    low = [format for format in FORMATS.values() if format.is_low_precision]
+    low = [format for format in FORMATS.values() if format.is_low_precision and not format.is_integer]
     left_out = [left for format in low if format.parts for left in ([format] if in_parts else format.parts)]
     ordered = sorted((each for each in low if each not in left_out), key=lambda each: (-each.bits, each.forward.max))
     return tuple(format.name for format in ordered)
 
 
 def stored_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes of all formats, each once."""
-    return tuple({format.dtype: None for format in _plain()})
+    """The dtypes of all floating-point formats, each once."""
+    return tuple({format.dtype: None for format in _stored()})
 
 
 def compute_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes of the plain formats that layers compute in, each once."""
-    return tuple({format.dtype: None for format in _plain() if format.use.is_computed_in})
+    """The dtypes of the formats that layers compute in and that tensors are stored in, each once."""
+    return tuple({format.dtype: None for format in _stored() if format.use.is_computed_in})
 
 
 def half_dtypes() -> tuple[torch.dtype, ...]:
@@ -253,7 +292,7 @@ def half_dtypes() -> tuple[torch.dtype, ...]:
     >>> half_dtypes()
     (torch.bfloat16, torch.float16)
     """
-    return tuple({format.dtype: None for format in _plain() if format.is_half})
+    return tuple({format.dtype: None for format in _stored() if format.is_half})
 
 
 def is_scaling_needed(formats: Iterable[str]) -> bool:
@@ -319,7 +358,7 @@ def get_format(name: str) -> Format:
 def meant_by(name: object) -> str | None:
     """The format that was probably meant by a name, a number of bits or a dtype, None if nothing is near.
 
-    >>> meant_by("half"), meant_by(torch.bfloat16), meant_by("int8")
+    >>> meant_by("half"), meant_by(torch.bfloat16), meant_by("int32")
     ('fp16', 'bf16', None)
     """
     if isinstance(name, bool) or not isinstance(name, str | int | torch.dtype):
@@ -328,7 +367,7 @@ def meant_by(name: object) -> str | None:
     for part in (part for format in FORMATS.values() for part in format.parts or ()):
         if part.name in text:
             return part.name
-    of_dtypes = {str(format.dtype).removeprefix("torch."): format.name for format in reversed(_plain())}
+    of_dtypes = {str(format.dtype).removeprefix("torch."): format.name for format in reversed(_stored())}
     names = {known: known for known in FORMATS} | _OTHER_NAMES | of_dtypes
     close = difflib.get_close_matches(text, names, n=1, cutoff=0.7)
     return names[close[0]] if close else None
@@ -346,8 +385,8 @@ def format_of(dtype: torch.dtype) -> str | None:
 
 def stored_format(dtype: torch.dtype) -> Format | None:
     """The format in which tensors of this dtype are stored, ``None`` if it is not in the table."""
-    return next((format for format in _plain() if format.dtype == dtype), None)
+    return next((format for format in _stored() if format.dtype == dtype), None)
 
 
-def _plain() -> list[Format]:
-    return [format for format in FORMATS.values() if not format.parts]
+def _stored() -> list[Format]:
+    return [format for format in FORMATS.values() if not format.parts and not format.is_integer]

@@ -167,7 +167,7 @@ def _last_finite(target: Format, scale: float, dtype: torch.dtype) -> float:
     Beyond half a step above the format's maximum it is infinite or NaN; the tie goes to the even one of the two, which
     the maximum is only where the codes above it are NaN.
     """
-    half_step = _power(target.max_exponent - target.mantissa_bits - 1)
+    half_step = _power(max(target.max_exponent, target.min_exponent) - target.mantissa_bits - 1)
     return _last_within(Fraction(target.max) + half_step, target.overflow == "nan", scale, dtype)
 
 

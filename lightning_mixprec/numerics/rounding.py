@@ -16,8 +16,9 @@ from lightning_mixprec.numerics.formats import Format, get_format, stored_format
 def round_to(tensor: Tensor, format: str) -> Tensor:
     """Round each element to the nearest number of a format, ties to even, in one rounding.
 
-    What is too large becomes infinite, in e4m3, which has no infinity, NaN; and so does an infinity in e4m3. NaN stays
-    NaN and zero keeps its sign. ``"fp8"`` rounds to its forward format, e4m3.
+    What is too large becomes infinite, in e4m3, which has no infinity, NaN; and so does an infinity in e4m3. In int8,
+    which has neither, it becomes the largest number. NaN stays NaN and zero keeps its sign. ``"fp8"`` rounds to its
+    forward format, e4m3.
 
     Args:
         tensor: any shape, device and floating-point dtype.
@@ -74,5 +75,6 @@ def _rounded_magnitude(magnitude: Tensor, target: Format) -> Tensor:
     if target.min_exponent > work.min_exponent:
         shifter = math.ldexp(1.0, target.min_exponent + dropped)
         rounded = torch.where(magnitude < target.smallest_normal, (magnitude + shifter) - shifter, rounded)
-    rounded = torch.where(rounded > target.max, math.inf if target.overflow == "inf" else math.nan, rounded)
+    beyond = {"inf": math.inf, "nan": math.nan, "max": target.max}[target.overflow]
+    rounded = torch.where(rounded > target.max, beyond, rounded)
     return torch.where(magnitude.isnan(), math.nan, rounded)

@@ -151,9 +151,9 @@ class FormatsInForce:
     def cast_batch(self, data: Any, stage: Literal["train", "eval"]) -> Any:
         """A batch, cast if the LightningModule's own operations compute wider than fp32; others take it as it comes."""
         assignment = self._assignment_of(stage)
-        if assignment is None or not is_wider(assignment[""].compute, REFERENCE):
+        if assignment is None or not is_wider(assignment[""].region, REFERENCE):
             return data
-        return cast_floating(data, get_format(assignment[""].compute).forward.dtype)
+        return cast_floating(data, get_format(assignment[""].region).forward.dtype)
 
     def forward(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes in the formats in force."""
@@ -288,9 +288,9 @@ def all_in_fp32(assignment: Mapping[str, LayerPrecision], but_for: Collection[st
     """
 
     def wide(name: str, layer: LayerPrecision) -> LayerPrecision:
-        is_inside = get_format(layer.compute).is_half and any(name.startswith(f"{outer}.") for outer in but_for)
+        is_inside = get_format(layer.region).is_half and any(name.startswith(f"{outer}.") for outer in but_for)
         compute = layer.compute if is_wider(layer.compute, REFERENCE) else REFERENCE
-        return replace(layer, compute=compute, output=layer.compute if is_inside else None)
+        return replace(layer, compute=compute, output=layer.region if is_inside else None)
 
     return {name: layer if name in but_for else wide(name, layer) for name, layer in assignment.items()}
 

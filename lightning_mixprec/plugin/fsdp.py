@@ -92,7 +92,7 @@ class PerLayerFSDPPrecision(PerLayerPrecision, FSDPPrecision):  # type: ignore[m
 
 def _check_storage(assignment: Assignment) -> None:
     for name, layer in assignment.items():
-        if is_wider(layer.compute, REFERENCE) or layer.param not in (REFERENCE, layer.compute):
+        if is_wider(layer.compute, REFERENCE) or layer.param not in (REFERENCE, layer.region):
             raise SupportError(
                 f"layer {name!r} stores its weights in {layer.param} and computes in {layer.compute}, for which FSDP "
                 "would have to hold casts of them; use fp32 weights and fp32, bf16 or fp16 operations, or "
@@ -109,7 +109,7 @@ def _check_gathered(root: nn.Module, assignment: Assignment) -> None:
         name = modules.get(id(module))
         if gathered not in half_dtypes() or name is None or not module._parameters:
             continue
-        if get_format(assignment[name].compute).forward.dtype != gathered:
+        if get_format(assignment[name].region).forward.dtype != gathered:
             raise PolicyError(
                 f"FSDPStrategy(mixed_precision=...) gathers the weights of layer {name!r} in {format_of(gathered)}, "
                 f"but it is to compute in {assignment[name].compute}; add its class to _module_classes_to_ignore, wrap "

@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import throughput_monitor
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_mixprec.engine.backends import Backends
+from lightning_mixprec.engine.backends.scaled_products import TILE
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.numerics.formats import get_format, half_dtypes
 from lightning_mixprec.plugin.arguments import choose_format, device_name
@@ -29,6 +31,7 @@ def warn_of_costs(
     """Warns of what the assignments of a run that is about to start cost."""
     for assignment in filter(None, (training, evaluation)):
         warn_of_emulation(assignment, model.trainer.strategy.root_device, backends)
+        warn_of_narrow_products(model, assignment, model.trainer.strategy.root_device.type, backends)
     warn_of_narrow_weights(model, training)
 
 
@@ -36,7 +39,9 @@ def warn_of_emulation(assignment: Assignment, device: torch.device, backends: Ba
     """One warning per compute format that the device does not compute natively."""
     for name in sorted(assignment.compute_formats):
         backend = backends.backend_for(name)
-        if backend is not None and not (support := backend.support(name, device)).native:
+        if backends.narrow_for(name) is not None:
+            _warn_of_emulated_products(name, device, backends)
+        elif backend is not None and not (support := backend.support(name, device)).native:
             cost = backend.cost(name, device)
             slow = "slow" if cost is None else f"{cost:.1f} times as slow as fp32"
             rank_zero_warn(
@@ -46,13 +51,60 @@ def warn_of_emulation(assignment: Assignment, device: torch.device, backends: Ba
             )
 
 
+def _warn_of_emulated_products(format: str, device: torch.device, backends: Backends) -> None:
+    narrow = backends.narrow_for(format)
+    if narrow is not None and narrow.is_emulated:
+        reason = narrow.support(format, device).reason if backends.emulate == "auto" else "emulate=True"
+        rank_zero_warn(
+            f"Products in {format} are emulated on {device_name(device)} ({reason}): right, but not faster than fp32. "
+            f"For speed use {choose_format(device)[0]}."
+        )
+
+
+def warn_of_narrow_products(model: nn.Module, assignment: Assignment, device_type: str, backends: Backends) -> None:
+    """One warning per format of the layers on a GPU that gain nothing by it, and one of those that are filled up."""
+    if device_type != "cuda":
+        return
+    for format in sorted(assignment.compute_formats):
+        narrow = backends.narrow_for(format)
+        shapes = _weight_shapes(model, assignment, format) if narrow is not None else {}
+        small = [
+            name
+            for name, shape in shapes.items()
+            if narrow is not None and not narrow.is_worthwhile(shape, assignment[name].eight_bits.scaling)
+        ]
+        if small:
+            rank_zero_warn(
+                f"{len(small)} layers ({small[0]} first) compute in {format} and are too small to gain by it: casts "
+                "take longer than products save (as measured on an H100). Compute them in bf16."
+            )
+        odd = [name for name, shape in shapes.items() if any(size % TILE for size in shape)]
+        if odd:
+            rank_zero_warn(
+                f"{len(odd)} layers ({', '.join(odd)}) compute in {format} and have sizes that are no multiples of "
+                f"{TILE}: their products are filled up with zeros at each step. Choose other sizes, or compute them in "
+                "bf16."
+            )
+
+
+def _weight_shapes(model: nn.Module, assignment: Assignment, format: str) -> dict[str, torch.Size]:
+    """The shapes of the weights of layers that compute in a format, as far as they are known."""
+    return {
+        name: weight.shape
+        for name, module, _ in walk(model)
+        if assignment[name].compute == format and assignment.facts[name].first_name == name
+        if (weight := module._parameters.get("weight")) is not None
+        if not is_lazy(weight) and weight.dim() == 2
+    }
+
+
 def warn_of_narrow_weights(model: nn.Module, assignment: Assignment) -> None:
     """One warning if weights stored in 16 bits are trained in 16 bits; frozen ones lose nothing."""
     names = [
         name
         for name, module, _ in walk(model)
         if assignment.facts[name].first_name == name
-        and get_format(assignment[name].compute).is_half
+        and get_format(assignment[name].region).is_half
         and any(_is_trained_narrow(param) for param in module._parameters.values() if param is not None)
     ]
     if names:

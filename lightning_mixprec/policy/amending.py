@@ -9,9 +9,15 @@ from torch import nn
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.policy.idle_rules import active_rules, check_rules, no_such_layer
 from lightning_mixprec.policy.resolving import Resolution, matches_of, resolve
-from lightning_mixprec.policy.rules import FieldError, Rule, check_format, did_you_mean, parse_short_form
+from lightning_mixprec.policy.rules import (
+    FieldError,
+    Rule,
+    check_format,
+    did_you_mean,
+    parse_short_form,
+)
 
-_EDIT_KEYS = ("compute", "output", "recurse")
+_EDIT_KEYS = ("compute", "output", "recurse", "scaling", "gradients")
 
 
 def amended_rules(
@@ -41,7 +47,8 @@ def read_edit(pattern: str, value: object, rules: Sequence[Rule] = ()) -> Rule:
 
     Args:
         pattern: The pattern.
-        value: The edit: a compute format, ``"c=fp32,o=input"``, or a mapping with compute, output and recurse.
+        value: The edit: a compute format, ``"c=fp32,o=input"``, or a mapping with compute, output and recurse, and
+            with scaling and gradients for fp8 and int8.
         rules: The rules of the policy, one of which may say what the edit does not say.
 
     Raises:
@@ -50,6 +57,8 @@ def read_edit(pattern: str, value: object, rules: Sequence[Rule] = ()) -> Rule:
     try:
         said = _said(value)
         lender = _lender(rules, pattern, said.get("recurse"))
+        if lender is not None and said.get("compute") not in (None, lender.compute):
+            said = {"scaling": None, "gradients": None} | said  # which the lender says of another format
         return Rule(pattern, **said) if lender is None else replace(lender, **said)
     except FieldError as error:
         raise PolicyError(f"edit {pattern!r}: {error}") from None
@@ -78,7 +87,7 @@ def _said(value: object) -> dict[str, Any]:
                 raise FieldError(f"unknown key {key!r}{near} an edit takes compute, output and recurse")
         said = dict(value)
         for key, format in said.items():
-            if key != "recurse":
+            if key in ("param", "compute", "output"):
                 check_format(key, format)
     if "param" in said:
         raise FieldError("param cannot change during a run; an edit takes compute and output")

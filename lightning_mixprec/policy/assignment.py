@@ -4,11 +4,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_mixprec.numerics.formats import REFERENCE, is_wider
-from lightning_mixprec.policy.rules import Rule
+from lightning_mixprec.policy.rules import Rule, is_of_products
 from lightning_mixprec.policy.table import Table, shortened
 from lightning_mixprec.policy.table_folding import Row
 
 _MAX_LABEL_WIDTH = 80
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """The manner in which a layer computes whose products are in fp8 or int8.
+
+    Attributes:
+        around: The 16-bit format of what the products take and give, and of the layer's other operations.
+        scaling: What one scale is of: ``"tensor"`` or ``"row"``.
+        gradients: Which gradients are products in 8 bits as well: ``"all"``, ``"input"`` or ``"none"``.
+    """
+
+    around: str = "bf16"
+    scaling: str = "tensor"
+    gradients: str = "all"
 
 
 @dataclass(frozen=True)
@@ -18,10 +33,12 @@ class LayerPrecision:
     Attributes:
         param: The format that its weights are stored in.
         compute: The format that its own operations are autocast to; fp64, if its weights are and no rule says another.
+            Or that of its products: fp8 or int8.
         output: The format that its output is handed on in, or ``"input"``; None for as computed.
         rule: The rule that decided; None for the policy's default.
         leaves_wide: Whether what the model has in fp64 is left alone, as by autocast: no rule says how the layer
             computes or is stored, and the default is not fp64.
+        eight_bits: How its products compute if that is fp8 or int8.
     """
 
     param: str
@@ -29,11 +46,30 @@ class LayerPrecision:
     output: str | None = None
     rule: Rule | None = None
     leaves_wide: bool = False
+    eight_bits: EightBits = EightBits()
+
+    @property
+    def region(self) -> str:
+        """The format of all its operations, but for products in 8 bits: 16 bits or wider.
+
+        >>> LayerPrecision("fp32", "fp8").region, LayerPrecision("fp32", "fp16").region
+        ('bf16', 'fp16')
+        """
+        return self.eight_bits.around if self.has_narrow_products else self.compute
+
+    @property
+    def has_narrow_products(self) -> bool:
+        """True if its products, and they alone, compute in 8 bits."""
+        return is_of_products(self.compute)
 
     @property
     def formats(self) -> tuple[str, str, str | None]:
         """Param, compute and output."""
         return self.param, self.compute, self.output
+
+    def computes_as(self, other: "LayerPrecision") -> bool:
+        """True if formats, and the manner of products, are another's."""
+        return (self.formats, self.eight_bits) == (other.formats, other.eight_bits)
 
     @property
     def is_stored_by_rule(self) -> bool:
@@ -146,15 +182,16 @@ class Assignment(Mapping[str, LayerPrecision]):
 
     @property
     def compute_formats(self) -> frozenset[str]:
-        """The formats that some layer with operations of its own computes in."""
-        return frozenset(layer.compute for name, layer in self.items() if self.facts[name].has_forward)
+        """The formats that some layer with operations of its own computes in, itself or around its products."""
+        own = [layer for name, layer in self.items() if self.facts[name].has_forward]
+        return frozenset(format for layer in own for format in (layer.compute, layer.region))
 
     def changes_to(self, other: "Assignment") -> dict[str, tuple[LayerPrecision, LayerPrecision]]:
         """The layers, each under its first name, whose formats differ in another assignment of the same model."""
         return {
             name: (layer, other[name])
             for name, layer in self.items()
-            if self.facts[name].first_name == name and name in other and layer.formats != other[name].formats
+            if self.facts[name].first_name == name and name in other and not layer.computes_as(other[name])
         }
 
     @property

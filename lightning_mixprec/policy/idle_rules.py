@@ -9,7 +9,7 @@ from lightning_mixprec.policy.layers import Inventory, with_below
 from lightning_mixprec.policy.matching import near_layers, near_words
 from lightning_mixprec.policy.module_names import is_scripted
 from lightning_mixprec.policy.resolving import Resolution, matches_of, resolve
-from lightning_mixprec.policy.rules import Rule
+from lightning_mixprec.policy.rules import Rule, is_of_products
 
 _MAX_NAMED = 3
 
@@ -24,7 +24,7 @@ def check_rules(resolution: Resolution, allow_unmatched: bool) -> None:
     active = active_rules(resolution)
     for number, rule in enumerate(resolution.rules):
         if resolution.matched[number]:
-            problem = _problem(resolution, number, active)
+            problem = _problem(resolution, number, active) or _narrow_problem(resolution, number)
         else:
             problem = None if allow_unmatched else _unmatched_problem(resolution, rule)
         if problem is not None:
@@ -113,6 +113,21 @@ def _problem(resolution: Resolution, number: int, active: set[int]) -> str | Non
     """The error about a rule that matches layers and does nothing for them."""
     problem = _part_problem(resolution, number)
     return _idle_problem(resolution, number) if problem is None and number not in active else problem
+
+
+def _narrow_problem(resolution: Resolution, number: int) -> str | None:
+    """The error about a rule for 8-bit products that decides for no layer that has some."""
+    rule, inventory = resolution.rules[number], resolution.inventory
+    if not is_of_products(rule.compute):
+        return None
+    decided = [layer for layer, decider in enumerate(resolution.decided_by) if decider == number]
+    if any(inventory.takes_narrow_products(layer) for layer in decided):
+        return None
+    known = [layer for layer in range(len(inventory.modules)) if inventory.takes_narrow_products(layer)]
+    names = _listed([inventory.names[layer][0] or '""' for layer in known], 8)
+    hint = f"its Linear layers are {names}" if known else "the model has none, so leave the rule out"
+    kinds = {type(inventory.modules[layer]).__name__ for layer in decided}
+    return f"covers {_listed(sorted(kinds))}, and {rule.compute} is for products of nn.Linear alone; {hint}"
 
 
 def _part_problem(resolution: Resolution, number: int) -> str | None:

@@ -38,6 +38,11 @@ class Inventory:
     has_forward: list[bool]
     unit: dict[int, int]
 
+    def takes_narrow_products(self, layer: int) -> bool:
+        """True of ``nn.Linear`` and its subclasses, unless they are mere parts of a layer that never calls them."""
+        module = self.modules[layer]
+        return isinstance(module, nn.Linear) and layer not in self.unit and not is_scripted(module)
+
     def own_parameters(self, layer: int) -> Iterator[nn.Parameter]:
         """Its floating-point parameters, those of its children not included; complex ones are not floating-point."""
         for parameter in self.modules[layer]._parameters.values():

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import compute_formats
+from lightning_mixprec.numerics.formats import region_formats
 from lightning_mixprec.policy import yaml_files as files
 from lightning_mixprec.policy.amending import amended_rules
 from lightning_mixprec.policy.assignment import Assignment
@@ -154,7 +154,7 @@ def as_policy(value: object) -> PrecisionPolicy:
             f"policy is {value!r} ({type(value).__name__}); give a format name, a path to a YAML file, a mapping or a "
             "PrecisionPolicy"
         )
-    if value in compute_formats():
+    if value in region_formats():
         return PrecisionPolicy(value)
     if _is_path(value):
         return PrecisionPolicy.from_file(value)

@@ -7,17 +7,21 @@ enclosing layer, over all the layers that hold it.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import REFERENCE, is_wider
-from lightning_mixprec.policy.assignment import Assignment, LayerFacts, LayerPrecision, RuleTally
+from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
+from lightning_mixprec.policy.assignment import Assignment, EightBits, LayerFacts, LayerPrecision, RuleTally
 from lightning_mixprec.policy.layers import Inventory, count_parameters, stored_formats, take_inventory, wide_layers
 from lightning_mixprec.policy.matching import ClassIndex
 from lightning_mixprec.policy.patterns import parse
 from lightning_mixprec.policy.rules import Rule
+
+_AROUND = "bf16"
+"""The format around products in 8 bits where nothing around them is in 16."""
 
 _Sources = dict[int, int]
 """Rules that reach a layer from above, each with the enclosing layer it matches."""
@@ -68,7 +72,7 @@ def resolve(default: str, rules: Sequence[Rule], model: nn.Module) -> Resolution
             _check_agreement(rules, found, inventory, layer, sources)
     kinds = list(zip(decided_by, stored, wide, strict=True))
     made = {kind: _precision(None if kind[0] is None else rules[kind[0]], default, *kind[1:]) for kind in set(kinds)}
-    layers = [made[kind] for kind in kinds]
+    layers = _with_surroundings([made[kind] for kind in kinds], inventory)
     return Resolution(rules, inventory, classes, matched, decided_by, layers)
 
 
@@ -173,6 +177,34 @@ def _precision(rule: Rule | None, default: str, stored: str, is_wide: bool) -> L
         return LayerPrecision(rule.param or stored, rule.compute or default, rule.output, rule)
     compute, output = stored if is_wide else default, None if rule is None else rule.output
     return LayerPrecision(stored, compute, output, rule, leaves_wide=not is_wider(default, REFERENCE))
+
+
+def _with_surroundings(layers: list[LayerPrecision], inventory: Inventory) -> list[LayerPrecision]:
+    """The layers with what 8 bits mean for each: a Linear has them for its products, others the format around them.
+
+    That is the nearest 16-bit format of the layers that hold it, by its first name, unless a wider one is nearer.
+    """
+    if not any(layer.has_narrow_products for layer in layers):
+        return layers
+    around: dict[int, str] = {}
+    holder = {child: layer for layer in reversed(range(len(layers))) for child in inventory.children[layer]}
+    found = list(layers)
+    for number, layer in enumerate(layers):
+        inherited = around.get(holder.get(number, -1), _AROUND)
+        if not layer.has_narrow_products:
+            around[number] = layer.compute if get_format(layer.compute).is_half else _AROUND
+            continue
+        around[number] = inherited
+        if not inventory.takes_narrow_products(number):
+            found[number] = replace(layer, compute=inherited)
+            continue
+        use, rule = get_format(layer.compute).use, layer.rule
+        scaling = "row" if get_format(layer.compute).is_integer else "tensor"
+        gradients = {"all": "all", "forward": "none"}[use.products]
+        if rule is not None:
+            scaling, gradients = rule.scaling or scaling, rule.gradients or gradients
+        found[number] = replace(layer, eight_bits=EightBits(inherited, scaling, gradients))
+    return found
 
 
 def _tallies(resolution: Resolution) -> Iterator[RuleTally]:

@@ -6,10 +6,19 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import FORMATS, compute_formats, meant_by, param_formats
+from lightning_mixprec.numerics.formats import (
+    FORMATS,
+    compute_formats,
+    get_format,
+    meant_by,
+    param_formats,
+    region_formats,
+)
+from lightning_mixprec.numerics.scaled import SCALINGS
 from lightning_mixprec.policy.patterns import check_type_pattern, parse
 
-_SHORT = {"p": "param", "c": "compute", "o": "output"}
+_SHORT = {"p": "param", "c": "compute", "o": "output", "s": "scaling", "g": "gradients"}
+_CHOICES = {"scaling": SCALINGS, "gradients": ("all", "input", "none")}
 
 
 class FieldError(PolicyError):
@@ -39,10 +48,16 @@ class Rule:
         types: A class name, or a list of them: ``LayerNorm``, ``torch.nn.LayerNorm``, ``"*Norm*"``; subclasses
             included. With both, one layer must match both.
         param: The format the weights are stored in: fp64 or fp32.
-        compute: The format that the layers' own operations are autocast to: fp64, fp32, bf16 or fp16.
-        output: The format in which the matched layers hand their output on: one of those, or ``"input"`` for the one
-            that came in. Layers inside them hand on as computed.
+        compute: The format that the layers' own operations are autocast to: fp64, fp32, bf16 or fp16. Or fp8 or int8,
+            for the products of ``nn.Linear`` and its subclasses; the other layers that the rule covers compute in the
+            16-bit format around them, or else in bf16, and so does everything in a Linear but its products.
+        output: The format in which the matched layers hand their output on: fp64, fp32, bf16, fp16, or ``"input"`` for
+            the one that came in. Layers inside them hand on as computed.
         recurse: Whether the layers below are covered too, and not only the matched layers' own operations.
+        scaling: For fp8: what one scale is of, a whole ``"tensor"`` (the default) or each ``"row"`` of it, which loses
+            less and takes more time. int8 is scaled by row.
+        gradients: For fp8 and int8: which gradients of a layer are products in 8 bits as well: ``"all"`` (the default
+            of fp8), that of the ``"input"`` alone, or ``"none"`` (the default of int8). Others are products in 16 bits.
 
     Raises:
         PolicyError: An argument is malformed, nothing is selected, or nothing is said.
@@ -57,6 +72,8 @@ class Rule:
     compute: str | None = None
     output: str | None = None
     recurse: bool = True
+    scaling: str | None = None
+    gradients: str | None = None
     origin: str | None = field(default=None, init=False, repr=False, compare=False)
     """The file and line it was read from."""
 
@@ -69,6 +86,9 @@ class Rule:
         for name in ("param", "compute", "output"):
             if getattr(self, name) is not None:
                 check_format(name, getattr(self, name))
+        for name in _CHOICES:
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), self.compute)
         if not isinstance(self.recurse, bool):
             raise FieldError(f"recurse is {self.recurse!r}; it must be true or false", "recurse")
         if self.layers is None and self.types is None:
@@ -88,9 +108,9 @@ class Rule:
 
     @property
     def said(self) -> dict[str, str]:
-        """The formats that it gives, by param, compute and output."""
-        given = {"param": self.param, "compute": self.compute, "output": self.output}
-        return {name: format for name, format in given.items() if format is not None}
+        """What it gives, by param, compute, output, scaling and gradients."""
+        given = {name: getattr(self, name) for name in _SHORT.values()}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def label(self) -> str:
@@ -106,7 +126,7 @@ class Rule:
 
     @property
     def value(self) -> str:
-        """The formats that it gives, in the short form of a mapping.
+        """What it gives, in the short form of a mapping.
 
         >>> Rule("model.head", compute="fp32", output="input").value
         'c=fp32,o=input'
@@ -143,7 +163,7 @@ def check_format(name: str, value: object) -> None:
     Raises:
         FieldError: there is no such format, or not for that.
     """
-    allowed = param_formats() if name == "param" else compute_formats()
+    allowed = {"param": param_formats, "compute": compute_formats}.get(name, region_formats)()
     allowed = (*allowed, "input") if name == "output" else allowed
     if isinstance(value, str) and value in allowed:
         return
@@ -158,11 +178,39 @@ def check_format(name: str, value: object) -> None:
         raise FieldError(f"{name}: unknown format {value!r}{hint} {options}", name)
     if name == "param":
         raise FieldError(f"param is {value!r}, but weights narrower than fp32 are not stored for now; {options}", name)
+    if value in compute_formats():
+        raise FieldError(
+            f"{name} is {value!r}, in which products of Linear layers compute and nothing else; {options}, and a rule "
+            f"may say compute: {value}",
+            name,
+        )
     raise FieldError(f"{name} is {value!r}, which is not computed in yet; {options}", name)
+
+
+def is_of_products(compute: str | None) -> bool:
+    """True of a format that products alone compute in.
+
+    >>> is_of_products("fp8"), is_of_products("bf16"), is_of_products(None)
+    (True, False, False)
+    """
+    return compute is not None and get_format(compute).use.products != ""
+
+
+def _check_choice(name: str, value: object, compute: str | None) -> None:
+    options = f"{name} takes {' or '.join(_CHOICES[name])}"
+    if value not in _CHOICES[name]:
+        raise FieldError(f"{name} is {value!r}; {options}", name)
+    if not is_of_products(compute):
+        said = "does not say compute" if compute is None else f"says compute: {compute}"
+        raise FieldError(f"{name} is said of compute: fp8 and int8, but the rule {said}; leave {name} out", name)
+    if name == "scaling" and value == "tensor" and get_format(str(compute)).is_integer:
+        raise FieldError(f"scaling is 'tensor', but {compute} is scaled by row; leave scaling out", name)
 
 
 def parse_short_form(text: object) -> dict[str, Any]:
     """Reads the short form of a mapping: a compute format, or ``p=``, ``c=`` and ``o=`` with commas between.
+
+    With fp8 or int8 there may be ``s=`` and ``g=``, for scaling and gradients.
 
     Raises:
         FieldError: it is neither.
@@ -185,8 +233,11 @@ def parse_short_form(text: object) -> dict[str, Any]:
             raise FieldError(f"cannot read {piece.strip()!r} in {text!r}; write p=, c= or o= and a format each")
         if _SHORT[key] in said:
             raise FieldError(f"{text!r} says {key}= twice; leave one out")
-        check_format(_SHORT[key], format)
+        if _SHORT[key] not in _CHOICES:
+            check_format(_SHORT[key], format)
         said[_SHORT[key]] = format
+    for name in said.keys() & _CHOICES.keys():
+        _check_choice(name, said[name], said.get("compute"))
     return said
 
 

@@ -144,10 +144,11 @@ def test_a_refused_change_leaves_the_old_formats_in_force(attached):
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     with attached(model, {"default": "bf16", "1": "fp32"}) as attachment:
         bad = {
-            n: SimpleNamespace(param="fp32", compute="fp8" if n == "1" else "fp32", output=None) for n in ("", "0", "1")
+            n: SimpleNamespace(param="fp32", compute="e4m3" if n == "1" else "fp32", output=None)
+            for n in ("", "0", "1")
         }
         with pytest.raises(
-            PolicyError, match="'1' is to compute in 'fp8', and layers compute in fp64, fp32, bf16, fp16"
+            PolicyError, match="'1' is to compute in 'e4m3', and layers compute in fp64, fp32, bf16, fp16, fp8, int8"
         ):
             attachment.change(bad)
         assert borders(model) == {"1"}

@@ -9,13 +9,17 @@ from lightning_mixprec.errors import FormatError, MixPrecError
 from lightning_mixprec.numerics.formats import (
     FORMATS,
     Format,
+    compute_dtypes,
     compute_formats,
     format_of,
     get_format,
     half_dtypes,
     is_wider,
+    low_precision_formats,
     param_formats,
     promoted_for_range,
+    region_formats,
+    stored_dtypes,
     trained_in,
 )
 
@@ -39,7 +43,7 @@ DTYPE = {
 
 
 def test_the_table_holds_the_documented_formats_widest_first():
-    assert list(FORMATS) == ["fp64", "fp32", "bf16", "fp16", "fp8", "e4m3", "e5m2"]
+    assert list(FORMATS) == ["fp64", "fp32", "bf16", "fp16", "fp8", "e4m3", "e5m2", "int8"]
     assert all(get_format(name) is format and format.name == name for name, format in FORMATS.items())
 
 
@@ -71,8 +75,11 @@ def test_numbers_everybody_quotes():
     assert (get_format("e5m2").max, get_format("e5m2").smallest_subnormal) == (57344.0, 2.0**-16)
 
 
+LOW = ["bf16", "fp16", "fp8", "e4m3", "e5m2", "int8"]
+
+
 def test_low_precision_means_16_bits_or_fewer():
-    assert [name for name in FORMATS if get_format(name).is_low_precision] == ["bf16", "fp16", "fp8", "e4m3", "e5m2"]
+    assert [name for name in FORMATS if get_format(name).is_low_precision] == LOW
 
 
 def test_fp8_is_the_pair():
@@ -82,13 +89,32 @@ def test_fp8_is_the_pair():
     assert (fp8.bits, fp8.max) == (8, get_format("e4m3").max)
 
 
+def test_int8_is_the_whole_numbers_up_to_127():
+    int8, info = get_format("int8"), torch.iinfo(torch.int8)
+    assert (int8.max, int8.bits, int8.dtype) == (info.max, info.bits, torch.int8)
+    assert (int8.smallest_subnormal, int8.max_exponent) == (1.0, 6)
+    assert int8.is_integer
+    assert [name for name in FORMATS if get_format(name).is_integer] == ["int8"]
+    assert all(get_format(name).contains(int8) for name in ("fp64", "fp32", "bf16", "fp16"))
+    assert not any(get_format(name).contains(int8) for name in ("e4m3", "e5m2"))
+    assert not int8.contains(get_format("e5m2"))
+    assert format_of(torch.int8) is None, "no tensor of integers is stored in it"
+
+
+def test_lists_for_tensors_and_statistics_have_floating_point_formats_alone():
+    assert torch.int8 not in {*stored_dtypes(), *compute_dtypes(), *half_dtypes()}
+    assert low_precision_formats() == ("fp16", "bf16", "fp8")
+    assert region_formats() == ("fp64", "fp32", "bf16", "fp16")
+
+
 def test_the_table_says_what_formats_are_used_for():
-    assert compute_formats() == ("fp64", "fp32", "bf16", "fp16")
+    assert compute_formats() == ("fp64", "fp32", "bf16", "fp16", "fp8", "int8")
     assert param_formats() == ("fp64", "fp32")
     assert half_dtypes() == (torch.bfloat16, torch.float16)
-    assert [name for name in FORMATS if get_format(name).use.needs_scaling] == ["fp16", "fp8", "e4m3", "e5m2"]
+    assert [name for name in FORMATS if get_format(name).use.needs_scaling] == ["fp16", "e4m3", "e5m2"]
+    assert [name for name in FORMATS if get_format(name).use.scales_itself] == ["fp8", "int8"]
     assert [name for name in FORMATS if get_format(name).is_half] == ["bf16", "fp16"]
-    assert [name for name in FORMATS if get_format(name).is_coarse] == ["bf16", "fp8", "e4m3", "e5m2"]
+    assert [name for name in FORMATS if get_format(name).is_coarse] == ["bf16", "fp8", "e4m3", "e5m2", "int8"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -103,7 +129,7 @@ def test_promotions_lead_to_formats_that_layers_compute_in_and_end_in_fp64(name)
 
 
 def test_a_promotion_for_range_holds_the_number():
-    assert [promoted_for_range(name) for name in FORMATS] == [None, "fp64", "fp32", "bf16", "bf16", "bf16", "bf16"]
+    assert [promoted_for_range(name) for name in FORMATS] == [None, "fp64", "fp32", *["bf16"] * 5]
     assert promoted_for_range("fp16", 1e5) == "bf16"
     assert promoted_for_range("fp16", 3.4e38) == "fp32"
     assert promoted_for_range("fp16", 1e39) == "fp64"
@@ -188,7 +214,9 @@ def test_format_of_a_dtype_outside_the_table(dtype):
         ("float8_e5m2", "e5m2"),
         (torch.float8_e4m3fn, "e4m3"),
         ("float8", "fp8"),
-        ("int8", None),
+        ("int32", None),
+        ("INT8", "int8"),
+        (torch.int8, "int8"),
         ("", None),
         (None, None),
         (True, None),
@@ -202,7 +230,7 @@ def test_an_unknown_format_is_answered_in_one_line_with_what_was_meant(wrong, me
     message = str(caught.value)
     assert repr(wrong) in message
     assert "\n" not in message
-    assert message.endswith("the formats are fp64, fp32, bf16, fp16, fp8, e4m3, e5m2")
+    assert message.endswith("the formats are fp64, fp32, bf16, fp16, fp8, e4m3, e5m2, int8")
     assert ("did you mean" in message) is (meant is not None)
     assert meant is None or f"did you mean '{meant}'?" in message
 

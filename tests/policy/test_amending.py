@@ -73,7 +73,7 @@ def test_an_edit_across_layers_stored_by_different_rules_is_refused():
         ({"model.head": {"cmopute": "fp32"}}, "unknown key 'cmopute', did you mean compute?"),
         ({"model.head": {"compute": None}}, "compute is None"),
         ({"model.head": {}}, "must say at least one"),
-        ({"model.head": "fp8"}, "edit 'model.head': compute is 'fp8', which is not computed in yet"),
+        ({"model.head": "e4m3"}, "edit 'model.head': compute is 'e4m3', which is not computed in yet"),
         ({"model.head": None}, "edit 'model.head': the value is None"),
         ({"model.blocks.[10,11]": "fp32"}, "write the slice model.blocks.[10:12]"),
         ({3: "fp32"}, "edit 3: layers is 3 (int)"),

@@ -151,7 +151,21 @@ def test_rules_may_be_mappings_and_are_not_changed_by_changing_the_list():
             {"layers": "a", "compute": torch.float16},
             "compute is torch.float16 (dtype), did you mean 'fp16'? compute takes",
         ),
-        ({"layers": "a", "compute": "fp8"}, "compute is 'fp8', which is not computed in yet; compute takes"),
+        (
+            {"layers": "a", "output": "fp8"},
+            "output is 'fp8', in which products of Linear layers compute and nothing else; output takes fp64, fp32, "
+            "bf16, fp16, input, and a rule may say compute: fp8",
+        ),
+        ({"layers": "a", "output": "int8"}, "output is 'int8', in which products of Linear layers compute"),
+        ({"layers": "a", "param": "int8"}, "weights narrower than fp32 are not stored for now"),
+        ({"layers": "a", "compute": "fp8", "scaling": "block"}, "scaling is 'block'; scaling takes tensor or row"),
+        ({"layers": "a", "compute": "fp8", "gradients": 1}, "gradients is 1; gradients takes all or input or none"),
+        ({"layers": "a", "compute": "bf16", "scaling": "row"}, "but the rule says compute: bf16; leave scaling out"),
+        (
+            {"layers": "a", "scaling": "row"},
+            "scaling is said of compute: fp8 and int8, but the rule does not say compute",
+        ),
+        ({"layers": "a", "compute": "int8", "scaling": "tensor"}, "int8 is scaled by row; leave scaling out"),
         ({"layers": "a", "compute": "e4m3"}, "not computed in yet"),
         ({"layers": "a", "output": "e5m2"}, "output is 'e5m2', which is not computed in yet"),
         ({"layers": "a", "output": "inptu"}, "unknown format 'inptu', did you mean input? output takes"),
@@ -173,7 +187,13 @@ def test_what_a_rule_refuses(arguments, problem):
         ([], "a policy is a mapping, got list"),
         ({}, "the policy has no default"),
         ({"defalt": "bf16", "a": "fp32"}, "did you mean default instead of 'defalt'?"),
-        ({"default": "fp8"}, "default is 'fp8', which is not computed in yet; default takes fp64, fp32, bf16, fp16"),
+        (
+            {"default": "fp8"},
+            "default is 'fp8', in which products of Linear layers compute and nothing else; default takes fp64, fp32, "
+            "bf16, fp16, and a rule may say compute: fp8",
+        ),
+        ({"default": "bf16", "a": "s=row"}, "'a': scaling is said of compute: fp8 and int8, but the rule does not say"),
+        ({"default": "bf16", "a": "c=fp8,g=some"}, "'a': gradients is 'some'; gradients takes all or input or none"),
         ({"default": None}, "default is None (NoneType)"),
         ({"default": "bf16", 0: "fp32"}, 'key 0 is no string; write it in quotes: "0"'),
         ({"default": "bf16", "rules": [], "a": "fp32"}, "unknown key 'a' beside rules; a pattern goes into the list"),
@@ -255,7 +275,7 @@ def test_as_policy_takes_a_file_without_suffix(tmp_path):
         ("fp61", "did you mean"),
         ("fp61", "no file is called so"),
         ("float16", "policy: unknown format 'float16', did you mean 'fp16'? policy takes"),
-        ("fp8", "not computed in yet; policy takes fp64, fp32, bf16, fp16"),
+        ("fp8", "policy is 'fp8', in which products of Linear layers compute and nothing else; policy takes fp64"),
         ("policy.yaml", "the policy file policy.yaml does not exist"),
         ("conf/policy", "the policy file conf/policy does not exist"),
         (16, "policy is 16 (int); give a format name, a path to a YAML file, a mapping or a PrecisionPolicy"),
@@ -325,4 +345,5 @@ def test_rule_labels_are_readable():
 
 
 def test_every_field_is_checked_by_name():
-    assert set(rule_module.RULE_KEYS) == {"layers", "types", "param", "compute", "output", "recurse"}
+    keys = {"layers", "types", "param", "compute", "output", "recurse", "scaling", "gradients"}
+    assert set(rule_module.RULE_KEYS) == keys

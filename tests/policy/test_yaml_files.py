@@ -114,7 +114,11 @@ def test_anchors_that_are_meant_are_read():
         ("default: bf16\na: 2020-13-45\n", "policy.yaml:2: cannot read '2020-13-45'"),
         ("default: bf16\na: !!python/name:os.system x\n", "policy.yaml:2: cannot read"),
         ("default: bf16\na: !x fp32\n", "policy.yaml:2: cannot read"),
-        ("default: bf16\na: c=fp8\n", "policy.yaml:2: 'a': compute is 'fp8', which is not computed in yet"),
+        (
+            "default: bf16\na: o=fp8\n",
+            "policy.yaml:2: 'a': output is 'fp8', in which products of Linear layers compute",
+        ),
+        ("default: bf16\na: c=fp8,s=col\n", "policy.yaml:2: 'a': scaling is 'col'; scaling takes tensor or row"),
         ("default: bf16\nrules:\n\t- layers: a\n", "policy.yaml:3: indented with a tab; YAML wants blanks"),
         ("default: bf16\nb: @x\n", "policy.yaml:2: no valid YAML: found character '@' that cannot start any token"),
         ("default: 'bf16\n", "no valid YAML: found unexpected end of stream"),

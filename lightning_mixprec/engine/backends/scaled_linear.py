@@ -1,0 +1,130 @@
+"""``F.linear`` with products in 8 bits, forward and backward; everything around the products is in 16 bits."""
+
+import functools
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lightning_mixprec.engine.backends.products import Product, without_autocast
+from lightning_mixprec.engine.backends.replacing import Function, Replacing
+from lightning_mixprec.engine.backends.scaled_products import scaled_product
+from lightning_mixprec.errors import SupportError
+from lightning_mixprec.numerics.formats import get_format
+
+
+class Products(NamedTuple):
+    """The manner in which a layer's products compute in 8 bits.
+
+    Attributes:
+        format: ``"fp8"`` or ``"int8"``.
+        scaling: What a scale is of: ``"tensor"`` or ``"row"``.
+        gradients: Which gradients are products in 8 bits, too: ``"all"``, ``"input"`` or ``"none"``; others are
+            products of the 16-bit operands.
+        is_emulated: Whether 8-bit operands are multiplied in fp32.
+        is_around_emulated: Whether 16-bit operands are.
+    """
+
+    format: str
+    scaling: str = "row"
+    gradients: str = "all"
+    is_emulated: bool = False
+    is_around_emulated: bool = False
+
+
+class NarrowLinear(Replacing):
+    """``F.linear`` in 8 bits within.
+
+    Args:
+        dtype: The 16-bit dtype around its products.
+        products: How they compute.
+    """
+
+    def __init__(self, dtype: torch.dtype, products: Products) -> None:
+        super().__init__({torch.nn.functional.linear: self._linear})
+        self.dtype, self.products = dtype, products
+
+    def _linear(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return linear(*_operands(*args, **kwargs), self.dtype, self.products)
+
+    def __reduce__(self) -> Any:
+        """A copy is the same: whether it is entered is a matter of the thread."""
+        return narrow_linear, (self.dtype, self.products)
+
+
+@functools.cache
+def narrow_linear(dtype: torch.dtype, products: Products) -> NarrowLinear:
+    """The mode for a kind of products, always the same one: compiled code finds it again."""
+    return NarrowLinear(dtype, products)
+
+
+def _operands(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, products: Products) -> Tensor:
+    """``F.linear`` in 8 bits.
+
+    Args:
+        input: [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+        dtype: The 16-bit dtype of what the products take and give.
+        products: How they compute.
+
+    Returns:
+        [..., out_features], of ``dtype``.
+
+    Raises:
+        SupportError: A tensor is none that 8-bit products take.
+    """
+    if weight.dim() != 2 or any(each.is_nested or each.layout != torch.strided for each in (input, weight)):
+        raise SupportError(
+            f"linear in {products.format} was given a weight of {weight.dim()} dimensions, nested or sparse tensors; "
+            "it takes dense ones and weights of 2 dimensions, so give this layer bf16"
+        )
+    rows = input.to(dtype).reshape(-1, input.shape[-1])
+    format = get_format(products.format).forward.name
+    result: Tensor = _Product.apply(rows, weight.to(dtype), (format, format), products)
+    if bias is not None:
+        result = result + bias.to(dtype)
+    return result.reshape(*input.shape[:-1], weight.shape[0])
+
+
+class _Product(torch.autograd.Function):
+    """The product of rows [rows, in] with a weight [out, in]: [rows, out]. Gradients pass the casts straight through.
+
+    What is kept for backward are the 16-bit operands: transposed, they have other rows and with them other scales.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, formats: tuple[str, str], products: Products) -> Tensor:
+        return scaled_product(rows, weight, *formats, products.scaling == "row", products.is_emulated)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, tuple[str, str], Products], output: Tensor) -> None:
+        rows, weight, _, ctx.products = inputs
+        ctx.save_for_backward(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weight = ctx.saved_tensors
+        needs_rows, needs_weight, *_ = ctx.needs_input_grad
+        narrow = ctx.products.gradients
+        of_rows = _gradient(gradient, weight.t(), ctx.products, narrow != "none") if needs_rows else None
+        of_weight = _gradient(gradient.t(), rows.t(), ctx.products, narrow == "all") if needs_weight else None
+        return of_rows, of_weight, None, None
+
+
+def _gradient(gradient: Tensor, other: Tensor, products: Products, is_narrow: bool) -> Tensor:
+    """``gradient @ other.T`` in 8 bits or in 16. Gradients of gradients are in 16."""
+    if is_narrow:
+        format = get_format(products.format)
+        formats = format.backward.name, format.forward.name
+        return cast(Tensor, _Product.apply(gradient, other, formats, products._replace(gradients="none")))
+    if products.is_around_emulated:
+        return cast(Tensor, Product.apply(gradient, other.t(), None))
+    with without_autocast(gradient):
+        return gradient @ other.t()
