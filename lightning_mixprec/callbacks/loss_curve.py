@@ -97,6 +97,9 @@ class LossCurve:
 
 
 def loss_in(outputs: Any) -> float | Tensor:
-    """The loss among what ``training_step`` returned; NaN if there is none."""
+    """The loss among what ``training_step`` returned, in memory of its own; NaN if there is none.
+
+    Lightning hands on what a manual step returns as it is, and a CUDA graph writes the next loss to the same place.
+    """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan
+    return loss.detach().clone() if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan

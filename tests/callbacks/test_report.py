@@ -97,6 +97,28 @@ def test_under_accumulation_the_loss_is_that_of_training_step(tmp_path):
     assert close(run["curve"]["loss_max"], pairs.amax(1))
 
 
+class AtOnePlace(TwoOptimizers):
+    """Returns its losses in the same memory at every step, as a graph of CUDA does."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.place, self.seen = torch.zeros(()), []
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        if "log" not in vars(self):  # not a replay's
+            self.place.fill_(0.5 + self.global_step)
+            self.seen.append(self.place.item())
+        return {"loss": self.place}
+
+
+def test_losses_of_manual_optimization_are_kept_even_if_the_next_is_written_to_the_same_place(tmp_path):
+    model = task(AtOnePlace)
+    run = watched(tmp_path, model, ours("bf16"))
+    assert len(set(model.seen)) == len(model.seen) > 2
+    assert run["curve"]["loss"] == model.seen
+
+
 def test_manual_optimization_without_a_returned_loss(tmp_path):
     run = watched(tmp_path, task(TwoOptimizers), ours("bf16"))
     assert run["curve"]["loss"] == [None] * len(run["curve"]["loss"])
