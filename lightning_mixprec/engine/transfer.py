@@ -18,7 +18,7 @@ class Transfer:
         self._arrived: torch.cuda.Event | None = None
         self._values = [_to_host(tensor.detach()) for tensor in tensors]
         if cuda is not None:
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event(blocking=True)  # else a core spins until it has come
             self._arrived.record(torch.cuda.current_stream(cuda))
 
     @property

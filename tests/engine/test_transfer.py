@@ -1,8 +1,12 @@
 """Small results reach the host as they were when they were sent."""
 
+import time
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_mixprec.engine import transfer
 from lightning_mixprec.engine.transfer import Transfer
 
 
@@ -35,3 +39,34 @@ def test_sending_does_not_wait_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sent.get()[0].tolist() == [2, 2, 2, 2]
+
+
+def test_whoever_waits_leaves_the_core_to_others(monkeypatch):
+    """On a simulated device, whose event says how it is waited for."""
+    made = []
+
+    class Event:
+        def __init__(self, enable_timing=False, blocking=False):
+            made.append(blocking)
+
+        def record(self, stream):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(transfer, "_to_host", lambda tensor: tensor)
+    with FakeTensorMode():
+        Transfer([torch.empty(3, device="cuda")])
+    assert made == [True]
+
+
+@pytest.mark.gpu
+def test_on_cuda_waiting_takes_no_processor_time():
+    value = torch.ones(4, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2 * 10**9)
+    sent = Transfer([value + 1])
+    began, worked = time.perf_counter(), time.thread_time()
+    sent.get()
+    assert time.perf_counter() - began > 0.2
+    assert time.thread_time() - worked < 0.5 * (time.perf_counter() - began)
