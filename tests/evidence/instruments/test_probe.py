@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mixprec.errors import SupportError, TraceLeftError
@@ -22,7 +23,7 @@ from lightning_mixprec.evidence.instruments.probe import (
     weight_gradients,
 )
 from lightning_mixprec.numerics.exponents import histogram
-from lightning_mixprec.numerics.similarity import cosine_of
+from lightning_mixprec.numerics.similarity import cosine_of, dots
 
 CPU = torch.device("cpu")
 
@@ -514,6 +515,49 @@ def test_agreement_is_the_cosine_of_each_layers_gradients(is_sparse):
     )
     assert cosine_of(parts)[0].item() == pytest.approx(expected.item(), abs=1e-6)
     assert parts[2:].tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+ANY_ORDER = {torch.ops.aten.index_add_.default, torch.ops.aten.scatter_add_.default, torch.ops.aten.index_put_.default}
+"""Operations that add in any order on a GPU."""
+
+
+class Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+def of_layers(device):
+    """Names of weights by layer, one without any among them, and two sets of gradients."""
+    owned = {str(layer): [f"{layer}.{each}" for each in range(5 * (layer % 3))] for layer in range(7)}
+    names = [name for each in owned.values() for name in each]
+    generator = torch.Generator().manual_seed(0)
+    first, second = ({name: torch.randn(50, generator=generator).to(device) for name in names} for _ in range(2))
+    return owned, first, second
+
+
+def test_products_of_a_layers_weights_are_added_in_the_order_of_the_weights():
+    owned, first, second = of_layers("cpu")
+    expected = torch.zeros(len(owned), 3, dtype=torch.float64)
+    for row, names in enumerate(owned.values()):
+        for name in names:
+            expected[row] += dots([first[name]], [second[name]])[0]
+    with Called() as called:
+        parts = gradient_dots(owned, first, second)
+    assert torch.equal(parts, expected)
+    assert not called.seen & ANY_ORDER
+
+
+@pytest.mark.gpu
+def test_on_cuda_cosines_are_the_same_to_the_last_bit_every_time():
+    owned, first, second = of_layers("cuda")
+    parts = [gradient_dots(owned, first, second) for _ in range(20)]
+    assert all(torch.equal(each, parts[0]) for each in parts)
+    assert torch.allclose(parts[0].cpu(), gradient_dots(*of_layers("cpu")), rtol=1e-12)
 
 
 def test_statistics_of_weight_gradients_are_by_layer():
