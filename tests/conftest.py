@@ -20,6 +20,8 @@ settings.load_profile("suite")
 
 # Tensors are tiny here, and threads that wait for busy cores cost more than they compute.
 torch.set_num_threads(1)
+# Runs are compared to the last bit, and some of cuDNN's gradients add up in any order.
+torch.backends.cudnn.deterministic = True
 os.environ["OMP_NUM_THREADS"] = "1"  # without it Lightning's DDP sets as many as there are cores, for all later tests
 
 

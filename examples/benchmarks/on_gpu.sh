@@ -101,15 +101,17 @@ step devices 30 "torch" "$python" -m lightning_mixprec.numerics.devices
 tests tests-engine 60 tests/engine/test_gpu.py tests/plugin/test_uniform.py tests/optim/test_gradients.py \
     tests/optim/test_loss_scaling.py tests/plugin/test_precision.py tests/plugin/test_late_steps.py \
     tests/optim/test_skipped_buffers.py tests/plugin/test_arguments.py tests/engine/test_transfer.py
+tests tests-eight-bits 30 tests/engine/backends/test_scaled_products.py tests/engine/test_narrow.py
 tests tests-numerics 30 tests/numerics/test_devices.py tests/numerics/test_rounding.py tests/numerics/test_exponents.py \
-    tests/numerics/test_similarity.py tests/numerics/test_metrics.py
-tests tests-evidence 50 tests/evidence/instruments/test_exact_fp32.py tests/evidence/instruments/test_trace.py \
+    tests/numerics/test_similarity.py tests/numerics/test_metrics.py tests/numerics/test_flat_batches.py
+tests tests-evidence 40 tests/evidence/instruments/test_exact_fp32.py tests/evidence/instruments/test_trace.py \
     tests/evidence/instruments/test_sandbox.py tests/evidence/test_snapshot.py \
-    tests/evidence/instruments/test_probe.py tests/evidence/test_step_window.py
-tests tests-callbacks 60 tests/callbacks/test_monitors_gpu.py tests/callbacks/test_overflow_late.py \
+    tests/evidence/instruments/test_probe.py tests/evidence/test_step_window.py \
+    tests/evidence/instruments/test_memory.py
+tests tests-callbacks 50 tests/callbacks/test_monitors_gpu.py tests/callbacks/test_overflow_late.py \
     tests/callbacks/test_adaptive_gpu.py
 tests tests-compiled 50 tests/compiled/test_gpu.py
-tests tests-distributed 40 tests/distributed/test_ddp_gpu.py tests/distributed/test_fsdp_gpu.py
+tests tests-distributed 30 tests/distributed/test_ddp_gpu.py tests/distributed/test_fsdp_gpu.py
 
 benchmark overhead 50 torchvision overhead.py "--formats bf16 fp16 --fused yes --rounds 4 --steps 20 --warmup 5" \
     "--quick --models tiny --formats bf16"

@@ -10,7 +10,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lightning_mixprec import FidelityMonitor, PerLayerFSDPPrecision, PerLayerPrecision, UnderflowMonitor
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning"),  # there is one process
+    pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning"),
+]
 
 POLICIES = ["bf16", "fp16", {"default": "fp16", "model.blocks.*.norm": "c=fp32,o=input"}]
 

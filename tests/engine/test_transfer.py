@@ -31,6 +31,7 @@ def test_nothing_can_be_sent():
 @pytest.mark.gpu
 def test_sending_does_not_wait_for_the_device():
     value = torch.ones(4, device="cuda")
+    Transfer([value + 1]).get()  # loads the kernel and makes the pinned memory, both of which may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(10**8)

@@ -11,8 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "examples" / "benchmarks" / "on_gpu.sh"
-STEPS = ["versions", "devices", "tests-engine", "tests-numerics", "tests-evidence", "tests-callbacks"]
-STEPS += ["tests-compiled", "tests-distributed", "overhead", "monitors", "low_bits", "low_bits-compiled", "rescue"]
+STEPS = ["versions", "devices", "tests-engine", "tests-eight-bits", "tests-numerics", "tests-evidence"]
+STEPS += [
+    "tests-callbacks",
+    "tests-compiled",
+    "tests-distributed",
+    "overhead",
+    "monitors",
+    "low_bits",
+    "low_bits-compiled",
+    "rescue",
+]
 
 
 def go(folder: Path, **environment: object) -> tuple[int, dict[str, dict], str]:
