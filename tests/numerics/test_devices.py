@@ -18,7 +18,6 @@ from lightning_mixprec.numerics.devices.timing import judged, product_cost
 from lightning_mixprec.numerics.formats import FORMATS, get_format
 
 DTYPE = {name: format.dtype for name, format in FORMATS.items()}
-EIGHT_BITS = {name for name, format in FORMATS.items() if format.bits == 8}
 
 
 # GPUs
@@ -58,18 +57,18 @@ FP8 = {"fp8", "e4m3", "e5m2"}
         ("Jetson TX1", (5, 3), {*WIDE, "fp16"}),
         ("Tesla P100-PCIE-16GB", (6, 0), {*WIDE, "fp16"}),
         ("Tesla V100-SXM2-16GB", (7, 0), {*WIDE, "fp16"}),
-        ("Tesla T4", (7, 5), {*WIDE, "fp16"}),
-        ("NVIDIA A100-SXM4-80GB", (8, 0), {*WIDE, *HALVES}),
-        ("NVIDIA GeForce RTX 3090", (8, 6), {*WIDE, *HALVES}),
-        ("NVIDIA L40S", (8, 9), {*WIDE, *HALVES, *FP8}),
-        ("NVIDIA H100 80GB HBM3", (9, 0), {*WIDE, *HALVES, *FP8}),
-        ("NVIDIA B200", (10, 0), {*WIDE, *HALVES, *FP8}),
+        ("Tesla T4", (7, 5), {*WIDE, "fp16", "int8"}),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), {*WIDE, *HALVES, "int8"}),
+        ("NVIDIA GeForce RTX 3090", (8, 6), {*WIDE, *HALVES, "int8"}),
+        ("NVIDIA L40S", (8, 9), {*WIDE, *HALVES, *FP8, "int8"}),
+        ("NVIDIA H100 80GB HBM3", (9, 0), {*WIDE, *HALVES, *FP8, "int8"}),
+        ("NVIDIA B200", (10, 0), {*WIDE, *HALVES, *FP8, "int8"}),
     ],
 )
 def test_native_formats_of_gpus(monkeypatch, gpu, capability, native):
     FakeGPU(monkeypatch, capability, gpu)
     for device in ("cuda", torch.device("cuda", 0)):
-        answers = {name: native_support(name, device) for name in FORMATS if name != "int8"}
+        answers = {name: native_support(name, device) for name in FORMATS}
         assert {name for name, answer in answers.items() if answer.native} == native
         assert all(gpu in answer.reason for answer in answers.values())
 
@@ -250,12 +249,29 @@ def test_of_two_limits_onednn_reads_its_new_name(monkeypatch):
     assert cpu_support(get_format("bf16")).native
 
 
+@pytest.mark.parametrize(
+    ("architecture", "has", "reason"),
+    [
+        ("x86_64", SKYLAKE, "this CPU has no AVX512-VNNI or AVX-VNNI or AMX-INT8"),
+        ("x86_64", [*ZEN_2, "avx_vnni"], "this CPU has AVX-VNNI"),
+        ("x86_64", ZEN_4, "this CPU has AVX512-VNNI"),
+        ("x86_64", SAPPHIRE_RAPIDS, "this CPU has AVX512-VNNI and AVX-VNNI and AMX-INT8"),
+        ("arm64", ["neon"], "this CPU has no DOT or I8MM"),
+        ("aarch64", ["neon", "dot"], "this CPU has DOT"),
+    ],
+)
+def test_int8_is_native_with_dot_products_of_it(monkeypatch, architecture, has, reason):
+    FakeCPU(monkeypatch, architecture, has, lacks=X86 if architecture == "x86_64" else ARM)
+    support = cpu_support(get_format("int8"))
+    assert support.reason == reason
+    assert support.native is not reason.startswith("this CPU has no")
+
+
 def test_a_format_planted_in_the_table_is_answered_for(monkeypatch):
-    """int8 as a row of the table would have it: the rule names no format."""
-    FakeCPU(monkeypatch, "x86_64", ["avx2", "avx_vnni"], lacks=X86)
+    FakeCPU(monkeypatch, "x86_64", ["avx2", "new_8"], lacks=X86)
     bf16 = get_format("bf16")
-    planted = replace(bf16, name="xint8", use=replace(bf16.use, x86_features=("avx512_vnni", "avx_vnni", "amx_int8")))
-    assert cpu_support(planted).reason == "this CPU has AVX-VNNI"
+    planted = replace(bf16, name="new", use=replace(bf16.use, x86_features=("new_8", "avx512_bf16")))
+    assert cpu_support(planted).reason == "this CPU has NEW-8"
 
 
 # CPUs that torch does not know
@@ -369,6 +385,16 @@ def test_onednn_itself_agrees_under_every_limit(monkeypatch, limit):
     bf16, fp16 = (answer == "True" for answer in asked.stdout.split())
     assert cpu_support(get_format("fp16")).native is fp16
     assert bf16 or not cpu_support(get_format("bf16")).native
+
+
+def test_int8_products_are_exact_where_they_are_native():
+    """Without the instructions that the rule asks for, oneDNN adds pairs of products up in 16 bits, which saturate."""
+    if not native_support("int8", "cpu").native:
+        pytest.skip("this CPU has no arithmetic for int8")
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, (256, 256), dtype=torch.int8, generator=generator) for _ in range(2))
+    a[0], b[:, 0] = -128, -128
+    assert torch.equal(torch._int_mm(a, b).double(), a.double() @ b.double())
 
 
 # Questions that are none
