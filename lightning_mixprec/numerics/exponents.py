@@ -39,7 +39,6 @@ BINS = 2 * (HIGHEST - LOWEST + 1)
 """Two per exponent: the power of two itself, and what lies between it and the next."""
 
 _COLUMNS = BINS + 3  # while counting: zeros, the bins, and two for infinities and NaNs
-_WORTH_A_CALL = 1 << 13  # elements above which one more call on a CPU is cheaper than joining them with others
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +81,9 @@ class Histogram:
         return self.counts.sum(-1)
 
     @property
-    def nonzero(self) -> Tensor:
-        """Counted elements other than zero, infinities and NaNs included, int64 [...]."""
-        return self.finite_nonzero + self.infs + self.nans
-
-    @property
     def counted(self) -> Tensor:
         """Counted elements, int64 [...]; fewer than ``elements`` if it was sampled."""
-        return self.nonzero + self.zeros
+        return self.finite_nonzero + self.zeros + self.infs + self.nans
 
     @property
     def log2_mean(self) -> Tensor:
@@ -311,29 +305,25 @@ def _count_by_sorting(codes: Tensor, bins: int) -> Tensor:
 
 
 def _largest(pieces: list[tuple[int, Tensor]], rows: int) -> Tensor:
-    """Largest finite magnitudes of rows, fp64 [rows], of one dtype and device."""
+    """Largest finite magnitudes of rows, fp64 [rows], of one dtype and device.
+
+    On a CPU a tensor's own minimum and maximum say it at once, unless they are not finite or subnormal.
+    """
     if pieces[0][1].device.type != "cpu" or pieces[0][1].dtype.itemsize == 1:
         return _largest_by_bits(pieces, rows)
-    largest = [0.0] * rows
-    small: list[list[Tensor]] = [[] for _ in range(rows)]
+    largest, info = [0.0] * rows, torch.finfo(pieces[0][1].dtype)
+    doubtful: list[list[Tensor]] = [[] for _ in range(rows)]
     for row, values in pieces:
-        if values.numel() > _WORTH_A_CALL:
-            largest[row] = max(largest[row], _largest_of_one(values))
+        low, high = values.aminmax()
+        magnitude = max(-float(low), float(high))
+        if info.smallest_normal <= magnitude <= info.max:
+            largest[row] = max(largest[row], magnitude)
         else:
-            small[row].append(values)
+            doubtful[row].append(values)
     amax = torch.tensor(largest, dtype=torch.float64)
-    for places, kind in by_kind(small):
+    for places, kind in by_kind(doubtful):
         amax = amax.maximum(placed(_largest_by_bits(kind, len(places)), places, amax))
     return amax
-
-
-def _largest_of_one(values: Tensor) -> float:
-    """The same of one tensor on a CPU, whose own minimum and maximum do unless non-finite or subnormal."""
-    low, high = values.aminmax()
-    largest, info = max(-float(low), float(high)), torch.finfo(values.dtype)
-    if info.smallest_normal <= largest <= info.max:
-        return largest
-    return float(_largest_by_bits([(0, values)], 1))
 
 
 def _largest_by_bits(pieces: list[tuple[int, Tensor]], rows: int) -> Tensor:

@@ -85,7 +85,7 @@ def overflow_rate(h: Histogram, format: str, scale: float = 1.0, direction: Dire
     _, sure = _boundary(target.max_exponent + 1, scale, inclusive=False)
     possible, _ = _boundary(target.max_exponent, scale, inclusive=True)
     below, elements, already = h.cumulative, int(h.elements), int(h.infs) + int(h.nans)
-    counted = below[-1] + int(h.zeros) + already
+    counted = int(h.counted)
     if counted == 0:
         return Bounds(0.0, 0.0)
     if not _overflows(float(h.amax) * scale, target):
