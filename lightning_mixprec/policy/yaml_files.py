@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,67 @@ _MAX_DEPTH = 6
 _UNQUOTED_STAR = re.compile(r"(?:^|[\s,\[{])(\*(?:\[[^\]\s]*\]|[^\s:,#\]}]|:(?=\S))*)")
 
 
-@dataclass(frozen=True)
 class Document:
-    """The content of a YAML file, with line numbers.
+    """A YAML file that was read.
 
     Attributes:
         path: The file.
-        content: Its content, of plain types.
         lines: The line of each part, by its path of keys and list positions; the empty path is the whole document.
+        content: Its content, of plain types.
     """
 
-    path: str
-    content: Any
-    lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict)
+    def __init__(self, path: str, node: yaml.Node) -> None:
+        self.path = path
+        self.lines: dict[tuple[str | int, ...], int] = {}
+        self.content = self._read(node, ())
 
     def where(self, path: tuple[str | int, ...]) -> str:
         """File and line of a part, or of the nearest part around it."""
         while path not in self.lines:
             path = path[:-1]
         return f"{self.path}:{self.lines[path]}"
+
+    def _read(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if len(path) > _MAX_DEPTH:
+            raise self._error(node, "nested deeper than a policy is")
+        if isinstance(node, yaml.MappingNode):
+            return self._read_mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._read(item, (*path, place)) for place, item in enumerate(node.value)]
+        return self._read_scalar(node, path)
+
+    def _read_mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._key(key_node)
+            if key in result:
+                raise self._error(key_node, f"key {key!r} stands here a second time; leave one out")
+            here = (*path, key)
+            self.lines[here] = key_node.start_mark.line + 1
+            result[key] = self._read(value_node, here)
+        return result
+
+    def _key(self, node: yaml.Node) -> str:
+        if node.tag == "tag:yaml.org,2002:merge":
+            raise self._error(node, "'<<' merges are not read; write the keys out")
+        if not isinstance(node, yaml.ScalarNode):
+            raise self._error(node, "a key that begins with '[' or '{' must be quoted, as in \"[0:4].norm\"")
+        return str(node.value)
+
+    def _read_scalar(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+        try:
+            value = yaml.SafeLoader("").construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            raise self._error(node, f"cannot read {node.value!r}; write a plain value, in quotes if need be") from None
+        if value is None:
+            key = str(path[-1]) if path else "the file"
+            shown = key if key.isprintable() else repr(key)
+            raise self._error(node, f"{shown} has no value; write one or leave it out")
+        return value
+
+    def _error(self, node: yaml.Node, problem: str) -> PolicyError:
+        return PolicyError(f"{self.path}:{node.start_mark.line + 1}: {problem}")
 
 
 def read(path: str | os.PathLike[str]) -> Document:
@@ -50,8 +91,7 @@ def read(path: str | os.PathLike[str]) -> Document:
         raise PolicyError(_syntax_error(os.fspath(path), text, error)) from None
     if node is None:
         raise PolicyError(f"{os.fspath(path)}:1: the file is empty; write at least a default, as in default: bf16")
-    reader = _Reader(os.fspath(path))
-    return Document(reader.path, reader.read(node, ()), reader.lines)
+    return Document(os.fspath(path), node)
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -81,56 +121,6 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
-
-
-class _Reader:
-    """Turns YAML nodes into plain types, noting lines."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.lines: dict[tuple[str | int, ...], int] = {}
-
-    def read(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
-        self.lines.setdefault(path, node.start_mark.line + 1)
-        if len(path) > _MAX_DEPTH:
-            raise self._error(node, "nested deeper than a policy is")
-        if isinstance(node, yaml.MappingNode):
-            return self._read_mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.read(item, (*path, place)) for place, item in enumerate(node.value)]
-        return self._read_scalar(node, path)
-
-    def _read_mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = self._key(key_node)
-            if key in result:
-                raise self._error(key_node, f"key {key!r} stands here a second time; leave one out")
-            here = (*path, key)
-            self.lines[here] = key_node.start_mark.line + 1
-            result[key] = self.read(value_node, here)
-        return result
-
-    def _key(self, node: yaml.Node) -> str:
-        if node.tag == "tag:yaml.org,2002:merge":
-            raise self._error(node, "'<<' merges are not read; write the keys out")
-        if not isinstance(node, yaml.ScalarNode):
-            raise self._error(node, "a key that begins with '[' or '{' must be quoted, as in \"[0:4].norm\"")
-        return str(node.value)
-
-    def _read_scalar(self, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
-        try:
-            value = yaml.SafeLoader("").construct_object(node)
-        except (yaml.YAMLError, ValueError):
-            raise self._error(node, f"cannot read {node.value!r}; write a plain value, in quotes if need be") from None
-        if value is None:
-            key = str(path[-1]) if path else "the file"
-            shown = key if key.isprintable() else repr(key)
-            raise self._error(node, f"{shown} has no value; write one or leave it out")
-        return value
-
-    def _error(self, node: yaml.Node, problem: str) -> PolicyError:
-        return PolicyError(f"{self.path}:{node.start_mark.line + 1}: {problem}")
 
 
 def _syntax_error(path: str, text: str, error: yaml.YAMLError) -> str:
