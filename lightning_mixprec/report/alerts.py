@@ -314,18 +314,11 @@ def _room(records: Records, layers: Lives) -> dict[str, tuple[int, float]]:
     A scale that was lowered since gives gradients more room, and one that is above 1 is searched for: it is the largest
     that fits, and comes down where gradients grow.
     """
-    seen = [(row["step"], row["loss_scale"], row["layer"], row) for row in records.underflow if "format" in row]
-    seen += [
-        (row["step"], row["sample"]["loss_scale"], name, told._asdict())
-        for row in records.samples
-        for name, told in row["sample"]["layers"].items()
-    ]
-    known = [(step, scale) for step, _, scale, _ in records.curve if scale] or [
-        (step, scale) for step, scale, *_ in seen
-    ]
-    now = max(known, default=(0, 1.0))[1]
+    scales = [(step, scale) for step, _, scale, _ in records.curve if scale]
+    seen = sorted(records.measured, key=lambda each: each[0])
+    now = max(scales or [(step, scale) for step, scale, *_ in seen], default=(0, 1.0))[1]
     found = {}
-    for step, scale, name, told in sorted(seen, key=lambda each: each[0]):
+    for step, scale, name, told in seen:
         if step > layers[name].last_move and told["headroom_bits"] is not None:
             gradient = told["headroom_bits"] + max(math.log2(scale / now), 0.0)
             gradient = math.inf if now > _LOW_SCALE and gradient >= 0 else gradient

@@ -74,17 +74,10 @@ def layers_of(records: Records, first: int, end: int) -> dict[str, LayerLife]:
 
 
 def _measured(records: Records) -> Iterable[tuple[int, str, str, Any]]:
-    for row in records.samples:
-        for name, told in row["sample"]["layers"].items():
-            yield row["step"], name, "format", told.format
-            yield row["step"], name, "underflow_rate", told.underflow_rate
-            yield row["step"], name, "headroom_bits", _least(told.headroom_bits, told.output_headroom_bits)
-    for row in records.underflow:
-        if "format" in row:
-            yield row["step"], row["layer"], "format", row["format"]
-            yield row["step"], row["layer"], "underflow_rate", row.get("underflow_rate")
-            bits = _least(row.get("headroom_bits"), row.get("output_headroom_bits"))
-            yield row["step"], row["layer"], "headroom_bits", bits
+    for step, _, name, losses in records.measured:
+        yield step, name, "format", losses["format"]
+        yield step, name, "underflow_rate", losses["underflow_rate"]
+        yield step, name, "headroom_bits", _least(losses["headroom_bits"], losses["output_headroom_bits"])
     for row in records.fidelity:
         if "layer" in row:
             for kind in ("grad_cosine", "sqnr_db"):

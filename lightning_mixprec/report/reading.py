@@ -62,6 +62,17 @@ class Records:
     monitors: list[str] = field(default_factory=list)
     last_step: int = 0
 
+    @property
+    def measured(self) -> list[tuple[int, float, str, Row]]:
+        """Losses of layers, by whichever monitor measured them: step, loss scale, layer, losses."""
+        found = [
+            (row["step"], row["sample"]["loss_scale"], layer, told._asdict())
+            for row in self.samples
+            for layer, told in row["sample"]["layers"].items()
+        ]
+        rows = [row for row in self.underflow if "format" in row]
+        return [*found, *((row["step"], row["loss_scale"], row["layer"], row) for row in rows)]
+
 
 _MONITORS = {
     "report": "PrecisionReport",
