@@ -12,39 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, get_autocast_dtype, is_autocast_enabled
 
-from lightning_mixprec.engine.backends import convolutions, products
 from lightning_mixprec.engine.backends.autocast import AutocastRegion
 from lightning_mixprec.engine.backends.cost import factor_against_fp32
+from lightning_mixprec.engine.backends.functions import BACKWARD, COMPOSITES, NOT_CAST, PRODUCTS
 from lightning_mixprec.engine.backends.protocol import Region
 from lightning_mixprec.engine.backends.replacing import Function, Replacing
 from lightning_mixprec.numerics.devices import Support, native_support
 from lightning_mixprec.numerics.formats import get_format
-
-PRODUCTS: dict[Function, Callable[..., Any]] = {
-    torch.nn.functional.linear: products.linear,
-    torch.matmul: products.matmul,
-    torch.linalg.matmul: products.matmul,
-    torch.Tensor.matmul: products.matmul,
-    torch.Tensor.__matmul__: products.matmul,
-    torch.Tensor.__rmatmul__: lambda self, other: products.matmul(other, self),
-    torch.mm: products.mm,
-    torch.Tensor.mm: products.mm,
-    torch.bmm: products.bmm,
-    torch.Tensor.bmm: products.bmm,
-    torch.conv1d: convolutions.sliding(1),
-    torch.conv2d: convolutions.sliding(2),
-    torch.conv3d: convolutions.sliding(3),
-    torch.conv_transpose1d: convolutions.transposed(1),
-    torch.conv_transpose2d: convolutions.transposed(2),
-    torch.conv_transpose3d: convolutions.transposed(3),
-}
-"""Functions of torch that multiply, and what computes each with operands of one 16-bit dtype.
-
-It takes the function's arguments, and returns NotImplemented for operands that it leaves to torch.
-"""
-
-NOT_CAST: dict[str, frozenset[Function]] = {"cpu": frozenset(), "cuda": frozenset()}
-"""By device type, those whose operands autocast leaves as they are."""
 
 _ELSEWHERE = ("out", "out_dtype")
 """Arguments of calls that are torch's own all the same, and that autocast leaves alone, too."""
@@ -59,24 +33,43 @@ class Emulation(Replacing):
     """
 
     def __init__(self, device: str, dtypes: tuple[torch.dtype, ...]) -> None:
-        super().__init__(
-            {function: functools.partial(self._compute, product) for function, product in PRODUCTS.items()}
-        )
+        ways = ((self._product, PRODUCTS), (self._composite, COMPOSITES), (self._backward, BACKWARD))
+        super().__init__({f: functools.partial(way, own) for way, table in ways for f, own in table.items()})
         self.device, self.dtypes = device, dtypes
 
-    def _compute(
-        self, product: Callable[..., Any], function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _product(
+        self, own: Callable[..., Any], function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A product if its operands, cast as autocast would here, are all of one emulated dtype; else torch's own."""
-        if not any(name in kwargs for name in _ELSEWHERE):
+        if not _goes_elsewhere(kwargs):
             cast = self._cast if self._casts(function) else _itself
             narrow_args = [_mapped(cast, arg) for arg in args]
             narrow_kwargs = {name: _mapped(cast, arg) for name, arg in kwargs.items()}
             if self._is_emulated([*narrow_args, *narrow_kwargs.values()]):
-                result = product(*narrow_args, **narrow_kwargs)
+                result = own(*narrow_args, **narrow_kwargs)
                 if result is not NotImplemented:
                     return result
         return function(*args, **kwargs)
+
+    def _composite(
+        self, own: Callable[..., Any], function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What is made of products, if some of them may be emulated; else torch's own."""
+        is_cast = is_autocast_enabled(self.device) and get_autocast_dtype(self.device) in self.dtypes
+        tensors = [tensor for arg in (*args, *kwargs.values()) for tensor in _tensors(arg)]
+        is_emulated = is_cast or any(tensor.dtype in self.dtypes for tensor in tensors)
+        if is_emulated and self._is_here(tensors) and not _goes_elsewhere(kwargs):
+            with self:
+                result = own(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return function(*args, **kwargs)
+
+    def _backward(
+        self, own: Callable[..., Any], function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with self:
+            return own(*args, **kwargs)
 
     def _casts(self, function: Function) -> bool:
         return is_autocast_enabled(self.device) and function not in NOT_CAST[self.device]
@@ -92,8 +85,11 @@ class Emulation(Replacing):
         return (
             len({tensor.dtype for tensor in tensors}) == 1
             and tensors[0].dtype in self.dtypes
-            and all(tensor.device.type == self.device and not tensor.is_nested for tensor in tensors)
+            and self._is_here(tensors)
         )
+
+    def _is_here(self, tensors: list[Tensor]) -> bool:
+        return all(tensor.device.type == self.device and not tensor.is_nested for tensor in tensors)
 
     def __reduce__(self) -> Any:
         """A copy is the same: whether it is entered is a matter of the thread."""
@@ -172,6 +168,10 @@ class EmulatedRegion:
             return self.surrounding.call(was_on, was, compute, args, kwargs)
         with self.mode:
             return self.surrounding.call(was_on, was, compute, args, kwargs)
+
+
+def _goes_elsewhere(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in _ELSEWHERE)
 
 
 def _mapped(cast: Callable[[Tensor], Tensor], arg: Any) -> Any:

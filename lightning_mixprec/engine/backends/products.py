@@ -49,17 +49,22 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-@opaque("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
-def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+@opaque("product(Tensor a, Tensor b, Tensor? bias, float alpha, float beta) -> Tensor")
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
     with without_autocast(a):
+        wide = a.float(), b.float()
         if bias is not None and a.dim() == 2:
-            return torch.addmm(bias.float(), a.float(), b.float()).to(a.dtype)
-        result = torch.matmul(a.float(), b.float())
-        return (result if bias is None else result + bias.float()).to(a.dtype)
+            return torch.addmm(bias.float(), *wide, alpha=alpha, beta=beta).to(a.dtype)
+        result = torch.matmul(*wide)
+        if alpha != 1:
+            result = result * alpha
+        if bias is not None and beta != 0:
+            result = torch.add(result, bias.float(), alpha=beta)
+        return result.to(a.dtype)
 
 
 class Product(torch.autograd.Function):
-    """``a @ b + bias`` for matrices, or stacks of matrices with equal leading dimensions, of one 16-bit dtype.
+    """``alpha * a @ b + beta * bias`` for matrices, or stacks of equally many matrices, of one 16-bit dtype.
 
     Shapes: ``a`` (..., n, k), ``b`` (..., k, m), ``bias`` None or what broadcasts to the result (..., n, m).
     """
@@ -67,14 +72,14 @@ class Product(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Tensor, b: Tensor, bias: Tensor | None) -> Any:
+    def forward(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Any:
         """The product, rounded once."""
-        return _product(a, b, bias)
+        return _product(a, b, bias, alpha, beta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keeps the operands."""
-        a, b, bias = inputs
+        a, b, bias, ctx.alpha, ctx.beta = inputs
         ctx.save_for_backward(a, b)
         ctx.bias_shape = None if bias is None else bias.shape
 
@@ -84,31 +89,34 @@ class Product(torch.autograd.Function):
         a, b = ctx.saved_tensors
         grad_a = grad_b = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_a = _laid_out_as(a, grad, b.mT)
+            grad_a = _laid_out_as(a, grad, b.mT, ctx.alpha)
         if ctx.needs_input_grad[1]:
-            grad_b = _laid_out_as(b, a.mT, grad)
+            grad_b = _laid_out_as(b, a.mT, grad, ctx.alpha)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.float().sum_to_size(ctx.bias_shape).to(grad.dtype)
-        return grad_a, grad_b, grad_bias
+            grad_bias = (grad.float().sum_to_size(ctx.bias_shape) * ctx.beta).to(grad.dtype)
+        return grad_a, grad_b, grad_bias, None, None
 
 
-def _laid_out_as(matrix: Tensor, left: Tensor, right: Tensor) -> Any:
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Any:
+    """:class:`Product`, with what torch's own functions leave out left out."""
+    return Product.apply(a, b, bias, alpha, beta)
+
+
+def _laid_out_as(matrix: Tensor, left: Tensor, right: Tensor, alpha: float) -> Any:
     """The product of two, in rows or columns as a matrix is laid out in memory: a weight's gradient is not copied."""
     is_in_columns = matrix.stride(-2) == 1 and matrix.stride(-1) > 1
-    if is_in_columns:
-        return Product.apply(right.mT, left.mT, None).mT
-    return Product.apply(left, right, None)
+    return product(right.mT, left.mT, alpha=alpha).mT if is_in_columns else product(left, right, alpha=alpha)
 
 
 def mm(input: Tensor, mat2: Tensor) -> Any:
     """``torch.mm`` of 16-bit tensors."""
-    return Product.apply(input, mat2, None) if input.dim() == mat2.dim() == 2 else NotImplemented
+    return product(input, mat2) if input.dim() == mat2.dim() == 2 else NotImplemented
 
 
 def bmm(input: Tensor, mat2: Tensor) -> Any:
     """``torch.bmm`` of 16-bit tensors."""
     is_stack = input.dim() == mat2.dim() == 3 and input.shape[0] == mat2.shape[0]
-    return Product.apply(input, mat2, None) if is_stack else NotImplemented
+    return product(input, mat2) if is_stack else NotImplemented
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -117,7 +125,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return NotImplemented
     rows = input.reshape(-1, input.shape[-1])
     columns = weight.t() if weight.dim() == 2 else weight[:, None]
-    return Product.apply(rows, columns, bias).reshape(*input.shape[:-1], *weight.shape[:-1])
+    return product(rows, columns, bias).reshape(*input.shape[:-1], *weight.shape[:-1])
 
 
 def matmul(input: Tensor, other: Tensor) -> Any:
@@ -134,9 +142,59 @@ def matmul(input: Tensor, other: Tensor) -> Any:
 
 def _stacked(a: Tensor, b: Tensor) -> Any:
     if b.dim() == 2:
-        return Product.apply(a.reshape(-1, a.shape[-1]), b, None).reshape(*a.shape[:-1], b.shape[-1])
+        return product(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
     if a.dim() == 2:  # its gradient is one sum over the whole stack
         return _stacked(b.mT, a.mT).mT
     leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = a.expand(*leading, *a.shape[-2:]), b.expand(*leading, *b.shape[-2:])
-    return Product.apply(a, b, None)
+    return product(a, b)
+
+
+def mv(input: Tensor, vec: Tensor) -> Any:
+    """``torch.mv`` of 16-bit tensors."""
+    return matmul(input, vec) if (input.dim(), vec.dim()) == (2, 1) else NotImplemented
+
+
+def dot(input: Tensor, other: Tensor) -> Any:
+    """``torch.dot`` and ``torch.vdot`` of 16-bit tensors."""
+    return matmul(input, other) if input.dim() == other.dim() == 1 else NotImplemented
+
+
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``torch.addmm`` of 16-bit tensors."""
+    return product(mat1, mat2, input, alpha, beta) if mat1.dim() == mat2.dim() == 2 else NotImplemented
+
+
+def addmv(input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``torch.addmv`` of 16-bit tensors."""
+    if (mat.dim(), vec.dim()) != (2, 1):
+        return NotImplemented
+    return product(mat, vec[:, None], input.expand(len(mat))[:, None], alpha, beta).squeeze(-1)
+
+
+def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``torch.baddbmm`` of 16-bit tensors; what is added times 0 may be anything."""
+    is_stack = batch1.dim() == batch2.dim() == 3 and len(batch1) == len(batch2)
+    return product(batch1, batch2, input, alpha, beta) if is_stack else NotImplemented
+
+
+def addbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``torch.addbmm`` of 16-bit tensors: one sum over the stack."""
+    if not (batch1.dim() == batch2.dim() == 3 and len(batch1) == len(batch2)):
+        return NotImplemented
+    row = batch1.transpose(0, 1).flatten(1)
+    return product(row, batch2.flatten(0, 1), input, alpha, beta)
+
+
+def vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Any:
+    """``torch.linalg.vecdot`` of 16-bit tensors."""
+    rows, columns = x.movedim(dim, -1).unsqueeze(-2), y.movedim(dim, -1).unsqueeze(-1)
+    return matmul(rows, columns).squeeze(-1).squeeze(-1)
+
+
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """``torch.nn.functional.bilinear`` of 16-bit tensors: two products, the result of the first in 16 bits."""
+    if input1.dim() != input2.dim() or weight.dim() != 3:
+        return NotImplemented
+    first = linear(input1, weight.transpose(1, 2).flatten(0, 1)).unflatten(-1, (weight.shape[0], weight.shape[2]))
+    return product(first, input2.unsqueeze(-1), None if bias is None else bias[:, None]).squeeze(-1)

@@ -105,6 +105,20 @@ CASES = {
     "conv3d": (F.conv3d, (1, 2, 4, 4, 4), (3, 2, 2, 2, 2), (3,)),
     "conv_transpose1d": (lambda x, w: F.conv_transpose1d(x, w, stride=2, output_padding=1), (2, 3, 5), (3, 4, 3)),
     "conv_transpose2d": (lambda x, w, b: F.conv_transpose2d(x, w, b, groups=3), (2, 3, 5, 4), (3, 2, 3, 2), (6,)),
+    "mv": (torch.mv, (3, 5), (5,)),
+    "dot": (torch.dot, (5,), (5,)),
+    "vdot": (torch.vdot, (5,), (5,)),
+    "inner": (torch.inner, (2, 3, 5), (4, 5)),
+    "vecdot": (lambda a, b: torch.linalg.vecdot(a, b, dim=1), (2, 5, 3), (2, 5, 3)),
+    "addmm": (lambda c, a, b: torch.addmm(c, a, b, beta=0.5, alpha=2), (4,), (3, 5), (5, 4)),
+    "addmv": (lambda c, a, b: torch.addmv(c, a, b, beta=-1), (3,), (3, 5), (5,)),
+    "baddbmm": (lambda c, a, b: torch.baddbmm(c, a, b, alpha=0.5), (3, 4), (2, 3, 5), (2, 5, 4)),
+    "addbmm": (torch.addbmm, (3, 4), (2, 3, 5), (2, 5, 4)),
+    "conv_tbc": (lambda x, w, b: torch.conv_tbc(x, w, b, 1), (6, 2, 3), (3, 3, 4), (4,)),
+    "tensordot": (lambda a, b: torch.tensordot(a, b, ([0, -1], [2, 0])), (2, 3, 5), (5, 4, 2)),
+    "einsum": (lambda a, b: torch.einsum("bi...,b...j->...ji", a, b), (2, 3, 5), (2, 5, 4)),
+    "einsum of numbers": (lambda a, b: torch.einsum(a, [0, 1, 1], b, [1, 2], [2, 0]), (2, 3, 3), (3, 4)),
+    "einsum over all": (lambda a, b: torch.einsum("ij, ij", a, b), (3, 5), (3, 5)),
     "conv_transpose3d": (F.conv_transpose3d, (1, 2, 3, 3, 3), (2, 3, 2, 2, 2)),
 }
 
@@ -139,7 +153,7 @@ def test_emulation_returns_the_shape_and_layout_of_torch_and_raises_where_it_doe
     with emulation("cpu", (torch.bfloat16,)):
         result = compute(*operands)
         assert result.shape == expected.shape
-        with pytest.raises(RuntimeError):
+        with pytest.raises((RuntimeError, IndexError)):
             compute(operands[0], operands[1].flatten()[1:], *operands[2:])
 
 
