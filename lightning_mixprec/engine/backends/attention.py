@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional
 
-from lightning_mixprec.engine.backends.products import opaque, product, without_autocast
+from lightning_mixprec.engine.backends.products import applied, opaque, product, without_autocast
 
 _FUSED = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale"
 
@@ -85,7 +85,7 @@ def scaled_dot_product_attention(
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     if _takes(query, key, value, attn_mask, dropout_p, is_causal):
-        return FusedAttention.apply(query, key, value, attn_mask, is_causal, scale)[0]
+        return applied(FusedAttention, query, key, value, attn_mask, is_causal, scale)[0]
     with without_autocast(query):
         return _by_products(query, key, value, attn_mask, dropout_p, is_causal, scale)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mixprec.engine.backends.products import opaque, without_autocast
+from lightning_mixprec.engine.backends.products import applied, opaque, without_autocast
 
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 """Stride, padding, dilation, whether transposed, output padding and groups of a convolution."""
@@ -83,11 +83,11 @@ class ConvolutionGradients(torch.autograd.Function):
         grad_grad = grad_x = grad_w = None
         if along_x is not None:
             if of_grad:
-                grad_grad = Convolution.apply(along_x, w, None, ctx.geometry)
+                grad_grad = applied(Convolution, along_x, w, None, ctx.geometry)
             grad_w = _gradients_of(grad, along_x, w, ctx.geometry, False, of_w)[1]
         if along_w is not None:
             if of_grad:
-                more = Convolution.apply(x, along_w, None, ctx.geometry)
+                more = applied(Convolution, x, along_w, None, ctx.geometry)
                 grad_grad = more if grad_grad is None else grad_grad + more
             grad_x = _gradients_of(grad, x, along_w, ctx.geometry, of_x, False)[0]
         return grad_grad, grad_x, grad_w, None, None, None
@@ -98,7 +98,7 @@ def _gradients_of(
 ) -> tuple[Tensor | None, Tensor | None]:
     if not (of_x or of_w):
         return None, None
-    found = ConvolutionGradients.apply(grad, x, w, geometry, of_x, of_w)
+    found = applied(ConvolutionGradients, grad, x, w, geometry, of_x, of_w)
     return found[0] if of_x else None, found[-1] if of_w else None
 
 
@@ -142,7 +142,7 @@ def convolution(
         _each(output_padding, dims),
         groups,
     )
-    result = Convolution.apply(batch, weight, bias, geometry)
+    result = applied(Convolution, batch, weight, bias, geometry)
     return result if input.dim() == dims + 2 else result.squeeze(0)
 
 

@@ -43,6 +43,13 @@ def opaque(schema: str) -> Callable[[Plain], Plain]:
     return decorate
 
 
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """A function of autograd applied to arguments, among which Dynamo takes no tensor twice: it gets views of them."""
+    if is_compiling():
+        args = tuple(arg.view_as(arg) if isinstance(arg, Tensor) else arg for arg in args)
+    return function.apply(*args)
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Operations within compute in what they are given; autocast would cast operands in fp32 back to 16 bits."""
     device = tensor.device.type
@@ -99,7 +106,7 @@ class Product(torch.autograd.Function):
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Any:
     """:class:`Product`, with what torch's own functions leave out left out."""
-    return Product.apply(a, b, bias, alpha, beta)
+    return applied(Product, a, b, bias, alpha, beta)
 
 
 def _laid_out_as(matrix: Tensor, left: Tensor, right: Tensor, alpha: float) -> Any:
