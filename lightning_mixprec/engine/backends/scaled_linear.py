@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_mixprec.engine.backends.products import Product, without_autocast
+from lightning_mixprec.engine.backends.products import product, without_autocast
 from lightning_mixprec.engine.backends.replacing import Function, Replacing
 from lightning_mixprec.engine.backends.scaled_products import scaled_product
 from lightning_mixprec.errors import SupportError
@@ -125,6 +125,6 @@ def _gradient(gradient: Tensor, other: Tensor, products: Products, is_narrow: bo
         formats = format.backward.name, format.forward.name
         return cast(Tensor, _Product.apply(gradient, other, formats, products._replace(gradients="none")))
     if products.is_around_emulated:
-        return cast(Tensor, Product.apply(gradient, other.t(), None))
+        return cast(Tensor, product(gradient, other.t()))
     with without_autocast(gradient):
         return gradient @ other.t()
