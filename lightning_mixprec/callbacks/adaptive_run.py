@@ -298,7 +298,7 @@ class AdaptiveRun:
         told: dict[str, Any] = {}
         for name in layers:
             if name in found.weights or name in found.gradients:
-                values: Mapping[str, Any] = describe(name, found, formats.of(name))
+                values: Mapping[str, Any] = describe(name, found, formats.precision_of(name).region)
                 told[name] = {key: values[key] for key in SHORT}
             if name in found.sqnr_db:
                 told.setdefault(name, {})["sqnr_db"] = found.sqnr_db[name]

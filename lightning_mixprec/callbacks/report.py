@@ -225,7 +225,7 @@ class PrecisionReport(SamplingMonitor):
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
-        sample = sampled(found, self._run_formats.of, self._chosen)
+        sample = sampled(found, lambda layer: self._run_formats.precision_of(layer).region, self._chosen)
         self._has_flops = self._has_flops or "flops" in sample
         self._write(found.place, sample=sample)
 

@@ -74,7 +74,7 @@ def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Coll
 
     Args:
         found: What was found with statistics.
-        format_by_layer: The format that a layer computes in.
+        format_by_layer: The format of a layer's operations: 16 bits or wider.
         chosen: The layers whose histograms are kept; None for those that fit their formats worst.
     """
     measured = [layer for layer in found.layers if layer in found.weights or layer in found.gradients]

@@ -17,7 +17,13 @@ from lightning_mixprec.evidence.instruments.stagnation import StagnationCheck
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records import advice
-from lightning_mixprec.records.samples import KnownLosses, KnownStagnation, NotObservedRow, StagnationRow, UnderflowRow
+from lightning_mixprec.records.samples import (
+    KnownLosses,
+    KnownStagnation,
+    NotObservedRow,
+    StagnationRow,
+    UnderflowRow,
+)
 from lightning_mixprec.records.words import cell, written
 
 
@@ -29,9 +35,9 @@ class UnderflowMonitor(SamplingMonitor):
     gradients tell what is lost in the layer's format, and what would be in others. The step itself is not changed by a
     bit. Works with any precision plugin of Lightning and with ``PerLayerPrecision``.
 
-    Logs ``mixprec/underflow_rate``, that of the worst layer. Rows of the JSONL file: by layer what ``latest`` has, with
-    ``loss_scale``; ``stagnation_rate`` in a row of its own, once the optimizer has stepped. A step that could not be
-    replayed has ``problem``, and ``is_sampled`` says whether half of the batch could.
+    Logs ``mixprec/underflow_rate``, that of the worst layer or operand. Rows of the JSONL file: by layer what
+    ``latest`` has, with ``loss_scale``; ``stagnation_rate`` in a row of its own, once the optimizer has stepped. A step
+    that could not be replayed has ``problem``, and ``is_sampled`` says whether half of the batch could.
 
     ``plot()`` draws the underflow rate of each layer, the worst first.
 
@@ -56,6 +62,10 @@ class UnderflowMonitor(SamplingMonitor):
             - ``stagnation_rate``: of its weights with a gradient, the share that the latest sampled optimizer step did
               not change, because the update is smaller than the weights' last bit; None before it is known. Steps
               that were skipped are not counted;
+            - ``operands``: of a layer whose products are in 8 bits: ``format``, and of its ``input``, its ``weight``
+              and the ``gradient`` at its output the share that rounds to zero after it was scaled, as far as it is
+              cast. They overflow nothing, as each is scaled by its own maximum. All other numbers of the layer are
+              judged in the 16-bit format around its products;
             - ``what_if``: for other formats ``underflow_rate``, ``overflow_rate`` (of outputs and gradients) at the
               present scale, ``best_scale`` (the power of two that uses the format's range best) and ``fits`` (whether
               some scale loses less than 1 % of the gradient and overflows nothing).
@@ -126,24 +136,36 @@ class UnderflowMonitor(SamplingMonitor):
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
         measured = [layer for layer in found.layers if layer in found.weights or layer in found.gradients]
         for layer in measured:
-            values = describe(layer, found, self._run_formats.of(layer))
+            precision = self._run_formats.precision_of(layer)
+            values = describe(layer, found, precision.region)
             stagnation = self.latest.get(layer, {}).get("stagnation_rate")
-            latest: KnownLosses = {"stagnation_rate": stagnation, **values}
+            latest = cast(KnownLosses, {"stagnation_rate": stagnation, **values})
             row = cast(UnderflowRow, {"layer": layer, "loss_scale": found.scale, **values})
             self.latest[layer] = latest
+            if layer in found.operands:
+                operands: Any = {"format": precision.compute, **found.operands[layer]}
+                latest["operands"] = row["operands"] = operands
             if self.threshold != advice.MAX_UNDERFLOW:
                 row["threshold"] = self.threshold
             self._write(found.place, **row)
         if found.not_observed:
             self._write(found.place, **NotObservedRow(not_observed=found.not_observed))
         rates = {layer: self.latest[layer]["underflow_rate"] for layer in measured}
-        self._log(trainer, {"underflow_rate": max(rates.values(), default=math.nan)})
+        narrow = {layer: max(rates.values()) for layer, rates in found.operands.items()}
+        self._log(trainer, {"underflow_rate": max([*rates.values(), *narrow.values()], default=math.nan)})
+        self._warn_of_operands(found, {layer: rate for layer, rate in narrow.items() if rate > self.threshold})
         lossy = {layer: rate for layer, rate in rates.items() if rate > self.threshold}
         for worst, others in self._not_warned_of("underflow", sorted(lossy, key=lambda layer: -lossy[layer])):
             latest = self.latest[worst]
             use = get_format(latest["format"]).use
             largest = advice.largest_scale(self.latest[layer] for layer in measured)
             told = advice.underflow(worst, latest, found.scale, others, use, largest)
+            rank_zero_warn(f"step {found.place['step']}: {told}.")
+
+    def _warn_of_operands(self, found: Findings, lossy: dict[str, float]) -> None:
+        for worst, others in self._not_warned_of("operands", sorted(lossy, key=lambda layer: -lossy[layer])):
+            scaling = self._run_formats.precision_of(worst).eight_bits.scaling
+            told = advice.narrow_operand(worst, self.latest[worst]["operands"], others, scaling)
             rank_zero_warn(f"step {found.place['step']}: {told}.")
 
     @override

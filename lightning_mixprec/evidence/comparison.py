@@ -7,7 +7,7 @@ are kept for every comparison that follows. Numbers stay on the device until all
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import lightning.pytorch as pl
 import torch
@@ -19,11 +19,11 @@ from lightning_mixprec.errors import TraceLeftError
 from lightning_mixprec.evidence.half_only import in_fp32
 from lightning_mixprec.evidence.instruments.flops import FlopCount
 from lightning_mixprec.evidence.instruments.noise import NO_LOSS, loss_gap, round_otherwise, size_of_terms
+from lightning_mixprec.evidence.instruments.operands import OPERANDS, OperandObserver
 from lightning_mixprec.evidence.instruments.own_dtypes import DtypeRecorder, OwnDtypes
 from lightning_mixprec.evidence.instruments.probe import (
     CallRecorder,
     LayerCall,
-    Observer,
     computed_again,
     gradient_dots,
     layers_of,
@@ -61,8 +61,7 @@ class Wanted:
         layers: The layers whose output is compared with fp32, as far as ``max_bytes`` reach.
         max_elements: How many elements of a tensor statistics look at; None for all.
         max_bytes: Memory for the inputs and outputs of ``layers``.
-        flops: The arithmetic of each layer's own matrix products. Counting takes as long as the step where steps are
-            short.
+        flops: The arithmetic of each layer's own matrix products. Counting may take as long as the step.
     """
 
     statistics: bool = False
@@ -108,6 +107,7 @@ class Measured:
         tables: Counts of outputs, gradients and weight gradients: [3, layers, columns]; [0] if not wanted. Added up.
         dots: Of each layer's weight gradients: [layers, 3] of (low x fp32, low x low, fp32 x fp32). Added up.
         energies: Of the outputs of compared layers and of their errors: [compared, 2]. Added up.
+        operands: Of 8-bit products, what rounds to zero, of how many: [layers, 3, 2]; [0] if not wanted. Added up.
         ranks: On how many ranks this was measured. Added up.
         amax: Largest values to ``tables``: [3, layers]; [0] if not wanted. The largest counts.
         gap: The loss gap, ``NO_LOSS`` without a loss. The largest counts.
@@ -118,6 +118,7 @@ class Measured:
     tables: Tensor
     dots: Tensor
     energies: Tensor
+    operands: Tensor
     ranks: Tensor
     amax: Tensor
     gap: Tensor
@@ -127,7 +128,8 @@ class Measured:
     @property
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parts that are added up over ranks, and those of which the largest counts."""
-        return [self.tables, self.dots, self.energies, self.ranks], [self.amax, self.gap, self.weighed_gap, self.is_bad]
+        added = [self.tables, self.dots, self.energies, self.operands, self.ranks]
+        return added, [self.amax, self.gap, self.weighed_gap, self.is_bad]
 
     @classmethod
     def nothing(cls, layers: int, compared: int = 0, *, statistics: bool = False) -> "Measured":
@@ -136,6 +138,7 @@ class Measured:
             tables=torch.zeros(3, layers, BINS + 6) if statistics else torch.zeros(0),
             dots=torch.zeros(layers, 3),
             energies=torch.zeros(compared, 2),
+            operands=torch.zeros(layers, len(OPERANDS), 2) if statistics else torch.zeros(0),
             ranks=torch.zeros(()),
             amax=torch.zeros(3, layers) if statistics else torch.zeros(0),
             gap=torch.tensor(NO_LOSS),
@@ -198,7 +201,7 @@ class Gathered:
 class Comparison:
     """One batch, whose step is run in fp32 once and in other formats as often as asked for; nothing of the run changes.
 
-    Costs a copy of the weights while a step runs, the gradients of the fp32 step, and those of one other step.
+    Costs a copy of the weights while a step runs, and the gradients of the fp32 step and of another one.
 
     Args:
         module: The LightningModule in training, between steps.
@@ -234,8 +237,8 @@ class Comparison:
         self._owned = own_parameters(module, self.layers)
         self._replay = replay or StepReplay(module, formats, module.device)
         self._own = own
-        self._observer: Observer | None = None
-        self._statistics: tuple[Tensor, Tensor] | None = None
+        self._observer: OperandObserver | None = None
+        self._statistics: tuple[Tensor, Tensor, Tensor] | None = None
 
     def run_in(self, formats: Formats | None, scale: float | Tensor, compared: Sequence[str] = ()) -> Recorded:
         """Runs the step in other formats than fp32.
@@ -272,7 +275,7 @@ class Comparison:
             The :meth:`energies` of the compared layers.
         """
         assert self.reference is None, "one reference per batch"
-        energies = self._no_energies(compared)
+        energies = torch.zeros(len(compared), 2, dtype=torch.float64, device=self.device)
 
         def observed(stand_ins: Sandbox) -> None:
             self._take_energies(energies, calls or {}, compared)
@@ -284,7 +287,9 @@ class Comparison:
     def _observed(self, stand_ins: Sandbox, run: Callable[[Sandbox], Replayed]) -> Replayed:
         """The step in fp32, and what is to be seen of it."""
         wanted, scale = self._wanted, self._reference_scale if run == self._run else 1.0
-        self._observer = Observer(self.layers, wanted.max_elements, self._own, scale) if wanted.statistics else None
+        if wanted.statistics:
+            assigned = {name: self._formats.precision_of(name) for name in self.layers}
+            self._observer = OperandObserver(self.layers, assigned, wanted.max_elements, self._own, scale)
         count = FlopCount(self.layers) if wanted.flops else None
         with self._observer or contextlib.nullcontext(), count or contextlib.nullcontext():
             replayed = run(stand_ins)
@@ -304,7 +309,7 @@ class Comparison:
             Energies of the outputs and of their errors: fp64 [compared, 2]; zeros for a layer that was not recorded, or
             could not be run again.
         """
-        energies = self._no_energies(compared)
+        energies = torch.zeros(len(compared), 2, dtype=torch.float64, device=self.device)
         with self._replay.opened(reference=True):
             self._take_energies(energies, calls, compared)
         return energies
@@ -326,8 +331,7 @@ class Comparison:
             statistics: Whether those of the reference are among them.
         """
         assert self.reference is not None
-        told = Measured.nothing(len(self.layers))
-        told.ranks += 1
+        told = replace(Measured.nothing(len(self.layers)), ranks=torch.ones(()))
         if energies is not None:
             told.energies = energies
         if low is not None:
@@ -336,7 +340,7 @@ class Comparison:
             told.weighed_gap = loss_gap(low.losses, self.reference.losses, self._size_of_terms.clamp(min=least_loss))
             told.is_bad = ~is_finite(low)
         if statistics:
-            told.tables, told.amax = self._counted()
+            told.tables, told.amax, told.operands = self._counted()
         return told
 
     def self_agreement(self) -> Agreement:
@@ -366,26 +370,22 @@ class Comparison:
     @property
     def _reference_scale(self) -> float | Tensor:
         """The loss scale of the step in fp32: 1, unless gradients go through layers that compute in fp16 there, too."""
-        needs = is_scaling_needed({self._formats.of(layer) for layer in self._formats.not_in_fp32})
+        needs = is_scaling_needed({self._formats.precision_of(layer).region for layer in self._formats.not_in_fp32})
         return self._formats.scale if needs else 1.0
 
-    def _counted(self) -> tuple[Tensor, Tensor]:
+    def _counted(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._statistics is None:
             assert self._observer is not None and self.reference is not None
             weights = weight_gradients(self._owned, self.reference.gradients, self._wanted.max_elements)
             kinds = [each.tensors() for each in (self._observer.outputs(), self._observer.gradients(), weights)]
             tables, amax = (torch.stack([part.to(self.device) for part in parts]) for parts in zip(*kinds, strict=True))
-            self._statistics = tables, amax
+            self._statistics = tables, amax, self._observer.counts(self.device)
         return self._statistics
-
-    def _no_energies(self, compared: Sequence[str]) -> Tensor:
-        return torch.zeros(len(compared), 2, dtype=torch.float64, device=self.device)
 
     def _take_energies(self, energies: Tensor, calls: dict[str, LayerCall], compared: Sequence[str]) -> None:
         for row, name in enumerate(compared):
-            if name not in calls:
+            if (call := calls.pop(name, None)) is None:  # and lets go of it
                 continue
-            call = calls.pop(name)  # and lets go of it
             if name in self._formats.not_in_fp32:
                 self.not_compared[name] = self._formats.not_in_fp32[name]
                 continue

@@ -14,10 +14,9 @@ from lightning_mixprec.errors import OtherRankError, TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters, weight_gradients
-from lightning_mixprec.evidence.instruments.raised import layer_of, origin_of
 from lightning_mixprec.evidence.instruments.recording import CAST
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
-from lightning_mixprec.evidence.instruments.trace import Origin, Trace
+from lightning_mixprec.evidence.instruments.trace import Origin, Trace, layer_of, origin_of
 from lightning_mixprec.evidence.replay import Halving, Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import Formats, with_layer_in
 from lightning_mixprec.evidence.saved_batches import nonfinite_in, repaired
@@ -319,7 +318,7 @@ class Judge:
         owned = own_parameters(module, layers_of(module))
         rows = weight_gradients(owned, wide.gradients, max_elements=2**16).to("cpu")
         for row, layer in enumerate(owned):
-            format = self._replay.formats.of(layer)
+            format = self._replay.formats.precision_of(layer).region
             if not get_format(format).use.needs_scaling:
                 continue
             lost, before = (
@@ -372,7 +371,7 @@ class Judge:
         if origin.op == CAST and origin.direction == "backward" and origin.reader is not None:
             layer = origin.reader
         # A logarithm of a 16-bit zero is taken in fp32, and still it is the 16 bits that failed.
-        format = min(origin.format, self._replay.formats.of(layer), key=_bits)
+        format = min(origin.format, self._replay.formats.precision_of(layer).region, key=_bits)
         value = None if value is None else value * times
         where, wider = (layer, origin.direction, origin.op, format), promoted_for_range(format, value)
         return Diagnosis.of(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lightning_mixprec.evidence.comparison import Measured
+from lightning_mixprec.evidence.instruments.operands import OPERANDS
 from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes
 from lightning_mixprec.numerics.exponents import Histogram
 from lightning_mixprec.numerics.formats import format_of, get_format, is_wider, low_precision_formats
@@ -30,6 +31,7 @@ class Findings:
         outputs: In fp32, statistics of what each layer computed.
         gradients: In fp32, unscaled, statistics of the gradients that arrived at each layer's output.
         weights: In fp32, unscaled, statistics of the gradients of each layer's own weights.
+        operands: By layer and operand of its products in 8 bits, the share that rounds to zero after scaling.
         agreement: How the step agrees with fp32; None if that was not wanted.
         noise: The layers that were left out of it, because their gradient is rounding noise in fp32, too.
         own: The dtypes that layers' own numbers have in the run's formats, as far as they are known.
@@ -50,6 +52,7 @@ class Findings:
     outputs: dict[str, Histogram] = field(default_factory=dict)
     gradients: dict[str, Histogram] = field(default_factory=dict)
     weights: dict[str, Histogram] = field(default_factory=dict)
+    operands: dict[str, dict[str, float]] = field(default_factory=dict)
     agreement: Agreement | None = None
     noise: list[str] = field(default_factory=list)
     own: OwnDtypes = field(default_factory=OwnDtypes)
@@ -79,12 +82,19 @@ class Findings:
                 of_kind = rows.select(kind)
                 seen = of_kind.elements.nonzero().flatten().tolist()
                 statistics.update({self.layers[row]: of_kind.select(row) for row in seen})
+            self._read_operands(measured)
         if agreement:
             self.agreement = measured.agreement(self.layers, scale)
         signal, noise = measured.energies.unbind(-1)
         was_compared = ((signal != 0) | (noise != 0)).tolist()
         ratios = zip(compared, decibels(signal, noise).tolist(), was_compared, strict=True)
         self.sqnr_db = {layer: ratio for layer, ratio, was in ratios if was}
+
+    def _read_operands(self, measured: Measured) -> None:
+        for layer, counts in zip(self.layers, measured.operands.tolist(), strict=True):
+            rates = {each: lost / of for each, (lost, of) in zip(OPERANDS, counts, strict=True) if of}
+            if rates:
+                self.operands[layer] = rates
 
 
 def describe(layer: str, found: Findings, format: str) -> Losses:

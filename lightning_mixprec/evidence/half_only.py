@@ -10,8 +10,8 @@ from lightning_mixprec.engine.sharding import is_any_sharded
 from lightning_mixprec.errors import OtherRankError, ReplayError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.probe import layers_of
-from lightning_mixprec.evidence.instruments.raised import layers_through
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
+from lightning_mixprec.evidence.instruments.trace import layers_through
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.records.words import also, named
@@ -77,7 +77,7 @@ def _failing(replay: StepReplay, error: Exception) -> list[str]:
     layers, formats = layers_of(replay.module), replay.formats
     through = layers_through(error, replay.module)
     candidates = [name for name in through if name and name not in formats.not_in_fp32]
-    innermost = next((name for name in candidates if get_format(formats.of(name)).is_half), None)
+    innermost = next((name for name in candidates if get_format(formats.precision_of(name).region).is_half), None)
     if innermost is None:
         return []
     kind = type(layers[innermost])

@@ -34,6 +34,9 @@ class Formats(Protocol):
     def of(self, layer: str) -> str:
         """The format that a layer computes in."""
 
+    def precision_of(self, layer: str) -> LayerPrecision:
+        """All that a layer is assigned."""
+
     def low(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as the run does."""
 
@@ -61,12 +64,16 @@ class PluginFormats:
         self._own: tuple[Any, OwnDtypes] = None, OwnDtypes()
 
     def of(self, layer: str) -> str:
-        """The format that a layer computes in; one that came during the run, as the layer around it."""
+        """The format that a layer computes in."""
+        return self.precision_of(layer).compute
+
+    def precision_of(self, layer: str) -> LayerPrecision:
+        """All that a layer is assigned; one that came during the run has what the layer around it has."""
         assignment = self._plugin.assignment
         assert assignment is not None
         while layer not in assignment:
             layer = layer.rpartition(".")[0]
-        return assignment[layer].compute
+        return assignment[layer]
 
     @property
     def in_use(self) -> frozenset[str]:
@@ -144,9 +151,9 @@ class EvaluationFormats(TrialFormats):
         super().__init__(plugin, policy)
         self._assignment = policy.resolve(module)
 
-    def of(self, layer: str) -> str:
-        """The format that a layer computes in."""
-        return self._assignment[layer].compute
+    def precision_of(self, layer: str) -> LayerPrecision:
+        """All that a layer is assigned."""
+        return self._assignment[layer]
 
 
 def with_layer_in(formats: Formats, model: torch.nn.Module, layer: str, format: str | None) -> Formats | None:
@@ -179,6 +186,10 @@ class StockFormats:
     def of(self, layer: str) -> str:
         """The format that all layers compute in."""
         return self._format
+
+    def precision_of(self, layer: str) -> LayerPrecision:
+        """All that a layer is assigned, were it by a policy."""
+        return LayerPrecision(REFERENCE, self._format)
 
     @property
     def in_use(self) -> frozenset[str]:
@@ -248,6 +259,10 @@ class PolicyFormats:
     def of(self, layer: str) -> str:
         """The format that a layer computes in."""
         return self._assignment[layer].compute
+
+    def precision_of(self, layer: str) -> LayerPrecision:
+        """All that a layer is assigned."""
+        return self._assignment[layer]
 
     def low(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as the policy says."""

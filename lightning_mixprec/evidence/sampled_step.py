@@ -68,7 +68,7 @@ class SampledStep:
         found, formats, own = self._findings, self._formats, self._findings.own
         measured = found.weights.keys() | found.gradients.keys()
         unknown = [layer for layer in found.layers if layer in measured and layer not in own.outputs]
-        at_stake = any(is_at_stake(describe(layer, found, formats.of(layer))) for layer in unknown)
+        at_stake = any(is_at_stake(describe(layer, found, formats.precision_of(layer).region)) for layer in unknown)
         if not at_stake or own is not formats.own:  # else formats have changed since
             return
         with contextlib.suppress(Exception):  # then they are taken for what the layer computes in

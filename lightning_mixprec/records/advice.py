@@ -178,6 +178,23 @@ def underflow(
     return Advice(seen, f"compute it in {wider}, {policy_hint(layer, wider)}")
 
 
+def narrow_operand(layer: str, operands: Mapping[str, Any], others: Sequence[str], scaling: str) -> Advice:
+    """A layer of whose products in 8 bits an operand vanishes.
+
+    Args:
+        layer: The layer.
+        operands: The rates of its operands, as in :class:`~lightning_mixprec.records.samples.Operands`.
+        others: Layers of which the same is to be said.
+        scaling: What its scales are of.
+    """
+    format = operands["format"]
+    rate, worst = max((rate, name) for name, rate in operands.items() if name != "format")
+    of = "the largest of each row" if scaling == "row" else "its largest"
+    seen = f"{rate:.0%} of the {worst} of layer {layer!r}{also(others)} vanish in {format}, scaled by {of}"
+    by_row = "" if scaling == "row" else "scale it by row (scaling: row), or "
+    return Advice(seen, f"{by_row}compute it in bf16, {policy_hint(layer, 'bf16')}")
+
+
 # Values out of range
 
 MIN_HEADROOM_BITS = 1.0

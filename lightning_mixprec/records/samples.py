@@ -28,6 +28,15 @@ class Losses(TypedDict):
     what_if: dict[str, WhatIf]
 
 
+class Operands(TypedDict):
+    """Of the operands of products in 8 bits, the share that rounds to zero after scaling; none where it is not cast."""
+
+    format: str
+    input: NotRequired[float]
+    weight: NotRequired[float]
+    gradient: NotRequired[float]
+
+
 class Stagnation(TypedDict):
     """The share of a layer's weights that an optimizer step did not change."""
 
@@ -35,7 +44,9 @@ class Stagnation(TypedDict):
 
 
 class KnownLosses(Losses, Stagnation):
-    """The latest of a layer."""
+    """The latest of a layer; ``operands`` if its products are in 8 bits."""
+
+    operands: NotRequired[Operands]
 
 
 class KnownStagnation(Stagnation):
@@ -50,6 +61,7 @@ class UnderflowRow(Losses):
     layer: str
     loss_scale: float
     threshold: NotRequired[float]
+    operands: NotRequired[Operands]
 
 
 class StagnationRow(Stagnation):

@@ -343,14 +343,14 @@ def _sampled(tensor: Tensor, max_elements: int | None) -> _Sample:
     """A sample of a tensor; what else watches the step's operations does not see how it is taken."""
     is_watched = torch._C._len_torch_dispatch_stack() > 0
     with torch._C._DisableFuncTorch(), _disable_current_modes() if is_watched else contextlib.nullcontext():
-        flat = flatten(_whole(tensor).detach())
+        flat = flatten(whole(tensor).detach())
         if not flat.numel():
             return _Sample(flat, torch.zeros((), device=flat.device))
         low, high = (flat if flat.itemsize > 1 else flat.float()).aminmax()
         return _Sample(sample([flat], max_elements)[0].clone(), torch.maximum(-low, high).double())
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The tensor that the transforms of ``torch.func`` work on: of a ``vmap`` all samples."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)

@@ -1,17 +1,20 @@
-"""Replays a training step to find the operation that first made a finite number infinite or NaN."""
+"""Where a step went wrong: the operation that first made a finite number infinite or NaN, the layer that raised."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer, Direction
 from lightning_mixprec.evidence.instruments.origins import find_origin, is_given
 from lightning_mixprec.evidence.instruments.recording import CAST, Call, Recorder, Value
 from lightning_mixprec.numerics.formats import format_of
+from lightning_mixprec.policy.module_names import walk
 from lightning_mixprec.records.events import Frame
 
 _FRAMES, _FRAMES_AFTER = 24, 4
@@ -172,3 +175,44 @@ def _frame(call: Call, values: Sequence[Value]) -> Frame:
 
 def _format(value: Value) -> str:
     return format_of(value.dtype) or str(value.dtype).removeprefix("torch.")
+
+
+def origin_of(error: BaseException, trace: Trace) -> Origin | None:
+    """The operation that made the numbers non-finite which the innermost function with such numbers had.
+
+    Args:
+        error: What a step raised, with its traceback: its frames hold the tensors.
+        trace: What ran until then.
+
+    Returns:
+        None if nothing that the exception can be about is out of a format's range; what was handed in so (a mask of
+        -inf) is not looked at.
+    """
+    for tensors in _tensors_by_frame(error):
+        found = trace.origin(tensors)
+        if found is not None and not found.is_leaf:
+            return found
+    return None
+
+
+def layer_of(error: BaseException, model: nn.Module) -> str:
+    """The innermost module that ran when the exception was raised, ``""`` for the root and what is outside of it."""
+    return next(iter(layers_through(error, model)), "")
+
+
+def layers_through(error: BaseException, model: nn.Module) -> list[str]:
+    """The modules that an exception went through, the innermost first."""
+    names = {id(node.module): node.name for node in reversed(list(walk(model)))}
+    modules = [id(frame.f_locals.get("self")) for frame in _frames(error)]
+    return [names[module] for module in modules if module in names]
+
+
+def _frames(error: BaseException) -> list[FrameType]:
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+
+
+def _tensors_by_frame(error: BaseException) -> Iterator[list[Tensor]]:
+    """The tensors that the functions of a traceback hold, the innermost function's first."""
+    for frame in _frames(error):
+        leaves = tree_leaves(list(frame.f_locals.values()))
+        yield [leaf for leaf in leaves if isinstance(leaf, Tensor)]
