@@ -238,7 +238,7 @@ def table(lines: list[dict]) -> str:
         elif "step_ms" in line:
             ratio = written(line["ratio"]) if line["ratio"] else ""
             speed = f"{line['tflops_per_s']:.3g}"
-            memory = f"{line['memory_bytes'] / 2**20:.0f} MiB"
+            memory = f"{line['memory_bytes'] / 2**20:.1f} MiB"
             out.append(layout.format(name, f"{line['step_ms']:.2f} ms", ratio, speed, memory, f"{line['loss']:.4f}"))
     return "\n".join(out)
 

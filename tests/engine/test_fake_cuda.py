@@ -259,6 +259,32 @@ def test_each_layer_hands_on_in_the_format_that_follows(name, policy):
             assert {first, *others} <= {around, torch.float32}, handed
 
 
+EIGHT_BITS = {
+    "fp8": ({"compute": "fp8"}, "_scaled_mm", [torch.float8_e4m3fn] * 2),
+    "fp8 by row": ({"compute": "fp8", "scaling": "row"}, "_scaled_mm", [torch.float8_e4m3fn] * 2),
+    "int8": ({"compute": "int8"}, "_int_mm", []),
+}
+
+
+@pytest.mark.parametrize(("said", "product", "operands"), EIGHT_BITS.values(), ids=EIGHT_BITS)
+def test_linear_layers_in_8_bits_have_one_product_and_it_is_the_devices_own(said, product, operands):
+    """Below it all is bf16 and scales: a device that is not there is taken to have the format, and nothing emulates."""
+    model, inputs = gpt()
+    blocks = model.get_submodule("model.transformer.blocks")
+    rule = {"layers": "model.transformer.blocks", **said}
+    recorder, assignment = attached(model, inputs, {"default": "bf16", "rules": [rule]})
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in name}
+    assert len(linears) == 4 * len(blocks)
+    for name in linears:
+        calls = [call for call in recorder.calls if call.layer == name]
+        (found,) = [call for call in calls if call.op.startswith(product)]
+        assert [*found.inputs[: len(operands)]] == operands
+        assert not [call for call in calls if call.op in PRODUCTS]
+        assert [handed.outputs for handed in recorder.handed_on if handed.layer == name] == [(torch.bfloat16,)]
+    others = {call.layer for call in recorder.calls if call.op.startswith(product)} - linears
+    assert not others and assignment["model.head"].compute == "bf16"
+
+
 @pytest.mark.parametrize("seed", slow_but_for([0, 1], range(8)))
 @pytest.mark.parametrize("name", MODELS)
 def test_any_assignment_casts_as_the_contract_says_by_hand(name, seed):
