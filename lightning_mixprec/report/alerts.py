@@ -12,7 +12,6 @@ from typing import Any, Literal
 from lightning_mixprec.numerics.formats import FORMATS, Use, get_format
 from lightning_mixprec.records import advice
 from lightning_mixprec.records.advice import Advice
-from lightning_mixprec.records.runs import SampledLayer
 from lightning_mixprec.records.words import counted, listed, quoted, sentence
 from lightning_mixprec.report.layers import LayerLife
 from lightning_mixprec.report.reading import Records, Row
@@ -242,21 +241,17 @@ def _underflow(records: Records, layers: Lives) -> Iterator[Alert]:
 
 def _vanishing(records: Records, layer: str, step: int, others: Sequence[str]) -> Advice:
     """As ``UnderflowMonitor`` told of it, or ``PrecisionReport``, which knows less."""
-    for row in records.underflow:
-        if row["layer"] == layer and row["step"] == step and "format" in row:
-            largest = advice.largest_scale(
-                each for each in records.underflow if each["step"] == step and "format" in each
-            )
-            return advice.underflow(layer, row, row["loss_scale"], others, _use(row["format"]), largest)
-    sample = next(row["sample"] for row in records.samples if row["step"] == step and layer in row["sample"]["layers"])
-    told: SampledLayer = sample["layers"][layer]
-    use = _use(told.format)
-    what_if = {told.format: {"best_scale": told.best_scale, "fits": told.best_scale is not None}}
+    measured = [(scale, name, losses) for at, scale, name, losses in records.measured if at == step]
+    scale, losses = next((scale, losses) for scale, name, losses in reversed(measured) if name == layer)
+    use, is_whole = _use(losses["format"]), "what_if" in losses
+    every = [each for _, _, each in measured if ("what_if" in each) == is_whole]
+    if is_whole:
+        return advice.underflow(layer, losses, scale, others, use, advice.largest_scale(every))
+    what_if = {losses["format"]: {"best_scale": losses["best_scale"], "fits": losses["best_scale"] is not None}}
     what_if |= {use.for_range: {"underflow_rate": 0.0}} if use.for_range else {}
-    losses = {"format": told.format, "underflow_rate": told.underflow_rate, "what_if": what_if}
-    best = [each.best_scale for each in sample["layers"].values() if _use(each.format).needs_scaling]
+    best = [each["best_scale"] for each in every if _use(each["format"]).needs_scaling]
     largest = min((scale for scale in best if scale is not None), default=math.inf)
-    return advice.underflow(layer, losses, sample["loss_scale"], others, use, largest)
+    return advice.underflow(layer, {**losses, "what_if": what_if}, scale, others, use, largest)
 
 
 def _gradients(records: Records, layers: Lives) -> Iterator[Alert]:

@@ -7,6 +7,7 @@ runs from 0 at the top to 100 at the bottom.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -135,14 +136,11 @@ def scaling_scale_of(curves: Sequence[dict[str, Any]]) -> Scale | None:
 
 def stretches(*columns: Sequence[float | None]) -> Iterator[range]:
     """Index ranges in which every column has a value."""
-    start = None
-    for k, values in enumerate([*zip(*columns, strict=True), (None,)]):
-        if None in values:
-            if start is not None:
-                yield range(start, k)
-            start = None
-        elif start is None:
-            start = k
+    is_known = [None not in values for values in zip(*columns, strict=True)]
+    for known, places in groupby(range(len(is_known)), key=is_known.__getitem__):
+        if known:
+            first, *rest = places
+            yield range(first, first + len(rest) + 1)
 
 
 def _points(edges: Sequence[int], values: Sequence[float], indices: range, scale: Scale) -> list[str]:
