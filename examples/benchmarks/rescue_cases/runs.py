@@ -119,10 +119,15 @@ class TrainingTime(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         if batch_idx == 0:
-            self.start = time.perf_counter()
+            self.start = self._now(module)
 
-    def on_train_epoch_end(self, *rest: Any) -> None:
-        self.seconds = time.perf_counter() - self.start
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.seconds = self._now(module) - self.start
+
+    def _now(self, module: LightningModule) -> float:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 class CountSkips(Callback):
