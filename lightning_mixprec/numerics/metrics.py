@@ -249,7 +249,8 @@ class SQNR(_Scalar):
 
     ``10 * log10(sum(reference**2) / sum((reference - approximation)**2))`` over everything seen, in fp64. Infinite
     where all is equal; minus infinity where only the approximation holds infinities or NaNs, or only the reference is
-    all zeros; NaN where the reference is not finite or nothing was seen.
+    all zeros; NaN where the reference is not finite or nothing was seen. As
+    :func:`~lightning_mixprec.numerics.similarity.sqnr_db`, which compares two tensors once.
 
     Args:
         **kwargs: options of every ``torchmetrics.Metric``.

@@ -3,7 +3,7 @@
 Results stay on the device of the data and nothing waits for it.
 
 >>> reference = torch.tensor([1.0, 2.0, 3.0])
->>> decibels(*energies(reference, reference + 0.01)).round().item()
+>>> sqnr_db(reference, reference + 0.01).round().item()
 47.0
 >>> cosine_of(dots([reference], [2 * reference])).tolist()
 [1.0]
@@ -20,6 +20,29 @@ from lightning_mixprec.numerics.flat_batches import batches, by_kind, flatten_to
 
 
 @torch.no_grad()
+def sqnr_db(reference: Tensor, approximation: Tensor) -> Tensor:
+    """Signal to quantization noise ratio, ``10 log10(sum r**2 / sum (r - a)**2)`` in decibels, computed in fp64.
+
+    Infinite if all elements are equal, also if all are zero. Minus infinity if the reference is all zeros and the
+    approximation is not, or if the approximation holds infinities or NaNs. NaN if there are no elements, or the
+    reference holds infinities or NaNs, or fp64 numbers beyond 1e154, whose squares overflow.
+
+    Args:
+        reference: floating-point or complex, any shape.
+        approximation: of the same shape.
+
+    Returns:
+        fp64 of shape (), on the reference's device.
+
+    Raises:
+        FormatError: the shapes differ, or a tensor holds no floating-point numbers.
+    """
+    first, second = flatten_together(reference, approximation)
+    signal, noise = energies(first, second)
+    return decibels(signal, noise) if first.numel() else torch.full_like(signal, math.nan)
+
+
+@torch.no_grad()
 def energies(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
     """The energies of a flat tensor and of its difference from another one of the same dtype, device and size, fp64."""
     signal = torch.zeros((), dtype=torch.float64, device=reference.device)
@@ -31,11 +54,7 @@ def energies(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decibels(signal: Tensor, noise: Tensor) -> Tensor:
-    """Signal to quantization noise ratios, ``10 log10(signal / noise)``, from :func:`energies` or sums of them.
-
-    Infinite without noise, also if there is no signal. Minus infinity without signal, or if the noise is not finite;
-    NaN if the signal is not: the reference holds infinities or NaNs, or fp64 numbers beyond 1e154, whose squares
-    overflow.
+    """Ratios of energies in decibels: infinite without noise, minus infinite if it is not finite; NaN if signal is not.
 
     >>> one = torch.ones((), dtype=torch.float64)
     >>> decibels(one, one / 1000).item(), decibels(one, 0 * one).item(), decibels(one, one * math.nan).item()

@@ -25,6 +25,7 @@ from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics import exponents as stats
 from lightning_mixprec.numerics import metrics, rates
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
+from lightning_mixprec.numerics.similarity import sqnr_db
 
 REAL = {
     "fp32": np.float32,
@@ -260,6 +261,7 @@ SPECIAL = [
 def test_sqnr_where_it_is_no_number(reference, approximation, expected):
     pair = torch.tensor(reference, dtype=torch.float64), torch.tensor(approximation, dtype=torch.float64)
     assert updated(SQNR(), pair).compute().item() == pytest.approx(expected, nan_ok=True)
+    assert sqnr_db(*pair).item() == pytest.approx(expected, nan_ok=True)
 
 
 def test_sqnr_compares_elements_not_their_order_in_memory():
