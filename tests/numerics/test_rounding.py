@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rounding import round_to
 
 from lightning_mixprec.errors import FormatError
+from lightning_mixprec.numerics.rounding import round_to
 
 ORACLE = {
     "fp32": np.float32,

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from rounding import round_to
 
 from lightning_mixprec.errors import FormatError
 from lightning_mixprec.numerics import flat_batches as segments
 from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.numerics.rounding import round_to
 from lightning_mixprec.numerics.similarity import cosine_of, dots, sqnr_db
 
 NORMAL = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
