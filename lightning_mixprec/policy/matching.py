@@ -81,7 +81,12 @@ class NameTree:
         return [self.children[place][text] for place in found if text in self.children[place]]
 
     def _below(self, found: set[int]) -> set[int]:
-        return {below for place in found for below in range(place, self._ends[place])}
+        reached, below = 0, set[int]()
+        for place in sorted(found):
+            if place >= reached:
+                reached = self._ends[place]
+                below.update(range(place, reached))
+        return below
 
     def _sliced(self, found: set[int], positions: slice) -> set[int]:
         return {
