@@ -7,6 +7,7 @@ from pathlib import Path
 import known_results
 import pytest
 import torch
+from capabilities import auto_format
 from plugin_models import (
     Batches,
     Call,
@@ -270,12 +271,14 @@ def test_a_compiled_model_follows():
 
 
 def test_what_auto_chose_is_what_was_configured():
-    _, came = scheduled([{"at": 1, "policy": "fp32"}, {"at": 3, "policy": "configured"}], policy="auto")
+    auto = auto_format()
+    other = "bf16" if auto == "fp32" else "fp32"
+    phases = [{"at": 1, "policy": other}, {"at": 3, "policy": "configured"}]
+    _, came = scheduled(phases, policy="auto")
     assert came == [(1, 1), (2, 3)]
     plugin = PerLayerPrecision("auto")
-    phases = [{"at": 1, "policy": "fp32"}, {"at": 3, "policy": "configured"}]
     fit(task(), plugin, callbacks=[PrecisionScheduler(phases)])
-    assert [(entry["from"], entry["to"]) for entry in plugin.history] == [("bf16", "fp32"), ("fp32", "bf16")]
+    assert [(entry["from"], entry["to"]) for entry in plugin.history] == [(auto, other), (other, auto)]
 
 
 def test_monitors_look_at_the_formats_that_a_step_has():

@@ -1,4 +1,7 @@
-"""What this machine's torch cannot compute: tried once, and the tests that met it are skipped and say why."""
+"""What this machine computes: the format of policy "auto" here, and what torch cannot compute, tried once.
+
+Tests that met what it cannot compute are skipped and say why.
+"""
 
 from functools import cache
 
@@ -7,6 +10,13 @@ from torch import nn
 
 _OF_LSTM = "could not create a primitive descriptor for the LSTM forward propagation primitive"
 """Without AVX-512, torch's CPU build has no LSTM in 16 bits under autocast, and says so by this of oneDNN."""
+
+
+def auto_format() -> str:
+    """The format that ``policy="auto"`` stands for on this CPU."""
+    from lightning_mixprec.plugin.arguments import choose_format
+
+    return choose_format(torch.device("cpu"))[0]
 
 
 @cache

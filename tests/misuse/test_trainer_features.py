@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from capabilities import auto_format
 from lightning.fabric.utilities import throughput
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -31,6 +32,8 @@ from selection import slow
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_mixprec.numerics.formats import get_format
 
 # Options of the Trainer
 
@@ -268,7 +271,7 @@ PEAK = {torch.float64: 1, torch.float32: 10, torch.float16: 100, torch.bfloat16:
         (mixed("fp16"), None, torch.float16, torch.float16),
         (mixed("bf16"), None, torch.bfloat16, torch.bfloat16),
         ("fp64", None, torch.float64, torch.float64),
-        ("auto", None, torch.bfloat16, torch.bfloat16),
+        ("auto", None, get_format(auto_format()).dtype, get_format(auto_format()).dtype),
         (mixed("fp16"), "fp64", torch.float16, torch.float64),
     ],
     ids=str,

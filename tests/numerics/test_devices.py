@@ -327,11 +327,15 @@ def test_a_product_is_timed_best_of_several_and_once(monkeypatch):
 def test_timing_leaves_no_trace_and_no_surroundings_change_it():
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     product_cost.cache_clear()
-    with torch.autocast("cpu", torch.float16), torch.device("meta"):
-        assert product_cost(torch.float64) is not None
-    product_cost.cache_clear()
+    try:
+        torch.set_num_threads(threads + 1)
+        with torch.autocast("cpu", torch.float16), torch.device("meta"):
+            assert product_cost(torch.float64) is not None
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+        product_cost.cache_clear()
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
 
 
 def test_what_torch_cannot_multiply_costs_nothing_that_could_be_told():

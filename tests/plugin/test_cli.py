@@ -5,14 +5,13 @@ import io
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from capabilities import auto_format
 from lightnings import LightningCLI
 from plugin_models import Batches, Task, mlp
 from selection import slow_but_for, slow_cases_but_for
 
 from lightning_mixprec import LossScaling, PerLayerPrecision, PrecisionPolicy, Rule
-from lightning_mixprec.plugin.arguments import choose_format
 
 POLICY = {"default": "bf16", "net.6": "fp32"}
 FULL = {"default": "bf16", "rules": [{"layers": "net.6", "compute": "fp32"}]}
@@ -57,10 +56,9 @@ def main(*arguments: str) -> PerLayerPrecision:
 
 # The command line
 
-AUTO = PrecisionPolicy(choose_format(torch.device("cpu"))[0])
 BY_ARGUMENTS = {
-    "no policy": ([], AUTO),
-    "auto": (["policy=auto"], AUTO),
+    "no policy": ([], PrecisionPolicy(auto_format())),
+    "auto": (["policy=auto"], PrecisionPolicy(auto_format())),
     "format": (["policy=fp16"], PrecisionPolicy("fp16")),
     "file": (["policy=policy.yaml"], RESOLVED),
     "short mapping": (["policy={default: bf16, net.6: fp32}"], RESOLVED),
@@ -124,7 +122,7 @@ POLICY_CLASS = {
 }
 IN_A_FILE = {
     "format": ("fp16", PrecisionPolicy("fp16")),
-    "auto": ("auto", AUTO),
+    "auto": ("auto", PrecisionPolicy(auto_format())),
     "path": ("policy.yaml", RESOLVED),
     "short mapping": (POLICY, RESOLVED),
     "full mapping": (FULL, RESOLVED),

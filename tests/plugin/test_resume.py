@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from capabilities import auto_format
 from plugin_models import (
     MOMENTUM,
     Batches,
@@ -96,7 +97,7 @@ def test_a_run_can_be_resumed_again_and_again(twice):
 def test_auto_resumes_as_auto():
     fit(task(), PerLayerPrecision("auto"), callbacks=[save()])
     _, run = resume(PerLayerPrecision("auto"))
-    assert run.precision_plugin.policy == PrecisionPolicy("bf16")
+    assert run.precision_plugin.policy == PrecisionPolicy(auto_format())
 
 
 def test_the_same_policy_in_another_form_is_no_change():
