@@ -152,7 +152,7 @@ ALONE = [{"class_path": CLASS}, [{"class_path": CLASS}], CLASS, [CLASS], {"class
 
 @pytest.mark.parametrize("plugins", ALONE, ids=str)
 def test_the_class_alone_in_a_config_file(plugins):
-    assert run(config={"plugins": plugins}).policy == PrecisionPolicy("bf16")
+    assert run(config={"plugins": plugins}).policy == PrecisionPolicy(auto_format())
 
 
 SCALING_IN_A_FILE = {
