@@ -68,6 +68,32 @@ def test_recurrent_layers(policy, run):
     assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_cudnn_finds_the_seen_weights_of_a_recurrent_layer_in_one_piece(kind, run):
+    """It warns of loose ones, which it copies at every call, and a warning is an error here."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = kind(4, 4, num_layers=2, bidirectional=False)
+
+        def forward(self, x):
+            for _ in range(3):
+                x, _ = self.cell(x)
+            return x
+
+    model = Decoder().cuda().double()
+    x = torch.randn(3, 2, 4, device="cuda")
+    y = run(model, {"default": "fp32", "cell": "p=fp64,c=fp32"}, x)
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    exact = model(x.double())
+    exact.float().pow(2).sum().backward()
+    assert torch.allclose(y.double(), exact, atol=1e-5)
+    for found, parameter in zip(gradients, model.parameters(), strict=True):
+        assert torch.allclose(found, parameter.grad, atol=1e-4)
+
+
 def test_a_mixed_model_compiles_whole(run):
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)).cuda()
     attachment = attach(model, as_policy({"default": "bf16", "1": "c=fp32,o=input"}).resolve(model), "cuda")

@@ -390,3 +390,53 @@ def test_a_recomputation_that_a_region_waits_for_does_not_hang(attached):
         model(torch.ones(1, 2))
         assert not model[0].waited_in_vain
         assert model[0].linear.weight.grad.dtype == torch.float64 and model[0].linear.weight.dtype == torch.float64
+
+
+class Decoder(nn.Module):
+    """Calls a recurrent layer several times within its own region."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTM(4, 4, num_layers=2)
+
+    def forward(self, x):
+        for _ in range(3):
+            x, _ = self.cell(x)
+        return x
+
+
+def put_together(module):
+    """What cuDNN's layout does to the weights: the same numbers in one piece of memory."""
+    whole = torch.cat([weight.detach().reshape(-1) for weight in module._flat_weights])
+    with torch.no_grad():
+        for weight, part in zip(
+            module._flat_weights, whole.split([w.numel() for w in module._flat_weights]), strict=True
+        ):
+            weight.set_(part.view_as(weight))
+
+
+@pytest.mark.parametrize("stored", ["bf16", "fp16"])
+def test_torch_lays_out_the_seen_weights_of_a_recurrent_layer_for_cudnn(stored, attached, monkeypatch):
+    """Loose ones cuDNN would copy at every call, with a warning; what it takes them for is put back afterwards."""
+    noted = []
+
+    def flatten_parameters(module):
+        noted.append({weight.dtype for weight in module._flat_weights})
+        if len(noted) > 3:  # in the second run
+            put_together(module)
+
+    model, x = Decoder().to(FORMATS[stored]), torch.randn(3, 2, 4)
+    outcomes = []
+    with attached(model, "fp32") as attachment:
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.LSTM, "flatten_parameters", flatten_parameters)
+            for _ in range(2):
+                with attachment.context():
+                    y = model(x)
+                y.sum().backward()
+                outcomes.append([y, *(parameter.grad.clone() for parameter in model.parameters())])
+                model.zero_grad()
+                assert [id(weight) for weight in model.cell._flat_weights] == list(map(id, model.cell.parameters()))
+        assert not model.cell._weights_have_changed()
+    assert noted == [{torch.float32}] * 6
+    assert all(map(torch.equal, *outcomes))
