@@ -1,8 +1,7 @@
 """Base classes of the callbacks: logged values, rows of the run's file, state and summary; and of those that replay."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +15,7 @@ from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.run_formats import RunFormats, formats_of
 from lightning_mixprec.evidence.step_window import Made
 from lightning_mixprec.plugin.lightnings import Callback
+from lightning_mixprec.plugin.stand_in import StandIn
 from lightning_mixprec.policy.table import align
 from lightning_mixprec.records.journal import Journal
 from lightning_mixprec.records.schema import Place, Shapes
@@ -23,8 +23,6 @@ from lightning_mixprec.records.states import Layout
 
 ROWS = 10
 """Layers that a summary shows."""
-
-_HOOK = "on_train_batch_start"
 
 C = TypeVar("C", bound="RunCallback")
 
@@ -185,49 +183,26 @@ class RunCallback(Callback):
             yield new[0], new[1:]
 
 
-class BatchStart:
-    """Stands in for a LightningModule's ``on_train_batch_start`` once: has the hook run, and something else after it.
+class BatchStart(StandIn):
+    """Has a LightningModule's ``on_train_batch_start`` run once, and something else after it.
 
     Lightning calls the callbacks' hook of this name first and the module's last, so this is how a callback comes to act
     on what all of them made of the batch, just before its step. Takes itself away as soon as it is called, before
-    anything else; a copy of the module that was made until then has its own hook alone.
-
-    Args:
-        module: The module.
-        begin: What is called after the hook, with what that has made; not if it answers -1, which skips the rest of the
-            epoch.
+    anything else. What is beside it is called with what the hook has made; not if that answers -1, which skips the rest
+    of the epoch.
     """
 
-    def __init__(self, module: pl.LightningModule, begin: Callable[[Made], None]) -> None:
-        self._module, self._begin = module, begin
-        self._of_instance = vars(module).get(_HOOK)
-        vars(module)[_HOOK] = self
+    _METHOD = "on_train_batch_start"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls both."""
         self.remove()
-        begin, self._begin = self._begin, _nothing  # somebody who wrapped this one may call it again and again
-        hook = self._of_instance or partial(getattr(type(self._module), _HOOK), self._module)
+        begin, self._beside = self._beside, None  # somebody who wrapped this one may call it again and again
         before = dict(vars(self._module))
-        answer = hook(*args, **kwargs)
-        if answer != -1:
+        answer = self._own(*args, **kwargs)
+        if begin is not None and answer != -1:
             begin(Made(self._module, {n: v for n, v in vars(self._module).items() if before.get(n, self) is not v}))
         return answer
-
-    def remove(self) -> None:
-        """Gives the module back the hook that it had."""
-        attributes = vars(self._module)
-        if attributes.get(_HOOK) is self:
-            del attributes[_HOOK]
-            if self._of_instance is not None:
-                attributes[_HOOK] = self._of_instance
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_begin": _nothing}
-
-
-def _nothing(made: Made) -> None:
-    pass
 
 
 class Monitor(RunCallback):

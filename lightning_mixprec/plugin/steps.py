@@ -28,6 +28,7 @@ from lightning_mixprec.optim.loss_scaling_options import LossScaling
 from lightning_mixprec.plugin.formats_in_force import attributes_of_copy
 from lightning_mixprec.plugin.hidden_infinities import HiddenInfinities
 from lightning_mixprec.plugin.past_steps import PastSteps
+from lightning_mixprec.plugin.stand_in import StandIn
 from lightning_mixprec.plugin.strategies import forget_communication_errors
 from lightning_mixprec.policy.module_names import walk
 
@@ -302,36 +303,15 @@ class StepLedger:
             tracker.completed -= steps
 
 
-class SchedulerGate:
-    """Stands in for a LightningModule's ``lr_scheduler_step`` and lets a schedule advance only after a real step.
+class SchedulerGate(StandIn):
+    """Lets a schedule advance only after a real step, if the ledger beside it says so."""
 
-    A copy of the module keeps its own ``lr_scheduler_step`` and no gate.
-    """
-
-    def __init__(self, model: pl.LightningModule, ledger: StepLedger) -> None:
-        self._model = model
-        self._of_instance = vars(model).get("lr_scheduler_step")
-        self._ledger: StepLedger | None = ledger
-        model.lr_scheduler_step = self  # type: ignore[method-assign]
+    _METHOD = "lr_scheduler_step"
 
     def __call__(self, scheduler: Any, metric: Any) -> None:
         """Steps the schedule if it may."""
-        if self._ledger is not None and not self._ledger.lets_step(scheduler):
-            return
-        if self._of_instance is not None:
-            self._of_instance(scheduler, metric)
-        else:
-            type(self._model).lr_scheduler_step(self._model, scheduler, metric)
-
-    def remove(self) -> None:
-        """Gives the module back the ``lr_scheduler_step`` it had."""
-        if self._of_instance is not None:
-            self._model.lr_scheduler_step = self._of_instance  # type: ignore[method-assign]
-        else:
-            del self._model.lr_scheduler_step
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_ledger": None}
+        if self._beside is None or self._beside.lets_step(scheduler):
+            self._own(scheduler, metric)
 
 
 def _send(skipped: Tensor, at_minimum: bool | Tensor) -> Transfer:
