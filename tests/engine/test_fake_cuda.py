@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fake_cuda import DTYPES, autocast, caller_of, cast_by_hand, needs_fake_cuda, on_fake_cuda, recorded
+from fake_cuda import DTYPES, Recorder, autocast, caller_of, cast_by_hand, needs_fake_cuda, on_fake_cuda, recorded
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from module_trees import assigned, first_names, has_two_wide_callers, interpret, stored, trees
 from selection import slow_but_for
 from torch import nn
 from torch.nn import functional as F
@@ -301,6 +304,31 @@ def test_any_assignment_casts_as_the_contract_says_by_hand(name, seed):
         expected = recorded(model, inputs, contextlib.nullcontext())
     for mine, theirs in zip(recorder.seen, expected.seen, strict=True):
         assert mine == theirs
+
+
+@given(data=st.data())
+@settings(max_examples=12, phases=[Phase.generate])  # a failure is not made smaller: that would take minutes
+def test_random_trees_compute_in_the_dtypes_that_the_contract_says(data):
+    """As in test_random_trees.py: shared modules, containers, and fp64 among the formats."""
+    with on_fake_cuda():
+        model = data.draw(trees())
+        assignment = assigned(data.draw, model)
+        if has_two_wide_callers(model, assignment):
+            return
+        root = DTYPES[assignment[""].compute]
+        x = torch.randn(2, 3, dtype=root if root.itemsize > 2 else torch.float32)
+        model.weight.data = model.weight.data.to(x.dtype)
+        assignment[""].param = stored(model)
+        attachment = attach(model, assignment, "cuda")
+        mine = recorded(model, [x], attachment.context())
+        attachment.detach()
+        with Recorder(model) as theirs:
+            interpret(model, first_names(model), assignment, x, autocast)
+
+    def computed(recorder):
+        return [call[2:] for call in recorder.calls if call.op in ("mm", "tanh", "mul", "add")]
+
+    assert computed(mine) == computed(theirs) != []
 
 
 def test_the_context_is_that_of_a_device_that_is_not_there():
