@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 from lightning_mixprec import AdaptivePrecision, FidelityMonitor, OverflowMonitor, UnderflowMonitor
 
-RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK, BACKEND = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("MIXPREC_TEST_BACKEND", "gloo")
 SEEN = []
 
 
@@ -63,7 +63,8 @@ def case(name, folder, monitors, **options):
     torch.manual_seed(3)
     folder = Path(folder) / name
     trainer = {
-        "strategy": DDPStrategy(process_group_backend="gloo"),
+        "strategy": DDPStrategy(process_group_backend=BACKEND),
+        "accelerator": "cuda" if BACKEND == "nccl" else "cpu",
         "devices": 2,
         "default_root_dir": folder,
         "batches": Batches(6, seed=7 + RANK, count=4),

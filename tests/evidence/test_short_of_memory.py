@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 from processes import python_path, saved_by_two
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def ranks(request, tmp_path_factory):
     """What both processes saved. Two processes take half a minute; without lockstep they would wait for ever."""
+    if request.param == "nccl" and (found := torch.cuda.device_count()) < 2:
+        pytest.skip(f"needs two GPUs for two NCCL processes, and torch sees {found}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path(Path(__file__).parents[1] / "callbacks"))
+        patch.setenv("MIXPREC_TEST_BACKEND", request.param)
         return saved_by_two(Path(__file__).parent / "ddp_short_of_memory.py", tmp_path_factory.mktemp("ddp"))
 
 
