@@ -213,4 +213,5 @@ def test_every_other_optimizer_is_waited_for_by_one_flag_a_step(policy, watching
 def test_stock_fp16_waits_for_one_flag_a_step_as_well(watch):
     watch = Counting() if isinstance(watch, Refusing) else watch
     model = Quiet(net(), lambda params: sgd(params, fused=False))
-    assert reads(watch, model, stock("fp16"), []) == {"_local_scalar_dense": BATCHES - BEFORE}
+    plugin = stock("fp16", "cpu" if isinstance(watch, Noting) else "cuda")
+    assert reads(watch, model, plugin, []) == {"_local_scalar_dense": BATCHES - BEFORE}
