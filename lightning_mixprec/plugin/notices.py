@@ -53,8 +53,8 @@ def warn_of_emulation(assignment: Assignment, device: torch.device, backends: Ba
 
 def _warn_of_emulated_products(format: str, device: torch.device, backends: Backends) -> None:
     narrow = backends.narrow_for(format)
-    if narrow is not None and narrow.is_emulated:
-        reason = narrow.support(format, device).reason if backends.emulate == "auto" else "emulate=True"
+    if narrow is not None and narrow.is_emulated and backends.emulate == "auto":
+        reason = narrow.support(format, device).reason
         rank_zero_warn(
             f"Products in {format} are emulated on {device_name(device)} ({reason}): right, but not faster than fp32. "
             f"For speed use {choose_format(device)[0]}."
