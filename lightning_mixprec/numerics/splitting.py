@@ -1,0 +1,100 @@
+"""fp32 numbers split in a 16-bit number and the bits it lost, and rounded to 16 bits at random.
+
+All on integer bits: a compiler that leaves out a rounding between two casts (torch's Inductor does) leaves these alone,
+and the results are the same on every device, compiled and not.
+
+>>> stored, lost = split(torch.tensor([1.0, 1.0 + 2**-20]))
+>>> stored, lost, join(stored, lost) == torch.tensor([1.0, 1.0 + 2**-20])
+(tensor([1., 1.], dtype=torch.bfloat16), tensor([0, 8], dtype=torch.int16), tensor([True, True]))
+"""
+
+import torch
+from torch import Tensor
+
+_NAN = 0x7FC00000
+
+_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+"""The constants of SplitMix64, 0x9e3779b97f4a7c15 and so on, as signed numbers."""
+
+
+def split(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest bf16 number, of two equally near ones the larger, and what it lost: 16 more bits.
+
+    Ties go away from zero: rounded to even, one bf16 number would stand for 65,537 fp32 numbers, which 16 bits cannot
+    tell apart. Together they are the fp32 number, every bit of it, infinities, subnormals and -0 included; of a NaN it
+    is kept that it is one.
+
+    Args:
+        wide: fp32, any shape.
+
+    Returns:
+        bf16 and int16 tensors of that shape.
+    """
+    bits = torch.where(wide.isnan(), _NAN, wide.view(torch.int32)) + 0x8000
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16), ((bits & 0xFFFF) - 0x8000).to(torch.int16)
+
+
+def join(stored: Tensor, lost: Tensor) -> Tensor:
+    """The fp32 numbers of bf16 ones and the bits that :func:`split` found them to have lost.
+
+    A zero that somebody else wrote, as pruning does, stays next to zero, whatever was lost before.
+    """
+    bits = stored.view(torch.int16).to(torch.int32) << 16
+    lost = torch.where(stored == 0, lost.clamp(min=0), lost)
+    return (bits + lost.to(torch.int32)).view(torch.float32)
+
+
+def narrowed(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The nearest 16-bit number, ties to even, and as fp32 what is missing from it; 0 where it is not finite.
+
+    Args:
+        wide: fp32, any shape.
+        dtype: bf16 or fp16.
+    """
+    near = wide.to(dtype).view(torch.int16).view(dtype)  # through integers, so that the rounding is seen to be there
+    rest = wide - near.to(torch.float32)
+    return near, torch.where(rest.isfinite(), rest, 0.0)
+
+
+def rounded_at_random(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """One of the two neighbouring 16-bit numbers, the nearer the likelier, so that the mean is the number itself.
+
+    Infinities and NaN stay what they are, and what rounds to a finite number becomes none of them.
+
+    Args:
+        wide: fp32, any shape.
+        dtype: bf16 or fp16.
+        noise: int32 of the same shape, its lowest 16 bits random.
+    """
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    drawn = noise & ((1 << dropped) - 1)
+    cut = ((wide.view(torch.int32) + drawn) & -(1 << dropped)).view(torch.float32)
+    if dtype == torch.float16:  # whose subnormals are 2**-24 apart
+        steps = torch.floor(wide.abs() * 2.0**24 + drawn * 2.0**-13) * 2.0**-24
+        cut = torch.where(wide.abs() < 2.0**-14, torch.copysign(steps, wide), cut)
+    near, largest = wide.to(dtype), torch.finfo(dtype).max
+    return torch.where(near.isfinite(), cut.clamp(-largest, largest).to(dtype), near)
+
+
+def random_bits(counters: Tensor, key: Tensor | int) -> Tensor:
+    """Random bits by their numbers: the same for the same number and key, whoever draws them and in what order.
+
+    SplitMix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014) at the counter's place of
+    the sequence that begins at the key.
+
+    Args:
+        counters: int64, any shape.
+        key: what other sequences begin at; int64 if a tensor.
+
+    Returns:
+        int64 of that shape, all bits random.
+    """
+    mixed = counters * _GOLDEN + key
+    mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
+    mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
+    return mixed ^ _shifted(mixed, 31)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """A shift to the right that brings in zeros."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)

@@ -1,0 +1,161 @@
+"""A loaded state of one parameter, brought into the storage that is configured now; and weights with all their bits."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.optim.gradients import params_of
+from lightning_mixprec.optim.kept_moments import SCALES, dequantized, quantized
+from lightning_mixprec.optim.kept_weights import keeping, keeping_of
+from lightning_mixprec.optim.narrow_steps import Moment, empty_kept, empty_moment, is_narrow, stored_as
+
+
+def as_configured(
+    param: Tensor,
+    state: dict[str, Any],
+    saved: Mapping[str, Any],
+    group: Mapping[str, Any],
+    moments: Sequence[Moment],
+) -> None:
+    """Stores what a state has as a group is configured to, and gives the weight the bits that it keeps of it.
+
+    Torch has cast every tensor of the state to the weight's dtype, which destroys what is no number of that dtype; so
+    the saved ones are taken.
+
+    Args:
+        param: The parameter, loaded.
+        state: Its state, as torch has loaded it; changed in place.
+        saved: Its state as it was saved.
+        group: The options of its group.
+        moments: The moments that it may have.
+    """
+    for moment in moments:
+        if isinstance(saved.get(moment.name), Tensor):
+            state.pop(moment.name + SCALES, None)
+            state |= _stored_moment(param, moment, _Saved.of(saved, moment), group["states"])
+    kept = [(name, value) for name, value in saved.items() if isinstance(value, Tensor) and keeping_of(name, value)]
+    for name, _ in kept:
+        state.pop(name, None)
+    if kept:
+        _restore_weight(param, state, *kept[0], group["weights"])
+    elif is_narrow(param):
+        state |= empty_kept(param, group["weights"])
+
+
+def store_weight(param: Tensor, state: dict[str, Any], wide: Tensor, weights: str) -> None:
+    """Stores an fp32 value in a weight of 16 bits and what it cannot hold in the state; at random nothing is rounded.
+
+    Args:
+        param: The weight; of a DTensor the part of this rank is meant, here and in ``wide``.
+        state: Its state in the optimizer.
+        wide: The value, fp32.
+        weights: The word for what keeps the bits.
+    """
+    way = keeping(weights, param.dtype)
+    stored, kept = (wide.to(param.dtype), None) if way.is_random else way.narrowed(wide, None)
+    with torch.no_grad():
+        local_part(param).copy_(stored)
+    if kept is not None:
+        assert way.name is not None
+        state |= empty_kept(param, weights)
+        local_part(state[way.name]).copy_(kept)
+
+
+def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> dict[str, Any]:
+    """The model's state_dict with all bits of the weights that are stored in 16 bits, those in fp32; nothing is shared.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer of its weights, or several; weights that none of them has are cast.
+
+    >>> from lightning_mixprec.optim import AdamW
+    >>> model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    >>> _ = nn.init.ones_(model.weight)
+    >>> optimizer = AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    >>> model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+    >>> optimizer.step()
+    >>> model.weight.item(), round(fp32_state_dict(model, optimizer)["weight"].item(), 6)
+    (1.0, 0.9999)
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    states = {id(param): each.state.get(param, {}) for each in optimizers for param in params_of(each)}
+    full = {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in model.state_dict().items()
+    }
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if name in full and is_narrow(param):
+            wide = torch.empty_like(full[name], dtype=torch.float32)
+            local_part(wide).copy_(_widened(param, states.get(id(param), {})))
+            full[name] = wide
+    return full
+
+
+def _widened(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """A weight in 16 bits with all the bits that its optimizer keeps of it; of a DTensor the part of this rank."""
+    stored = local_part(param.detach())
+    for name, kept in state.items():
+        if isinstance(kept, Tensor) and (found := keeping_of(name, kept)) and found[1] == param.dtype:
+            return found[0].widened(stored, local_part(kept))
+    return stored.to(torch.float32)
+
+
+def _restore_weight(param: Tensor, state: dict[str, Any], name: str, kept: Tensor, weights: str) -> None:
+    """Gives a weight, or its state, the bits that a saved state keeps of it."""
+    found = keeping_of(name, kept)
+    assert found is not None
+    was, dtype = found
+    kept = kept.to(param.device)
+    if param.dtype == dtype and keeping(weights, dtype) == was:
+        state[name] = kept.clone()
+        return
+    wide = was.widened(local_part(param.detach()).to(dtype), local_part(kept))
+    if is_narrow(param):
+        store_weight(param, state, wide, weights)
+        if keeping(weights, param.dtype).name is None:
+            warnings.warn(
+                f"the state that is loaded keeps all bits of its weights, and weights={weights!r} keeps those of "
+                f"{param.dtype} alone: the others are lost. Use weights='exact' to keep them.",
+                stacklevel=4,
+            )
+        return
+    with torch.no_grad():
+        local_part(param).copy_(wide)
+
+
+class _Saved(NamedTuple):
+    """A moment as it was saved."""
+
+    values: Tensor
+    scales: Tensor | None
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any], moment: Moment) -> "_Saved":
+        return cls(saved[moment.name], saved.get(moment.name + SCALES))
+
+
+def _stored_moment(param: Tensor, moment: Moment, saved: _Saved, states: str) -> dict[str, Tensor]:
+    """A moment as a group stores it, of one that may have been stored otherwise."""
+    device = local_part(param).device
+    word = stored_as(param, states)
+    new = empty_moment(param, moment, states)
+    values = local_part(new[moment.name])
+    source = local_part(saved.values).to(device)
+    if saved.scales is not None and word == "int8":
+        values.copy_(source)
+        new[moment.name + SCALES].copy_(saved.scales)
+        return new
+    if saved.scales is not None:
+        source = dequantized(source.reshape(-1), saved.scales.to(device), moment.is_signed).view(values.shape)
+    if word == "int8":
+        codes, scales = quantized(source.to(torch.float32).reshape(-1), moment.is_signed)
+        values.copy_(codes.view(values.shape))
+        new[moment.name + SCALES].copy_(scales)
+    else:
+        values.copy_(source)
+    return new
