@@ -44,6 +44,16 @@ def join(stored: Tensor, lost: Tensor) -> Tensor:
     return (bits + lost.to(torch.int32)).view(torch.float32)
 
 
+def nearest(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest 16-bit number, ties to even, which a compiler takes for no other, also where it is read on.
+
+    Args:
+        wide: fp32, any shape.
+        dtype: bf16 or fp16.
+    """
+    return wide.to(dtype).view(torch.int16).view(dtype)
+
+
 def narrowed(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The nearest 16-bit number, ties to even, and as fp32 what is missing from it; 0 where it is not finite.
 
@@ -51,7 +61,7 @@ def narrowed(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide: fp32, any shape.
         dtype: bf16 or fp16.
     """
-    near = wide.to(dtype).view(torch.int16).view(dtype)  # through integers, so that the rounding is seen to be there
+    near = nearest(wide, dtype)
     rest = wide - near.to(torch.float32)
     return near, torch.where(rest.isfinite(), rest, 0.0)
 
@@ -72,7 +82,7 @@ def rounded_at_random(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor
     if dtype == torch.float16:  # whose subnormals are 2**-24 apart
         steps = torch.floor(wide.abs() * 2.0**24 + drawn * 2.0**-13) * 2.0**-24
         cut = torch.where(wide.abs() < 2.0**-14, torch.copysign(steps, wide), cut)
-    near, largest = wide.to(dtype), torch.finfo(dtype).max
+    near, largest = nearest(wide, dtype), torch.finfo(dtype).max
     return torch.where(near.isfinite(), cut.clamp(-largest, largest).to(dtype), near)
 
 

@@ -1,18 +1,22 @@
 """Moments of an optimizer, stored in fewer bits than they are computed in.
 
 ``"fp32"``: as torch has them. ``"bf16"``: rounded at random, because a moment that decays by 0.1 % a step would stay
-where it is for ever if it were rounded to the nearest number, of which there are 128 in each power of two. ``"int8"``: a
-code of 8 bits for each number and a scale for each block of 256, in the dynamic map of Dettmers et al. (8-bit Optimizers
-via Block-wise Quantization, 2021, arXiv 2110.02861): seven decades below the block's largest number, finer towards it.
-Tensors of less than 4,096 numbers stay in fp32.
+where it is for ever if it were rounded to the nearest number, of which there are 128 in each power of two. ``"int8"``:
+a code of 8 bits for each number and a scale for each block of 256, in the dynamic map of Dettmers et al. (8-bit
+Optimizers via Block-wise Quantization, 2021, arXiv 2110.02861): seven decades below the block's largest number, finer
+towards it. Tensors of less than 4,096 numbers stay in fp32.
 """
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.optim.kept_weights import is_narrow
 
 STATES = ("fp32", "bf16", "int8")
 
@@ -26,6 +30,45 @@ SCALES = "_scales"
 """The end of the key under which the scales of a moment are in the state."""
 
 _DECADES = 7
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A tensor that an optimizer keeps for each parameter.
+
+    Attributes:
+        name: Its key in the state.
+        is_signed: Whether it has negative numbers.
+    """
+
+    name: str
+    is_signed: bool
+
+
+def stored_as(param: Tensor, states: str) -> str:
+    """The word for how a parameter's moments are stored: those of few numbers are not in 8 bits, nor of fp64 at all."""
+    if not is_narrow(param) and param.dtype != torch.float32:
+        return "fp32"
+    return "fp32" if states == "int8" and param.numel() < SMALLEST else states
+
+
+def is_plain(param: Tensor, states: str) -> bool:
+    """True of a parameter whose weights and moments are stored as torch has them."""
+    return not is_narrow(param) and stored_as(param, states) == "fp32"
+
+
+def empty_moment(param: Tensor, moment: Moment, states: str) -> dict[str, Tensor]:
+    """The moment of a parameter before its first step, as it is stored."""
+    word = stored_as(param, states)
+    # What is stored as torch has it is in the weight's own dtype, unless that is one of 16 bits.
+    plain = torch.float32 if is_narrow(param) else param.dtype
+    dtype = {"fp32": plain, "bf16": torch.bfloat16, "int8": torch.uint8}[word]
+    empty = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if word != "int8":
+        return {moment.name: empty}
+    blocks = math.ceil(local_part(param).numel() / BLOCK)
+    scales = torch.zeros(blocks, dtype=torch.float32, device=empty.device)
+    return {moment.name: empty.add_(dynamic_map(moment.is_signed).index(0.0)), moment.name + SCALES: scales}
 
 
 @functools.cache
@@ -44,11 +87,6 @@ def dynamic_map(is_signed: bool) -> tuple[float, ...]:
         values += [-middle for middle in middles] if is_signed else []
     values = sorted(values)
     return (-1.0, *values[1:]) if is_signed else tuple(values)
-
-
-def blocks_of(numel: int) -> int:
-    """The number of scales of a tensor."""
-    return math.ceil(numel / BLOCK)
 
 
 def quantized(wide: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,15 @@ word           kept beside the weight                                           
 =============  ===================================================================================  ===============
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_mixprec.numerics.splitting import join, narrowed, rounded_at_random, split
+from lightning_mixprec.numerics.formats import half_dtypes
+from lightning_mixprec.numerics.splitting import join, narrowed, nearest, rounded_at_random, split
 
 WEIGHTS = ("exact", "kahan", "stochastic", "nearest")
 
@@ -40,6 +41,11 @@ class Keeping(NamedTuple):
     is_random: bool = False
 
 
+def is_narrow(param: Tensor) -> bool:
+    """True of weights stored in 16 bits."""
+    return param.dtype in half_dtypes()
+
+
 def keeping(weights: str, dtype: torch.dtype) -> Keeping:
     """The way of a word for weights stored in bf16 or fp16."""
     return _KEEPING[weights, dtype]
@@ -53,10 +59,26 @@ def keeping_of(name: str, kept: Tensor) -> tuple[Keeping, torch.dtype] | None:
     return None
 
 
+def is_kept(state: Mapping[str, Any], param: Tensor, weights: str) -> bool:
+    """True if a state has what is to be kept of a parameter in 16 bits."""
+    name = keeping(weights, param.dtype).name
+    return name is None or name in state
+
+
+def empty_kept(param: Tensor, weights: str) -> dict[str, Tensor]:
+    """What is kept of a parameter in 16 bits that has lost nothing yet."""
+    way = keeping(weights, param.dtype)
+    if way.name is None:
+        return {}
+    if way.dtype == torch.float32:
+        return {way.name: param.detach().to(torch.float32, copy=True)}
+    return {way.name: torch.zeros_like(param, dtype=way.dtype, memory_format=torch.preserve_format)}
+
+
 def _with_master(stored: Tensor, master: Tensor | None) -> Tensor:
     assert master is not None
     # Who wrote the weight itself, as averaging and pruning do, meant it.
-    return torch.where(master.to(stored.dtype) == stored, master, stored.to(torch.float32))
+    return torch.where(nearest(master, stored.dtype) == stored, master, stored.to(torch.float32))
 
 
 def _compensated(stored: Tensor, lost: Tensor | None) -> Tensor:
@@ -74,7 +96,7 @@ def _plain(stored: Tensor, _: Tensor | None) -> Tensor:
 
 
 def _near(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-    return wide.to(dtype), None
+    return nearest(wide, dtype), None
 
 
 def _near_and_lost(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -94,7 +116,9 @@ def _in_two_halves(wide: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
 def _table() -> dict[tuple[str, torch.dtype], Keeping]:
     table: dict[tuple[str, torch.dtype], Keeping] = {
         ("exact", torch.bfloat16): Keeping("remainder", torch.int16, _joined, _in_two_halves),
-        ("exact", torch.float16): Keeping("master", torch.float32, _with_master, lambda wide, _: (wide.half(), wide)),
+        ("exact", torch.float16): Keeping(
+            "master", torch.float32, _with_master, lambda wide, _: (nearest(wide, torch.float16), wide)
+        ),
     }
     for dtype in (torch.bfloat16, torch.float16):
         table["kahan", dtype] = Keeping("compensation", dtype, _compensated, partial(_near_and_lost, dtype))

@@ -1,6 +1,5 @@
 """A loaded state of one parameter, brought into the storage that is configured now; and weights with all their bits."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +9,8 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.optim.gradients import params_of
-from lightning_mixprec.optim.kept_moments import SCALES, dequantized, quantized
-from lightning_mixprec.optim.kept_weights import keeping, keeping_of
-from lightning_mixprec.optim.narrow_steps import Moment, empty_kept, empty_moment, is_narrow, stored_as
+from lightning_mixprec.optim.kept_moments import SCALES, Moment, dequantized, empty_moment, quantized, stored_as
+from lightning_mixprec.optim.kept_weights import empty_kept, is_narrow, keeping, keeping_of
 
 
 def as_configured(
@@ -21,7 +19,7 @@ def as_configured(
     saved: Mapping[str, Any],
     group: Mapping[str, Any],
     moments: Sequence[Moment],
-) -> None:
+) -> list[str]:
     """Stores what a state has as a group is configured to, and gives the weight the bits that it keeps of it.
 
     Torch has cast every tensor of the state to the weight's dtype, which destroys what is no number of that dtype; so
@@ -33,18 +31,25 @@ def as_configured(
         saved: Its state as it was saved.
         group: The options of its group.
         moments: The moments that it may have.
+
+    Returns:
+        What lost bits, in words.
     """
+    lost = []
     for moment in moments:
         if isinstance(saved.get(moment.name), Tensor):
             state.pop(moment.name + SCALES, None)
-            state |= _stored_moment(param, moment, _Saved.of(saved, moment), group["states"])
+            before = _Saved(saved[moment.name], saved.get(moment.name + SCALES))
+            state.update(_stored_moment(param, moment, before, group["states"]))
+            lost += _lost_by(moment, before, state)
     kept = [(name, value) for name, value in saved.items() if isinstance(value, Tensor) and keeping_of(name, value)]
     for name, _ in kept:
         state.pop(name, None)
     if kept:
-        _restore_weight(param, state, *kept[0], group["weights"])
+        lost += _restore_weight(param, state, *kept[0], group["weights"])
     elif is_narrow(param):
-        state |= empty_kept(param, group["weights"])
+        state.update(empty_kept(param, group["weights"]))
+    return lost
 
 
 def store_weight(param: Tensor, state: dict[str, Any], wide: Tensor, weights: str) -> None:
@@ -105,27 +110,31 @@ def _widened(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     return stored.to(torch.float32)
 
 
-def _restore_weight(param: Tensor, state: dict[str, Any], name: str, kept: Tensor, weights: str) -> None:
-    """Gives a weight, or its state, the bits that a saved state keeps of it."""
+def _restore_weight(param: Tensor, state: dict[str, Any], name: str, kept: Tensor, weights: str) -> list[str]:
+    """Gives a weight, or its state, the bits that a saved state keeps of it; what lost bits, in words."""
     found = keeping_of(name, kept)
     assert found is not None
     was, dtype = found
     kept = kept.to(param.device)
-    if param.dtype == dtype and keeping(weights, dtype) == was:
+    if param.dtype == dtype and is_narrow(param) and keeping(weights, dtype) == was:
         state[name] = kept.clone()
-        return
+        return []
     wide = was.widened(local_part(param.detach()).to(dtype), local_part(kept))
     if is_narrow(param):
         store_weight(param, state, wide, weights)
-        if keeping(weights, param.dtype).name is None:
-            warnings.warn(
-                f"the state that is loaded keeps all bits of its weights, and weights={weights!r} keeps those of "
-                f"{param.dtype} alone: the others are lost. Use weights='exact' to keep them.",
-                stacklevel=4,
-            )
-        return
+        exact = torch.equal(_widened(param, state), wide)
+        return [] if exact else [f"weights, of which weights={weights!r} keeps {_BITS_KEPT[weights]}"]
     with torch.no_grad():
         local_part(param).copy_(wide)
+    return []
+
+
+_BITS_KEPT = {
+    "exact": "all 32 bits",
+    "kahan": "two numbers of the weight's own 16 bits",
+    "stochastic": "the weight's own 16 bits",
+    "nearest": "the weight's own 16 bits",
+}
 
 
 class _Saved(NamedTuple):
@@ -134,9 +143,11 @@ class _Saved(NamedTuple):
     values: Tensor
     scales: Tensor | None
 
-    @classmethod
-    def of(cls, saved: Mapping[str, Any], moment: Moment) -> "_Saved":
-        return cls(saved[moment.name], saved.get(moment.name + SCALES))
+
+def _lost_by(moment: Moment, saved: _Saved, state: Mapping[str, Any]) -> list[str]:
+    """What a moment loses that is stored in fewer bits than it was, in words."""
+    before, now = (8 * values.element_size() for values in (saved.values, state[moment.name]))
+    return [f"{moment.name} from {before} to {now} bits a number"] if now < before else []
 
 
 def _stored_moment(param: Tensor, moment: Moment, saved: _Saved, states: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Torch's optimizers on weights in 16 bits: options of each group, steps by chunks, a state that keeps its bits."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,24 +11,17 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from typing_extensions import override
 
 from lightning_mixprec.errors import SupportError
+from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.optim.gradients import params_of
-from lightning_mixprec.optim.kept_moments import STATES
-from lightning_mixprec.optim.kept_weights import WEIGHTS
+from lightning_mixprec.optim.kept_moments import STATES, Moment, empty_moment, is_plain
+from lightning_mixprec.optim.kept_weights import WEIGHTS, empty_kept, is_kept, is_narrow
 from lightning_mixprec.optim.loaded_states import as_configured, store_weight
-from lightning_mixprec.optim.narrow_steps import (
-    Moment,
-    Widened,
-    chunks,
-    empty_kept,
-    empty_moment,
-    is_kept,
-    is_narrow,
-    is_plain,
-)
+from lightning_mixprec.optim.narrow_steps import Widened
 from lightning_mixprec.optim.numbered import drawn
+from lightning_mixprec.optim.pieces import Part, chunks
 
-OPTIONS = ("weights", "states", "seed", "grad_dtype")
-"""The options of a group that torch's optimizers do not have."""
+STORAGE = ("weights", "states", "grad_dtype")
+"""The options of a group that say how it is stored, which stay as they are when a state is loaded."""
 
 
 class LowPrecisionOptimizer(Optimizer):
@@ -39,25 +33,28 @@ class LowPrecisionOptimizer(Optimizer):
     _MOMENTS: ClassVar[tuple[Moment, ...]]
 
     def _set_options(self, weights: str, states: str, seed: int, grad_dtype: torch.dtype | None) -> None:
-        """The options of groups that say nothing; before torch's constructor."""
-        self._options = dict(zip(OPTIONS, (weights, states, seed, grad_dtype), strict=True))
+        """The options of groups that say nothing; before torch's constructor, which knows none of them."""
+        self._options = {"weights": weights, "states": states, "seed": seed, "grad_dtype": grad_dtype}
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, which may have options of its own."""
-        for name, value in self._options.items():
-            param_group.setdefault(name, value)
-        _check_options(param_group)
+        self.defaults.update(vars(self).pop("_options", {}))
         super().add_param_group(param_group)
-        self.defaults.update(self._options)
-        _accumulate_in(self.param_groups[-1])
+        group = self.param_groups[-1]
+        try:
+            _check_options(group)
+        except SupportError:
+            self.param_groups.pop()
+            raise
+        _accumulate_in(group)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self._options.items():
-                group.setdefault(name, value)
+            for name in (*STORAGE, "seed"):
+                group.setdefault(name, self.defaults[name])
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -78,8 +75,10 @@ class LowPrecisionOptimizer(Optimizer):
             if plain:
                 self._plain_step({**group, "params": plain})
             narrow = [param for param in with_grad if not is_plain(param, group["states"])]
+            moments = self._moments_of(group)
+            is_first = {param: self._prepare(param, group, moments) for param in narrow}
             for chunk in chunks(narrow, group["states"]):
-                self._narrow_step(group, chunk, places)
+                self._narrow_step(group, chunk, moments, is_first, [places[part.param] for part in chunk])
         return loss
 
     def _plain_step(self, group: dict[str, Any]) -> None:
@@ -94,31 +93,40 @@ class LowPrecisionOptimizer(Optimizer):
         """The moments that the parameters of a group have."""
         raise NotImplementedError
 
-    def _narrow_step(self, group: dict[str, Any], params: list[Tensor], places: Mapping[Tensor, int]) -> None:
-        moments, is_first = self._moments_of(group), []
-        for param in params:
-            _check_grad(param, group)
-            state = self._state_of(param, group)
-            missing = [moment for moment in moments if not isinstance(state.get(moment.name), Tensor)]
-            is_first.append(bool(missing))
-            for moment in missing:
-                state |= empty_moment(param, moment, group["states"])
-        wide = Widened(params, [self.state[param] for param in params], group, moments)
+    def _narrow_step(
+        self,
+        group: dict[str, Any],
+        chunk: Sequence[Part],
+        moments: Sequence[Moment],
+        is_first: Mapping[Tensor, bool],
+        places: Sequence[int],
+    ) -> None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        self._wide_step(group, wide, is_first, found_inf)
-        noise = None
-        if wide.needs_noise:
-            noise = drawn(params, [places[param] for param in params], wide.steps, group["seed"])
+        if found_inf is not None:
+            found_inf = found_inf.to(local_part(chunk[0].param).device, non_blocking=True)
+        wide = Widened(chunk, [self.state[part.param] for part in chunk], group, moments)
+        self._wide_step(group, wide, [is_first[part.param] for part in chunk], found_inf)
+        noise = drawn(chunk, places, wide.steps, group["seed"]) if wide.needs_noise else None
         wide.store(noise, found_inf)
+
+    def _prepare(self, param: Tensor, group: Mapping[str, Any], moments: Sequence[Moment]) -> bool:
+        """Gives a parameter that is not stored as torch has it what its step needs; True if it is the first one."""
+        _check_grad(param, group)
+        state = self._state_of(param, group)
+        missing = [moment for moment in moments if not isinstance(state.get(moment.name), Tensor)]
+        for moment in missing:
+            state.update(empty_moment(param, moment, group["states"]))
+        return bool(missing)
 
     def _state_of(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a parameter that is not stored as torch has it, with all but its moments."""
         state: dict[str, Any] = self.state[param]
         if "step" not in state:
             on_device = group.get("capturable") or group.get("fused")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
+            device = local_part(param).device if on_device else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         if is_narrow(param) and not is_kept(state, param, group["weights"]):
-            state |= empty_kept(param, group["weights"])
+            state.update(empty_kept(param, group["weights"]))
         return state
 
     def set_weight(self, param: Tensor, wide: Tensor) -> None:
@@ -132,24 +140,32 @@ class LowPrecisionOptimizer(Optimizer):
         store_weight(param, self._state_of(param, group), wide, group["weights"])
 
     @override
-    @torch.compiler.disable
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, of this optimizer or of torch's, whatever it was stored in.
 
         How weights and moments are stored stays as it is configured; what the state has is stored so, without a loss
-        where there is room. Where weights are stored in fp32 now, and the state has the bits that weights in 16 bits had
-        lost, they are given to the weights; so load the model's weights first.
+        where there is room, and otherwise with one warning. Where weights are stored in fp32 now, and the state has the
+        bits that weights in 16 bits had lost, the weights get them; so load the model's weights first.
         """
-        own = [{name: group[name] for name in ("weights", "states", "grad_dtype")} for group in self.param_groups]
+        configured = [{name: group[name] for name in (*STORAGE, "seed")} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, own, strict=True):
-            group.update(options)
+        saved_groups = state_dict["param_groups"]
+        for group, saved_group, own in zip(self.param_groups, saved_groups, configured, strict=True):
+            group.update(own, seed=saved_group.get("seed", own["seed"]))
         saved = state_dict["state"]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        keys = [key for group in saved_groups for key in group["params"]]
         groups = [group for group in self.param_groups for _ in group["params"]]
+        lost: dict[str, None] = {}
         for key, param, group in zip(keys, params_of(self), groups, strict=True):
             if key in saved:
-                as_configured(param, self.state[param], saved[key], group, self._moments_of(group))
+                moments = self._moments_of(group)
+                lost |= dict.fromkeys(as_configured(param, self.state[param], saved[key], group, moments))
+        if lost:
+            warnings.warn(
+                f"the loaded state of the optimizer has more bits than are kept here: {'; '.join(lost)}. To keep them, "
+                "load it where weights='exact' and states are stored as they were",
+                stacklevel=2,
+            )
 
 
 def _check_options(group: Mapping[str, Any]) -> None:
@@ -162,6 +178,11 @@ def _check_options(group: Mapping[str, Any]) -> None:
         raise SupportError(
             f"grad_dtype is {group['grad_dtype']!r}; give torch.float32, in which gradients of 16-bit weights then "
             "accumulate, or None for the weight's own format"
+        )
+    if group["states"] == "int8" and any(local_part(param) is not param for param in group["params"]):
+        raise SupportError(
+            "states is 'int8', and a parameter is a DTensor, whose shards would cut the blocks that share a scale; use "
+            "states='bf16' where weights are sharded"
         )
 
 
@@ -179,8 +200,8 @@ def _check_grad(param: Tensor, group: Mapping[str, Any]) -> None:
     assert param.grad is not None
     if param.grad.is_sparse:
         raise SupportError(
-            "a weight in 16 bits, or with moments in 16 or 8, has a sparse gradient, which only torch's own storage takes; "
-            "store both in fp32 (states='fp32'), or use Embedding(sparse=False)"
+            "a weight in 16 bits, or with moments in 16 or 8, has a sparse gradient, which only torch's own storage "
+            "takes; store both in fp32 (states='fp32'), or use Embedding(sparse=False)"
         )
     if group.get("differentiable"):
         raise SupportError("differentiable=True needs weights and moments in fp32; leave one of them out")

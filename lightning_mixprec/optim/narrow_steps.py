@@ -5,78 +5,24 @@ takes its step on these fp32 tensors, and the results are stored again. So the a
 what is widened at one time is a chunk, not a model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mixprec.numerics.flat_batches import local_part
-from lightning_mixprec.numerics.formats import half_dtypes
 from lightning_mixprec.numerics.splitting import rounded_at_random
-from lightning_mixprec.optim.kept_moments import SCALES, SMALLEST, blocks_of, dequantized, quantized
-from lightning_mixprec.optim.kept_weights import keeping
-
-CHUNK = 1 << 22
-"""Numbers that are widened at one time, at most, but for larger tensors; 16 MiB in fp32, and as much per moment."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A tensor that an optimizer keeps for each parameter.
-
-    Attributes:
-        name: Its key in the state.
-        is_signed: Whether it has negative numbers.
-    """
-
-    name: str
-    is_signed: bool
-
-
-def is_narrow(param: Tensor) -> bool:
-    """True of weights stored in 16 bits."""
-    return param.dtype in half_dtypes()
-
-
-def stored_as(param: Tensor, states: str) -> str:
-    """The word for how a parameter's moments are stored: those of few numbers are not in 8 bits, nor of fp64 at all."""
-    if not is_narrow(param) and param.dtype != torch.float32:
-        return "fp32"
-    return "fp32" if states == "int8" and local_part(param).numel() < SMALLEST else states
-
-
-def is_plain(param: Tensor, states: str) -> bool:
-    """True of a parameter whose weights and moments are stored as torch has them."""
-    return not is_narrow(param) and stored_as(param, states) == "fp32"
-
-
-def chunks(params: Iterable[Tensor], states: str) -> Iterator[list[Tensor]]:
-    """Parameters in lists of one device and dtype, with moments stored in one way, of at most ``CHUNK`` numbers."""
-    kinds: dict[Any, list[Tensor]] = {}
-    for param in params:
-        kind = (local_part(param).device, param.dtype, stored_as(param, states))
-        kinds.setdefault(kind, []).append(param)
-    for alike in kinds.values():
-        chunk: list[Tensor] = []
-        size = 0
-        for param in alike:
-            numel = local_part(param).numel()
-            if chunk and size + numel > CHUNK:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(param)
-            size += numel
-        yield chunk
+from lightning_mixprec.optim.kept_moments import SCALES, Moment, dequantized, quantized, stored_as
+from lightning_mixprec.optim.kept_weights import Keeping, is_narrow, keeping
+from lightning_mixprec.optim.pieces import Part, divided, joined
 
 
 class Widened:
     """A chunk's weights, gradients and moments in fp32, for one step of torch's function.
 
     Args:
-        params: The parameters of the chunk.
-        states: The optimizer's state of each, with everything that belongs to it.
+        parts: The parts of parameters that make the chunk.
+        states: The optimizer's state of the parameter of each, with everything that belongs to it.
         group: The options of their group.
         moments: The moments to widen.
 
@@ -84,130 +30,108 @@ class Widened:
         params: fp32 weights; the parameters' own where they are stored so.
         grads: fp32 gradients.
         moments: By name, the fp32 moment of each; the state's own where it is stored so.
-        steps: The state's counters of steps.
+        steps: The counters of steps: the state's for the last part of a parameter, copies for those before it.
     """
 
     def __init__(
         self,
-        params: Sequence[Tensor],
+        parts: Sequence[Part],
         states: Sequence[dict[str, Any]],
         group: Mapping[str, Any],
         moments: Sequence[Moment],
     ) -> None:
-        self._stored = [local_part(param) for param in params]
-        self._states, self._moments = states, moments
-        self._keeping = keeping(group["weights"], params[0].dtype) if is_narrow(params[0]) else None
-        self._word = stored_as(params[0], group["states"])
-        self._flat: dict[str, Tensor] = {}
-        self.params = self._stored if self._keeping is None else self._widened_params()
-        self.grads = self._widened_grads(params)
+        param = parts[0].param
+        self._parts, self._states, self._moments = parts, states, moments
+        self._stored = [part.of(part.param) for part in parts]
+        self._keeping = keeping(group["weights"], param.dtype) if is_narrow(param) else None
+        self._word = stored_as(param, group["states"])
+        self._pieces: dict[str, list[Tensor]] = {}  # what was widened, as joined lays it
+        self.params = self._stored if self._keeping is None else self._widened_params(self._keeping)
+        self.grads = self._widened_grads()
         self.moments = {moment.name: self._widened_moment(moment) for moment in moments}
-        self.steps = [state["step"] for state in states]
+        steps = [state["step"] for state in states]
+        self.steps = [step if part.is_last else step.clone() for part, step in zip(parts, steps, strict=True)]
 
     @property
     def needs_noise(self) -> bool:
         """True if something is rounded at random when it is stored."""
         return self._word == "bf16" or (self._keeping is not None and self._keeping.is_random)
 
-    def store(self, noise: Tensor | None, found_inf: Tensor | None) -> None:
+    def store(self, noise: Sequence[Tensor] | None, found_inf: Tensor | None) -> None:
         """Stores weights and moments as they are to be stored.
 
         Args:
-            noise: 64 random bits for each number, if something is rounded at random.
+            noise: 64 random bits for each number, as :func:`joined` lays them, if something is rounded at random.
             found_inf: Not 0 if the step was none; then everything stays as it is.
         """
-        new: list[tuple[list[Tensor], Tensor]] = []
         if self._keeping is not None:
-            stored, kept = self._keeping.narrowed(self._flat["params"], _bits(noise, 0))
-            new.append((self._stored, stored))
-            if kept is not None:
-                new.append((self._parts(str(self._keeping.name)), kept))
+            self._store_params(self._keeping, noise, found_inf)
         for number, moment in enumerate(self._moments, start=1):
             if self._word == "bf16":
-                bits = _bits(noise, number)
-                assert bits is not None
-                new.append((self._parts(moment.name), rounded_at_random(self._flat[moment.name], torch.bfloat16, bits)))
+                assert noise is not None
+                pairs = zip(self._pieces[moment.name], _bits(noise, number), strict=True)
+                new = [rounded_at_random(wide, torch.bfloat16, bits) for wide, bits in pairs]
+                _write(self._state(moment.name), new, found_inf)
             elif self._word == "int8":
-                for state, each in zip(self._states, self.moments[moment.name], strict=True):
-                    codes, scales = quantized(each.reshape(-1), moment.is_signed)
-                    new += [([local_part(state[moment.name])], codes), ([state[moment.name + SCALES]], scales)]
-        for tensors, values in new:
-            _write(tensors, values, found_inf)
+                self._store_codes(moment, found_inf)
 
-    def _widened_params(self) -> list[Tensor]:
-        assert self._keeping is not None
-        name = self._keeping.name
-        kept = None if name is None else _flat(self._parts(name))
-        self._flat["params"] = self._keeping.widened(_flat(self._stored), kept)
-        return _views(self._flat["params"], self._stored)
+    def _widened_params(self, way: Keeping) -> list[Tensor]:
+        stored = joined(self._stored)
+        kept = [None] * len(stored) if way.name is None else joined(self._state(way.name))
+        self._pieces["params"] = [way.widened(*pair) for pair in zip(stored, kept, strict=True)]
+        return divided(self._pieces["params"], self._stored)
 
-    def _widened_grads(self, params: Sequence[Tensor]) -> list[Tensor]:
-        grads = [local_part(grad) for param in params if (grad := param.grad) is not None]
-        if len({grad.dtype for grad in grads}) > 1:
+    def _store_params(self, way: Keeping, noise: Sequence[Tensor] | None, found_inf: Tensor | None) -> None:
+        wide = self._pieces["params"]
+        bits = [None] * len(wide) if noise is None else _bits(noise, 0)
+        new = [way.narrowed(*pair) for pair in zip(wide, bits, strict=True)]
+        _write(self._stored, [stored for stored, _ in new], found_inf)
+        if way.name is not None:
+            _write(self._state(way.name), [kept for _, kept in new if kept is not None], found_inf)
+
+    def _widened_grads(self) -> list[Tensor]:
+        grads = [part.of(part.param.grad) for part in self._parts if part.param.grad is not None]
+        dtypes = {grad.dtype for grad in grads}
+        if len(dtypes) > 1:
             return [grad.to(torch.float32) for grad in grads]
-        return grads if grads[0].dtype == torch.float32 else _views(_flat(grads).to(torch.float32), grads)
+        if dtypes == {torch.float32}:
+            return grads
+        return divided([piece.to(torch.float32) for piece in joined(grads)], grads)
 
     def _widened_moment(self, moment: Moment) -> list[Tensor]:
-        parts = self._parts(moment.name)
+        stored = self._state(moment.name)
         if self._word == "fp32":
-            return parts
+            return stored
         if self._word == "bf16":
-            self._flat[moment.name] = _flat(parts).to(torch.float32)
-            return _views(self._flat[moment.name], parts)
-        scales = [state[moment.name + SCALES] for state in self._states]
+            self._pieces[moment.name] = [piece.to(torch.float32) for piece in joined(stored)]
+            return divided(self._pieces[moment.name], stored)
         return [
-            dequantized(codes.reshape(-1), scale, moment.is_signed).view(codes.shape)
-            for codes, scale in zip(parts, scales, strict=True)
+            dequantized(codes.reshape(-1), scales, moment.is_signed).view(codes.shape)
+            for codes, scales in zip(stored, self._scales(moment), strict=True)
         ]
 
-    def _parts(self, name: str) -> list[Tensor]:
-        return [local_part(state[name]) for state in self._states]
+    def _store_codes(self, moment: Moment, found_inf: Tensor | None) -> None:
+        stored = zip(self._state(moment.name), self._scales(moment), self.moments[moment.name], strict=True)
+        for codes, scales, wide in stored:
+            new_codes, new_scales = quantized(wide.reshape(-1), moment.is_signed)
+            _write([codes], [new_codes.view(codes.shape)], found_inf)
+            _write([scales], [new_scales], found_inf)
+
+    def _state(self, name: str) -> list[Tensor]:
+        return [part.of(state[name]) for part, state in zip(self._parts, self._states, strict=True)]
+
+    def _scales(self, moment: Moment) -> list[Tensor]:
+        pairs = zip(self._parts, self._states, strict=True)
+        return [part.of_scales(state[moment.name + SCALES]) for part, state in pairs]
 
 
-def empty_moment(param: Tensor, moment: Moment, states: str) -> dict[str, Tensor]:
-    """The moment of a parameter before its first step, as it is stored."""
-    word = stored_as(param, states)
-    # What is stored as torch has it is in the weight's own dtype, unless that is one of 16 bits.
-    plain = torch.float32 if is_narrow(param) else param.dtype
-    dtype = {"fp32": plain, "bf16": torch.bfloat16, "int8": torch.uint8}[word]
-    if word != "int8":
-        return {moment.name: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)}
-    zero = quantized(torch.zeros(1, device=local_part(param).device), moment.is_signed)[0]
-    scales = torch.zeros(blocks_of(local_part(param).numel()), dtype=torch.float32, device=zero.device)
-    return {moment.name: torch.full_like(param, 0, dtype=dtype) + zero.to(dtype), moment.name + SCALES: scales}
-
-
-def is_kept(state: Mapping[str, Any], param: Tensor, weights: str) -> bool:
-    """True if a state has what is to be kept of a parameter in 16 bits."""
-    name = keeping(weights, param.dtype).name
-    return name is None or name in state
-
-
-def empty_kept(param: Tensor, weights: str) -> dict[str, Tensor]:
-    """What is kept of a parameter in 16 bits that has lost nothing yet."""
-    way = keeping(weights, param.dtype)
-    if way.name is None:
-        return {}
-    if way.dtype == torch.float32:
-        return {way.name: param.detach().to(torch.float32, copy=True)}
-    return {way.name: torch.zeros_like(param, dtype=way.dtype, memory_format=torch.preserve_format)}
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    parts = flat.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _write(tensors: Sequence[Tensor], values: Tensor, found_inf: Tensor | None) -> None:
+def _write(tensors: Sequence[Tensor], pieces: Sequence[Tensor], found_inf: Tensor | None) -> None:
     if found_inf is not None:
-        values = torch.where(found_inf > 0, _flat(tensors), values)
-    torch._foreach_copy_(list(tensors), _views(values, tensors))
+        pairs = zip(joined(tensors), pieces, strict=True)
+        pieces = [torch.where(found_inf > 0, old, new.view(old.shape)) for old, new in pairs]
+    torch._foreach_copy_(list(tensors), divided(pieces, tensors))
 
 
-def _bits(noise: Tensor | None, number: int) -> Tensor | None:
+def _bits(noise: Sequence[Tensor], number: int) -> list[Tensor]:
     """16 of the 64 bits, others for each thing that is rounded."""
-    return None if noise is None else ((noise >> (48 - 16 * number)) & 0xFFFF).to(torch.int32)
+    return [((bits >> (48 - 16 * number)) & 0xFFFF).to(torch.int32) for bits in noise]

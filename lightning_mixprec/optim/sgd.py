@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
+from lightning_mixprec.optim.kept_moments import Moment
 from lightning_mixprec.optim.low_precision import LowPrecisionOptimizer
-from lightning_mixprec.optim.narrow_steps import Moment, Widened
+from lightning_mixprec.optim.narrow_steps import Widened
 
 
 class SGD(LowPrecisionOptimizer, torch.optim.SGD):
