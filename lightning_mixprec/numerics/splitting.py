@@ -89,17 +89,17 @@ def rounded_at_random(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor
 def random_bits(counters: Tensor, key: Tensor | int) -> Tensor:
     """Random bits by their numbers: the same for the same number and key, whoever draws them and in what order.
 
-    SplitMix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014) at the counter's place of
-    the sequence that begins at the key.
+    SplitMix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014), begun at 0: of its 2**64
+    numbers those whose places are counter and key added up.
 
     Args:
         counters: int64, any shape.
-        key: what other sequences begin at; int64 if a tensor.
+        key: Where in the sequence the counters begin; int64 if a tensor.
 
     Returns:
         int64 of that shape, all bits random.
     """
-    mixed = counters * _GOLDEN + key
+    mixed = (counters + key) * _GOLDEN
     mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
     mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
     return mixed ^ _shifted(mixed, 31)
