@@ -5,11 +5,15 @@ and the results are the same on every device, compiled and not.
 
 >>> stored, lost = split(torch.tensor([1.0, 1.0 + 2**-20]))
 >>> stored, lost, join(stored, lost) == torch.tensor([1.0, 1.0 + 2**-20])
-(tensor([1., 1.], dtype=torch.bfloat16), tensor([0, 8], dtype=torch.int16), tensor([True, True]))
+(tensor([1., 1.], dtype=torch.bfloat16), tensor([0, 8], dtype=torch.int32), tensor([True, True]))
 """
+
+import math
 
 import torch
 from torch import Tensor
+
+from lightning_mixprec.numerics.rounding import round_to
 
 _NAN = 0x7FC00000
 
@@ -28,10 +32,10 @@ def split(wide: Tensor) -> tuple[Tensor, Tensor]:
         wide: fp32, any shape.
 
     Returns:
-        bf16 and int16 tensors of that shape.
+        A bf16 and an int32 tensor of that shape, the latter from -2**15 to 2**15 - 1. (Inductor has no int16 vectors.)
     """
     bits = torch.where(wide.isnan(), _NAN, wide.view(torch.int32)) + 0x8000
-    return (bits >> 16).to(torch.int16).view(torch.bfloat16), ((bits & 0xFFFF) - 0x8000).to(torch.int16)
+    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16), (bits & 0xFFFF) - 0x8000
 
 
 def join(stored: Tensor, lost: Tensor) -> Tensor:
@@ -39,19 +43,8 @@ def join(stored: Tensor, lost: Tensor) -> Tensor:
 
     A zero that somebody else wrote, as pruning does, stays next to zero, whatever was lost before.
     """
-    bits = stored.view(torch.int16).to(torch.int32) << 16
     lost = torch.where(stored == 0, lost.clamp(min=0), lost)
-    return (bits + lost.to(torch.int32)).view(torch.float32)
-
-
-def nearest(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest 16-bit number, ties to even, which a compiler takes for no other, also where it is read on.
-
-    Args:
-        wide: fp32, any shape.
-        dtype: bf16 or fp16.
-    """
-    return wide.to(dtype).view(torch.int16).view(dtype)
+    return (stored.to(torch.float32).view(torch.int32) + lost).view(torch.float32)
 
 
 def narrowed(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -62,8 +55,16 @@ def narrowed(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         dtype: bf16 or fp16.
     """
     near = nearest(wide, dtype)
-    rest = wide - near.to(torch.float32)
-    return near, torch.where(rest.isfinite(), rest, 0.0)
+    rest = wide - near
+    return near.to(dtype), torch.where(rest.isfinite(), rest, 0.0)
+
+
+def nearest(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest number of bf16 or fp16, ties to even, in fp32.
+
+    A cast there and back is what a compiler leaves out, even with integers in between.
+    """
+    return round_to(wide, "bf16" if dtype == torch.bfloat16 else "fp16")
 
 
 def rounded_at_random(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
@@ -82,8 +83,9 @@ def rounded_at_random(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor
     if dtype == torch.float16:  # whose subnormals are 2**-24 apart
         steps = torch.floor(wide.abs() * 2.0**24 + drawn * 2.0**-13) * 2.0**-24
         cut = torch.where(wide.abs() < 2.0**-14, torch.copysign(steps, wide), cut)
-    near, largest = nearest(wide, dtype), torch.finfo(dtype).max
-    return torch.where(near.isfinite(), cut.clamp(-largest, largest).to(dtype), near)
+    info = torch.finfo(dtype)
+    is_finite = wide.abs() < info.max + info.max * info.eps / (4 - 2 * info.eps)  # half a step above the largest
+    return torch.where(is_finite, cut.clamp(-info.max, info.max), wide * math.inf).to(dtype)
 
 
 def random_bits(counters: Tensor, key: Tensor | int) -> Tensor:

@@ -10,7 +10,7 @@ word           kept beside the weight                                           
 =============  ===================================================================================  ===============
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,17 +27,15 @@ class Keeping(NamedTuple):
     """One way to keep a weight of fp32 in 16 bits.
 
     Attributes:
-        name: The key of what is kept in the optimizer's state; None if nothing is.
-        dtype: The dtype of what is kept.
+        dtypes: The dtypes of what is kept, by its keys in the optimizer's state.
         widened: The fp32 weight of what is stored and what is kept.
         narrowed: What is stored and what is kept of an fp32 weight, given random bits.
         is_random: Whether it needs random bits.
     """
 
-    name: str | None
-    dtype: torch.dtype | None
-    widened: Callable[[Tensor, Tensor | None], Tensor]
-    narrowed: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    dtypes: dict[str, torch.dtype]
+    widened: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    narrowed: Callable[[Tensor, Tensor | None], tuple[Tensor, Sequence[Tensor]]]
     is_random: bool = False
 
 
@@ -51,80 +49,90 @@ def keeping(weights: str, dtype: torch.dtype) -> Keeping:
     return _KEEPING[weights, dtype]
 
 
-def keeping_of(name: str, kept: Tensor) -> tuple[Keeping, torch.dtype] | None:
-    """The way that left this in an optimizer's state, and the dtype of the weight; None if none did."""
-    for (_, dtype), each in _KEEPING.items():
-        if each.name == name and each.dtype == kept.dtype:
-            return each, dtype
+def keeping_in(state: Mapping[str, Any]) -> tuple[Keeping, torch.dtype] | None:
+    """The way that left something in an optimizer's state, and the dtype of the weight; None if none did."""
+    for (_, dtype), way in _KEEPING.items():
+        if way.dtypes and all(getattr(state.get(key), "dtype", None) == kept for key, kept in way.dtypes.items()):
+            return way, dtype
     return None
 
 
 def is_kept(state: Mapping[str, Any], param: Tensor, weights: str) -> bool:
     """True if a state has what is to be kept of a parameter in 16 bits."""
-    name = keeping(weights, param.dtype).name
-    return name is None or name in state
+    return state.keys() >= keeping(weights, param.dtype).dtypes.keys()
 
 
 def empty_kept(param: Tensor, weights: str) -> dict[str, Tensor]:
     """What is kept of a parameter in 16 bits that has lost nothing yet."""
     way = keeping(weights, param.dtype)
-    if way.name is None:
-        return {}
-    if way.dtype == torch.float32:
-        return {way.name: param.detach().to(torch.float32, copy=True)}
-    return {way.name: torch.zeros_like(param, dtype=way.dtype, memory_format=torch.preserve_format)}
+    if torch.float32 in way.dtypes.values():
+        return {key: param.detach().to(torch.float32, copy=True) for key in way.dtypes}
+    return {
+        key: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        for key, dtype in way.dtypes.items()
+    }
 
 
-def _with_master(stored: Tensor, master: Tensor | None) -> Tensor:
-    assert master is not None
+def _with_master(stored: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    (master,) = kept
     # Who wrote the weight itself, as averaging and pruning do, meant it.
-    return torch.where(nearest(master, stored.dtype) == stored, master, stored.to(torch.float32))
+    is_its = nearest(master, stored.dtype) == stored.to(torch.float32)
+    return torch.where(is_its, master, stored.to(torch.float32))
 
 
-def _compensated(stored: Tensor, lost: Tensor | None) -> Tensor:
-    assert lost is not None
-    return stored.to(torch.float32) + lost.to(torch.float32)
+def _and_master(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+    return narrowed(wide, dtype)[0], (wide,)
 
 
-def _joined(stored: Tensor, lost: Tensor | None) -> Tensor:
-    assert lost is not None
-    return join(stored, lost)
+def _compensated(stored: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    return stored.to(torch.float32) + kept[0].to(torch.float32)
 
 
-def _plain(stored: Tensor, _: Tensor | None) -> Tensor:
+def _and_compensation(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+    stored, lost = narrowed(wide, dtype)
+    return stored, (lost.to(dtype),)
+
+
+def _joined(stored: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    upper, lower = kept
+    return join(stored, (upper.to(torch.int32) << 8) + lower.to(torch.int32))
+
+
+def _and_remainder(wide: Tensor, _: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+    stored, lost = split(wide)
+    return stored, ((lost >> 8).to(torch.int8), (lost & 0xFF).to(torch.uint8))
+
+
+def _plain(stored: Tensor, _: Sequence[Tensor]) -> Tensor:
     return stored.to(torch.float32)
 
 
-def _near(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-    return nearest(wide, dtype), None
-
-
-def _near_and_lost(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-    stored, lost = narrowed(wide, dtype)
-    return stored, lost.to(dtype)
-
-
-def _at_random(dtype: torch.dtype, wide: Tensor, noise: Tensor | None) -> tuple[Tensor, None]:
+def _at_random(dtype: torch.dtype, wide: Tensor, noise: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
     assert noise is not None
-    return rounded_at_random(wide, dtype, noise), None
+    return rounded_at_random(wide, dtype, noise), ()
 
 
-def _in_two_halves(wide: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-    return split(wide)
+def _near(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+    return narrowed(wide, dtype)[0], ()
+
+
+# Of 8 bits each, because Inductor has no vectors of int16.
+_REMAINDER = {"remainder": torch.int8, "remainder_low": torch.uint8}
 
 
 def _table() -> dict[tuple[str, torch.dtype], Keeping]:
-    table: dict[tuple[str, torch.dtype], Keeping] = {
-        ("exact", torch.bfloat16): Keeping("remainder", torch.int16, _joined, _in_two_halves),
-        ("exact", torch.float16): Keeping(
-            "master", torch.float32, _with_master, lambda wide, _: (nearest(wide, torch.float16), wide)
-        ),
+    table = {
+        ("exact", torch.bfloat16): Keeping(_REMAINDER, _joined, _and_remainder),
+        ("exact", torch.float16): Keeping({"master": torch.float32}, _with_master, partial(_and_master, torch.float16)),
     }
     for dtype in (torch.bfloat16, torch.float16):
-        table["kahan", dtype] = Keeping("compensation", dtype, _compensated, partial(_near_and_lost, dtype))
-        table["stochastic", dtype] = Keeping(None, None, _plain, partial(_at_random, dtype), is_random=True)
-        table["nearest", dtype] = Keeping(None, None, _plain, partial(_near, dtype))
+        table["kahan", dtype] = Keeping({"compensation": dtype}, _compensated, partial(_and_compensation, dtype))
+        table["stochastic", dtype] = Keeping({}, _plain, partial(_at_random, dtype), is_random=True)
+        table["nearest", dtype] = Keeping({}, _plain, partial(_near, dtype))
     return table
 
 
 _KEEPING = _table()
+
+KEPT = {key for way in _KEEPING.values() for key in way.dtypes}
+"""All keys of what is kept of weights."""

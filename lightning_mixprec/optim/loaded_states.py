@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.kept_moments import SCALES, Moment, dequantized, empty_moment, quantized, stored_as
-from lightning_mixprec.optim.kept_weights import empty_kept, is_narrow, keeping, keeping_of
+from lightning_mixprec.optim.kept_weights import KEPT, empty_kept, is_narrow, keeping, keeping_in
 
 
 def as_configured(
@@ -42,11 +42,10 @@ def as_configured(
             before = _Saved(saved[moment.name], saved.get(moment.name + SCALES))
             state.update(_stored_moment(param, moment, before, group["states"]))
             lost += _lost_by(moment, before, state)
-    kept = [(name, value) for name, value in saved.items() if isinstance(value, Tensor) and keeping_of(name, value)]
-    for name, _ in kept:
-        state.pop(name, None)
-    if kept:
-        lost += _restore_weight(param, state, *kept[0], group["weights"])
+    for key in KEPT & state.keys():
+        del state[key]
+    if keeping_in(saved):
+        lost += _restore_weight(param, state, saved, group["weights"])
     elif is_narrow(param):
         state.update(empty_kept(param, group["weights"]))
     return lost
@@ -62,13 +61,12 @@ def store_weight(param: Tensor, state: dict[str, Any], wide: Tensor, weights: st
         weights: The word for what keeps the bits.
     """
     way = keeping(weights, param.dtype)
-    stored, kept = (wide.to(param.dtype), None) if way.is_random else way.narrowed(wide, None)
+    stored, kept = (wide.to(param.dtype), ()) if way.is_random else way.narrowed(wide, None)
     with torch.no_grad():
         local_part(param).copy_(stored)
-    if kept is not None:
-        assert way.name is not None
-        state |= empty_kept(param, weights)
-        local_part(state[way.name]).copy_(kept)
+    state.update(empty_kept(param, weights))
+    for key, value in zip(way.dtypes, kept, strict=True):
+        local_part(state[key]).copy_(value)
 
 
 def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> dict[str, Any]:
@@ -104,22 +102,22 @@ def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]
 def _widened(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     """A weight in 16 bits with all the bits that its optimizer keeps of it; of a DTensor the part of this rank."""
     stored = local_part(param.detach())
-    for name, kept in state.items():
-        if isinstance(kept, Tensor) and (found := keeping_of(name, kept)) and found[1] == param.dtype:
-            return found[0].widened(stored, local_part(kept))
-    return stored.to(torch.float32)
+    found = keeping_in(state)
+    if found is None or found[1] != param.dtype:
+        return stored.to(torch.float32)
+    return found[0].widened(stored, [local_part(state[key]) for key in found[0].dtypes])
 
 
-def _restore_weight(param: Tensor, state: dict[str, Any], name: str, kept: Tensor, weights: str) -> list[str]:
+def _restore_weight(param: Tensor, state: dict[str, Any], saved: Mapping[str, Any], weights: str) -> list[str]:
     """Gives a weight, or its state, the bits that a saved state keeps of it; what lost bits, in words."""
-    found = keeping_of(name, kept)
+    found = keeping_in(saved)
     assert found is not None
     was, dtype = found
-    kept = kept.to(param.device)
-    if param.dtype == dtype and is_narrow(param) and keeping(weights, dtype) == was:
-        state[name] = kept.clone()
+    kept = {key: saved[key].to(param.device) for key in was.dtypes}
+    if param.dtype == dtype and keeping(weights, dtype) == was:
+        state.update({key: value.clone() for key, value in kept.items()})
         return []
-    wide = was.widened(local_part(param.detach()).to(dtype), local_part(kept))
+    wide = was.widened(local_part(param.detach()).to(dtype), [local_part(value) for value in kept.values()])
     if is_narrow(param):
         store_weight(param, state, wide, weights)
         exact = torch.equal(_widened(param, state), wide)

@@ -77,8 +77,8 @@ class Widened:
 
     def _widened_params(self, way: Keeping) -> list[Tensor]:
         stored = joined(self._stored)
-        kept = [None] * len(stored) if way.name is None else joined(self._state(way.name))
-        self._pieces["params"] = [way.widened(*pair) for pair in zip(stored, kept, strict=True)]
+        kept = [joined(self._state(key)) for key in way.dtypes]
+        self._pieces["params"] = [way.widened(each, beside) for each, *beside in zip(stored, *kept, strict=True)]
         return divided(self._pieces["params"], self._stored)
 
     def _store_params(self, way: Keeping, noise: Sequence[Tensor] | None, found_inf: Tensor | None) -> None:
@@ -86,8 +86,8 @@ class Widened:
         bits = [None] * len(wide) if noise is None else _bits(noise, 0)
         new = [way.narrowed(*pair) for pair in zip(wide, bits, strict=True)]
         _write(self._stored, [stored for stored, _ in new], found_inf)
-        if way.name is not None:
-            _write(self._state(way.name), [kept for _, kept in new if kept is not None], found_inf)
+        for number, key in enumerate(way.dtypes):
+            _write(self._state(key), [kept[number] for _, kept in new], found_inf)
 
     def _widened_grads(self) -> list[Tensor]:
         grads = [part.of(part.param.grad) for part in self._parts if part.param.grad is not None]
