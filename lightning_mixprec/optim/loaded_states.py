@@ -117,7 +117,11 @@ def _restore_weight(param: Tensor, state: dict[str, Any], saved: Mapping[str, An
     if param.dtype == dtype and keeping(weights, dtype) == was:
         state.update({key: value.clone() for key, value in kept.items()})
         return []
-    wide = was.widened(local_part(param.detach()).to(dtype), [local_part(value) for value in kept.values()])
+    stored, beside = local_part(param.detach()), [local_part(value) for value in kept.values()]
+    if "master" in kept:  # which needs no bit of the weight, unless somebody else wrote that
+        wide = torch.where(beside[0].to(dtype).to(stored.dtype) == stored, beside[0], stored.to(torch.float32))
+    else:
+        wide = was.widened(stored.to(dtype), beside)
     if is_narrow(param):
         store_weight(param, state, wide, weights)
         exact = torch.equal(_widened(param, state), wide)

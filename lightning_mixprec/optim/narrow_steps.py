@@ -114,8 +114,8 @@ class Widened:
         stored = zip(self._state(moment.name), self._scales(moment), self.moments[moment.name], strict=True)
         for codes, scales, wide in stored:
             new_codes, new_scales = quantized(wide.reshape(-1), moment.is_signed)
-            _write([codes], [new_codes.view(codes.shape)], found_inf)
-            _write([scales], [new_scales], found_inf)
+            codes.copy_(_unless(found_inf, codes, new_codes.view(codes.shape)))
+            scales.copy_(_unless(found_inf, scales, new_scales))
 
     def _state(self, name: str) -> list[Tensor]:
         return [part.of(state[name]) for part, state in zip(self._parts, self._states, strict=True)]
@@ -127,9 +127,12 @@ class Widened:
 
 def _write(tensors: Sequence[Tensor], pieces: Sequence[Tensor], found_inf: Tensor | None) -> None:
     if found_inf is not None:
-        pairs = zip(joined(tensors), pieces, strict=True)
-        pieces = [torch.where(found_inf > 0, old, new.view(old.shape)) for old, new in pairs]
+        pieces = [_unless(found_inf, *pair) for pair in zip(joined(tensors), pieces, strict=True)]
     torch._foreach_copy_(list(tensors), divided(pieces, tensors))
+
+
+def _unless(found_inf: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    return new if found_inf is None else torch.where(found_inf > 0, old, new)
 
 
 def _bits(noise: Sequence[Tensor], number: int) -> list[Tensor]:
