@@ -1,9 +1,11 @@
 """What is kept of weights in 16 bits, eager and compiled, against models in scalars."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from selection import slow_but_for
 
 from lightning_mixprec.numerics.splitting import random_bits
 from lightning_mixprec.optim import AdamW
@@ -81,8 +83,10 @@ def test_a_state_tells_what_left_it():
     assert keeping_in({"exp_avg": torch.zeros(2), "remainder": torch.zeros(2), "step": 3.0}) is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    slow_but_for([("exact", torch.bfloat16), ("kahan", torch.bfloat16)], itertools.product(WEIGHTS, DTYPES)),
+)
 def test_compiled_it_is_bit_for_bit_what_it_is_eager(weights, dtype):
     """Takes some seconds of the compiler; written in floats, Inductor leaves out the rounding that Kahan corrects."""
     way, wide = keeping(weights, dtype), wide_numbers()
