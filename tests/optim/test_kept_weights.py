@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
-from selection import slow_but_for
+from selection import slow
 
 from lightning_mixprec.numerics.splitting import random_bits
 from lightning_mixprec.optim import AdamW
 from lightning_mixprec.optim.kept_weights import WEIGHTS, empty_kept, keeping, keeping_in
 
 DTYPES = [torch.bfloat16, torch.float16]
+PAIRS = [*itertools.product(WEIGHTS, DTYPES)]
+QUICK = [("exact", torch.bfloat16), ("kahan", torch.bfloat16)]
 BYTES = {"exact": {torch.bfloat16: 2, torch.float16: 4}, "kahan": 2, "stochastic": 0, "nearest": 0}
 
 
@@ -83,10 +85,7 @@ def test_a_state_tells_what_left_it():
     assert keeping_in({"exp_avg": torch.zeros(2), "remainder": torch.zeros(2), "step": 3.0}) is None
 
 
-@pytest.mark.parametrize(
-    ("weights", "dtype"),
-    slow_but_for([("exact", torch.bfloat16), ("kahan", torch.bfloat16)], itertools.product(WEIGHTS, DTYPES)),
-)
+@pytest.mark.parametrize(("weights", "dtype"), [pair if pair in QUICK else slow(*pair) for pair in PAIRS])
 def test_compiled_it_is_bit_for_bit_what_it_is_eager(weights, dtype):
     """Takes some seconds of the compiler; written in floats, Inductor leaves out the rounding that Kahan corrects."""
     way, wide = keeping(weights, dtype), wide_numbers()

@@ -1,6 +1,7 @@
 """Options, groups, hooks, copies and one-line errors of both optimizers."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -13,6 +14,21 @@ from lightning_mixprec.optim import SGD, AdamW, fp32_state_dict
 
 BOTH = [AdamW, SGD]
 SHAPES = [(7, 5), (5000,)]
+
+
+def test_the_public_names():
+    import lightning_mixprec.optim
+
+    assert sorted(lightning_mixprec.optim.__all__) == ["AdamW", "SGD", "fp32_state_dict"]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(AdamW, torch.optim.AdamW), (SGD, torch.optim.SGD)])
+def test_all_arguments_of_torchs_are_there_with_their_defaults(ours, theirs):
+    """And are documented."""
+    own, stock = (inspect.signature(each).parameters for each in (ours, theirs))
+    assert {name: own[name].default for name in stock} == {name: value.default for name, value in stock.items()}
+    assert set(own) - set(stock) == {"weights", "states", "seed", "grad_dtype"}
+    assert all(f"{name}:" in ours.__doc__ for name in own)
 
 
 def weight(dtype=torch.bfloat16):
