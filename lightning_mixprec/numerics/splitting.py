@@ -13,8 +13,6 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mixprec.numerics.rounding import round_to
-
 _NAN = 0x7FC00000
 
 _GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -63,8 +61,20 @@ def nearest(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest number of bf16 or fp16, ties to even, in fp32.
 
     A cast there and back is what a compiler leaves out, even with integers in between.
+
+    Args:
+        wide: fp32, any shape.
+        dtype: bf16 or fp16.
     """
-    return round_to(wide, "bf16" if dtype == torch.bfloat16 else "fp16")
+    dropped = _bits_more_than(dtype)
+    bits = wide.view(torch.int32)
+    half_to_even = ((bits >> dropped) & 1) + ((1 << (dropped - 1)) - 1)
+    near = ((bits + half_to_even) & -(1 << dropped)).view(torch.float32)
+    if dtype == torch.float16:  # whose subnormals are 2**-24 apart
+        near = torch.where(
+            wide.abs() < 2.0**-14, torch.copysign(torch.round(wide.abs() * 2.0**24) * 2.0**-24, wide), near
+        )
+    return torch.where(_is_finite_in(dtype, wide), near, wide * math.inf)
 
 
 def rounded_at_random(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
@@ -77,15 +87,25 @@ def rounded_at_random(wide: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor
         dtype: bf16 or fp16.
         noise: int32 of the same shape, its lowest 16 bits random.
     """
-    dropped = 16 if dtype == torch.bfloat16 else 13
+    dropped = _bits_more_than(dtype)
     drawn = noise & ((1 << dropped) - 1)
     cut = ((wide.view(torch.int32) + drawn) & -(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:  # whose subnormals are 2**-24 apart
         steps = torch.floor(wide.abs() * 2.0**24 + drawn * 2.0**-13) * 2.0**-24
         cut = torch.where(wide.abs() < 2.0**-14, torch.copysign(steps, wide), cut)
+    largest = torch.finfo(dtype).max
+    return torch.where(_is_finite_in(dtype, wide), cut.clamp(-largest, largest), wide * math.inf).to(dtype)
+
+
+def _bits_more_than(dtype: torch.dtype) -> int:
+    """How many bits of a mantissa in fp32 a 16-bit number does not have."""
+    return 16 if dtype == torch.bfloat16 else 13
+
+
+def _is_finite_in(dtype: torch.dtype, wide: Tensor) -> Tensor:
+    """Whether numbers are nearest to a finite one: they are less than half a step above the largest."""
     info = torch.finfo(dtype)
-    is_finite = wide.abs() < info.max + info.max * info.eps / (4 - 2 * info.eps)  # half a step above the largest
-    return torch.where(is_finite, cut.clamp(-info.max, info.max), wide * math.inf).to(dtype)
+    return wide.abs() < info.max + info.max * info.eps / (4 - 2 * info.eps)
 
 
 def random_bits(counters: Tensor, key: Tensor | int) -> Tensor:

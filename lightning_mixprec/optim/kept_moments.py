@@ -68,10 +68,9 @@ def empty_moment(param: Tensor, moment: Moment, states: str) -> dict[str, Tensor
         return {moment.name: empty}
     blocks = math.ceil(local_part(param).numel() / BLOCK)
     scales = torch.zeros(blocks, dtype=torch.float32, device=empty.device)
-    return {moment.name: empty.add_(dynamic_map(moment.is_signed).index(0.0)), moment.name + SCALES: scales}
+    return {moment.name: empty.add_(MAPS[moment.is_signed].index(0.0)), moment.name + SCALES: scales}
 
 
-@functools.cache
 def dynamic_map(is_signed: bool) -> tuple[float, ...]:
     """The numbers between -1 and 1 (or 0 and 1) that the 256 codes stand for, in order.
 
@@ -87,6 +86,10 @@ def dynamic_map(is_signed: bool) -> tuple[float, ...]:
         values += [-middle for middle in middles] if is_signed else []
     values = sorted(values)
     return (-1.0, *values[1:]) if is_signed else tuple(values)
+
+
+MAPS = {is_signed: dynamic_map(is_signed) for is_signed in (True, False)}
+"""The map of moments with and without a sign."""
 
 
 def quantized(wide: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
@@ -119,4 +122,12 @@ def dequantized(codes: Tensor, scales: Tensor, is_signed: bool) -> Tensor:
 
 
 def _values(is_signed: bool, device: torch.device) -> Tensor:
-    return torch.tensor(dynamic_map(is_signed), dtype=torch.float32, device=device)
+    return _copied(is_signed, device) if torch.compiler.is_compiling() else _copied_once(is_signed, device)
+
+
+def _copied(is_signed: bool, device: torch.device) -> Tensor:
+    return torch.tensor(MAPS[is_signed], dtype=torch.float32, device=device)
+
+
+# Once, because the device is waited for; compiled it is a constant.
+_copied_once = functools.cache(_copied)
