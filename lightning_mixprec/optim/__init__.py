@@ -1,1 +1,7 @@
-"""From backward to weights: loss scaling, gradients, and buffers that skipped steps put back. Torch only."""
+"""From gradients to weights: loss scaling, skipped steps, and optimizers for weights in 16 bits."""
+
+from lightning_mixprec.optim.adamw import AdamW
+from lightning_mixprec.optim.loaded_states import fp32_state_dict
+from lightning_mixprec.optim.sgd import SGD
+
+__all__ = ["SGD", "AdamW", "fp32_state_dict"]
