@@ -44,6 +44,7 @@ class Findings:
         problem: What went wrong, if something did, on this rank; if its batch was left out, on the first such rank.
         is_complete: Whether the batches of all ranks, or half of them, were looked at.
         is_any: Whether that of some rank was.
+        losses: What :func:`describe` has told of layers in formats.
     """
 
     layers: list[str]
@@ -65,6 +66,7 @@ class Findings:
     problem: str | None = None
     is_complete: bool = False
     is_any: bool = False
+    losses: dict[tuple[str, str], Losses] = field(default_factory=dict)
 
     def read(self, measured: Measured, scale: float, compared: Sequence[str] = (), *, agreement: bool = False) -> None:
         """Takes over the numbers of all ranks.
@@ -99,6 +101,29 @@ class Findings:
 
 def describe(layer: str, found: Findings, format: str) -> Losses:
     """Rates and headroom of a layer that computes in a format, of each number in the wider one that it may have."""
+    losses, output = _losses_of(layer, found, format), found.outputs.get(layer)
+    if not losses["what_if"]:
+        numbers = [each[layer] for each in (found.weights, found.gradients) if layer in each]
+        losses["what_if"] = {
+            name: _what_if(name, numbers, output, found.scale)
+            for name in low_precision_formats()
+            if name != losses["format"] or get_format(name).use.needs_scaling
+        }
+    return losses
+
+
+def is_at_stake(layer: str, found: Findings, format: str) -> bool:
+    """True if something of a layer's numbers is lost, or nearly out of range."""
+    losses = _losses_of(layer, found, format)
+    rates = losses["underflow_rate"], losses["flow_underflow_rate"]
+    bits = losses["headroom_bits"], losses["flow_headroom_bits"], losses["output_headroom_bits"]
+    return any(map(bool, rates)) or any(each is not None and each < MIN_HEADROOM_BITS for each in bits)
+
+
+def _losses_of(layer: str, found: Findings, format: str) -> Losses:
+    """What :func:`describe` tells, without other formats; found out once, as several monitors ask."""
+    if (layer, format) in found.losses:
+        return found.losses[layer, format]
     flow = found.gradients.get(layer)
     own = found.weights.get(layer, flow)
     output = found.outputs.get(layer)
@@ -107,7 +132,7 @@ def describe(layer: str, found: Findings, format: str) -> Losses:
     format_of_own = _own_format(format, found.own.weights.get(layer)) if layer in found.weights else format_of_output
     lost, subnormal, bits = _losses(own, format_of_own, found.scale)
     flow_lost, flow_subnormal, flow_bits = (None,) * 3 if flow is None else _losses(flow, format_of_output, found.scale)
-    return {
+    losses: Losses = {
         "format": format_of_own,
         "underflow_rate": lost,
         "subnormal_share": subnormal,
@@ -116,19 +141,9 @@ def describe(layer: str, found: Findings, format: str) -> Losses:
         "flow_subnormal_share": flow_subnormal,
         "flow_headroom_bits": flow_bits,
         "output_headroom_bits": None if output is None else headroom(output, format_of_output),
-        "what_if": {
-            name: _what_if(name, [each for each in (own, flow) if each is not None], output, found.scale)
-            for name in low_precision_formats()
-            if name != format_of_own or get_format(name).use.needs_scaling
-        },
+        "what_if": {},
     }
-
-
-def is_at_stake(losses: Losses) -> bool:
-    """True if something of a layer's numbers is lost, or nearly out of range."""
-    rates = losses["underflow_rate"], losses["flow_underflow_rate"]
-    bits = losses["headroom_bits"], losses["flow_headroom_bits"], losses["output_headroom_bits"]
-    return any(map(bool, rates)) or any(each is not None and each < MIN_HEADROOM_BITS for each in bits)
+    return found.losses.setdefault((layer, format), losses)
 
 
 def _own_format(format: str, dtype: torch.dtype | None) -> str:

@@ -14,6 +14,7 @@ from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes
 from lightning_mixprec.numerics.formats import REFERENCE, half_dtypes, is_scaling_needed, is_wider, trained_in
+from lightning_mixprec.planning.agreement import KnownNoise
 from lightning_mixprec.plugin.formats_in_force import all_in_fp32
 from lightning_mixprec.plugin.lightnings import Precision, both
 from lightning_mixprec.plugin.precision import PerLayerPrecision
@@ -61,6 +62,7 @@ class PluginFormats:
 
     def __init__(self, plugin: PerLayerPrecision) -> None:
         self._plugin = plugin
+        self.noise = KnownNoise()
         self._own: tuple[Any, OwnDtypes] = None, OwnDtypes()
 
     def of(self, layer: str) -> str:
@@ -181,7 +183,7 @@ class StockFormats:
         self.not_in_fp32: dict[str, str] = {}
         self._format = trained_in(str(plugin.precision)) or REFERENCE
         self._scaler: Any = plugin.scaler if isinstance(plugin, _MIXED) else None
-        self.own = OwnDtypes()
+        self.own, self.noise = OwnDtypes(), KnownNoise()
 
     def of(self, layer: str) -> str:
         """The format that all layers compute in."""

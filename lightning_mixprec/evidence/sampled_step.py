@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning_mixprec import ranks
 from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, Recorded, Wanted
-from lightning_mixprec.evidence.findings import Findings, describe, is_at_stake
+from lightning_mixprec.evidence.findings import Findings, is_at_stake
 from lightning_mixprec.evidence.instruments.probe import layers_of
 from lightning_mixprec.evidence.replay import Halving
 from lightning_mixprec.evidence.run_formats import RunFormats
@@ -55,8 +55,8 @@ class SampledStep:
         found, agreement = self._findings, self._findings.agreement
         if agreement is None or not agreement.is_doubtful:
             return
-        in_fp32 = Comparison(self._module, self._formats, self._kept, Wanted()).self_agreement()
-        found.agreement = agreement.without_noise(in_fp32)
+        again = Comparison(self._module, self._formats, self._kept, Wanted())
+        found.agreement = self._formats.noise.taken_out_of(agreement, again.self_agreement)
         found.noise = [layer for layer in agreement.layers if layer not in found.agreement.layers]
 
     def _look_up_dtypes(self) -> None:
@@ -68,11 +68,12 @@ class SampledStep:
         found, formats, own = self._findings, self._formats, self._findings.own
         measured = found.weights.keys() | found.gradients.keys()
         unknown = [layer for layer in found.layers if layer in measured and layer not in own.outputs]
-        at_stake = any(is_at_stake(describe(layer, found, formats.precision_of(layer).region)) for layer in unknown)
+        at_stake = any(is_at_stake(layer, found, formats.precision_of(layer).region) for layer in unknown)
         if not at_stake or own is not formats.own:  # else formats have changed since
             return
         with contextlib.suppress(Exception):  # then they are taken for what the layer computes in
             Comparison(self._module, formats, self._kept, Wanted(), own).run_in(None, found.scale)
+        found.losses.clear()  # they were for other dtypes
         for layer in unknown:
             if own.is_several(layer):
                 found.gradients.pop(layer, None)

@@ -100,6 +100,16 @@ class Histogram:
         """Of one group: how many elements were counted in the bins before each, BINS + 1 integers; waits for a GPU."""
         return [0, *self.counts.cumsum(-1).tolist()]
 
+    @cached_property
+    def largest(self) -> float:
+        """Of one group: ``amax``, on the host; waits for a GPU."""
+        return float(self.amax)
+
+    @cached_property
+    def others(self) -> tuple[int, int, int]:
+        """Of one group: counted zeros, counted infinities and NaNs, and all elements, on the host; waits for a GPU."""
+        return int(self.zeros), int(self.infs) + int(self.nans), int(self.elements)
+
     def merge(self, other: "Histogram") -> "Histogram":
         """The histogram of both data together; exact except for rounding in the two sums of logarithms."""
         merged = {name: getattr(self, name) + getattr(other, name) for name in FIELDS}

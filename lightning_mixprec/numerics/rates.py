@@ -84,11 +84,11 @@ def overflow_rate(h: Histogram, format: str, scale: float = 1.0, direction: Dire
     target = _format(h, format, direction)
     _, sure = _boundary(target.max_exponent + 1, scale, inclusive=False)
     possible, _ = _boundary(target.max_exponent, scale, inclusive=True)
-    below, elements, already = h.cumulative, int(h.elements), int(h.infs) + int(h.nans)
-    counted = int(h.counted)
+    below, (zeros, already, elements) = h.cumulative, h.others
+    counted = below[-1] + zeros + already
     if counted == 0:
         return Bounds(0.0, 0.0)
-    if not _overflows(float(h.amax) * scale, target):
+    if not _overflows(h.largest * scale, target):
         return Bounds(already / counted, already / counted)
     low = max((already + below[-1] - below[sure]) / counted, 1 / elements)
     return Bounds(low, max((already + below[-1] - below[possible]) / counted, low))
@@ -100,7 +100,7 @@ def headroom(h: Histogram, format: str, scale: float = 1.0, direction: Direction
     Negative if it is too large already; infinite if there is no finite element other than zero. Arguments and errors
     are those of :func:`underflow_rate`.
     """
-    target, amax = _format(h, format, direction), float(h.amax)
+    target, amax = _format(h, format, direction), h.largest
     log2_scale = math.log2(_checked(scale))
     return math.log2(target.max) - math.log2(amax) - log2_scale if amax else math.inf
 
@@ -111,7 +111,7 @@ def best_scale(h: Histogram, format: str, margin: int = 1, direction: Direction 
     Kept within ``[2**-24, 2**24]``, and 1 if there is no finite element other than zero. Other
     arguments and errors are those of :func:`underflow_rate`.
     """
-    target, amax = _format(h, format, direction), float(h.amax)
+    target, amax = _format(h, format, direction), h.largest
     if not amax:
         return 1.0
     exponent = target.max_exponent + 1 - math.frexp(amax)[1]
@@ -161,6 +161,7 @@ def _magnitudes(values: Tensor) -> Tensor:
     return values.to(torch.float64 if values.dtype == torch.float64 else torch.float32).abs()
 
 
+@functools.lru_cache
 def _last_finite(target: Format, scale: float, dtype: torch.dtype) -> float:
     """The largest number of a dtype that a format, after scaling, keeps finite.
 

@@ -1,7 +1,7 @@
 """Agreement of a step in the run's formats with the same step in fp32, and its limits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from lightning_mixprec.records import advice
 
 _LARGEST_NOISE = 2.0**-8
 _TINY = 2.0**-12
+_MOST_USES = 16
 _STEADY_COSINE, _STEADY_RATIO = 0.997, 1.02
 
 
@@ -33,9 +34,14 @@ class LayerAgreement(NamedTuple):
         return self.cosine >= _STEADY_COSINE and 1 / _STEADY_RATIO <= self.ratio <= _STEADY_RATIO
 
     @property
+    def is_small(self) -> bool:
+        """True if fp32's is so small that it may be nothing but rounding."""
+        return self.share < _TINY
+
+    @property
     def is_doubtful(self) -> bool:
-        """True if the two differ, and fp32's is so small that it may be nothing but rounding."""
-        return self.share < _TINY and not self.is_steady
+        """True if the two differ, and fp32's may be nothing but rounding."""
+        return self.is_small and not self.is_steady
 
     @property
     def is_noise(self) -> bool:
@@ -73,16 +79,21 @@ class Agreement:
     @property
     def is_doubtful(self) -> bool:
         """True if it has to be asked which gradients are rounding noise in fp32, too."""
-        return self.is_finite and any(layer.is_doubtful for layer in self.layers.values())
+        return bool(self.doubtful)
+
+    @property
+    def doubtful(self) -> list[str]:
+        """The layers of which that has to be asked."""
+        return [name for name, layer in self.layers.items() if layer.is_doubtful] if self.is_finite else []
 
     def without_noise(self, in_fp32: "Agreement") -> "Agreement":
         """The same without the layers whose gradient is rounding noise: next to nothing, and not steady in fp32 either.
 
         Args:
-            in_fp32: The agreement of fp32 with itself, when all is rounded otherwise.
+            in_fp32: The agreement of fp32 with itself, when all is rounded otherwise, at this step or one not long ago.
         """
         noise = {name for name, layer in in_fp32.layers.items() if layer.is_doubtful}
-        layers = {name: layer for name, layer in self.layers.items() if name not in noise}
+        layers = {name: each for name, each in self.layers.items() if not (name in noise and each.is_small)}
         return replace(self, layers=layers)
 
     @property
@@ -96,6 +107,28 @@ class Agreement:
             return {"is_finite": False}
         worst = min((layer.cosine for layer in self.layers.values() if not layer.is_noise), default=math.nan)
         return {"is_finite": True, "loss_gap": _plain(self.loss_gap), "min_grad_cosine": _plain(worst)}
+
+
+@dataclass
+class KnownNoise:
+    """Which gradients of a run are rounding noise in fp32, too: measured now and then, as it takes two more replays.
+
+    Attributes:
+        in_fp32: The latest agreement of fp32 with itself, when all is rounded otherwise.
+        uses: How often it was used since.
+    """
+
+    in_fp32: Agreement | None = None
+    uses: int = 0
+
+    def taken_out_of(self, agreement: Agreement, measure: Callable[[], Agreement]) -> Agreement:
+        """An agreement without such layers. Measured anew for a layer that was not small, and at every 16th use."""
+        known = {} if self.in_fp32 is None else self.in_fp32.layers
+        is_known = all(name in known and known[name].is_small for name in agreement.doubtful)
+        if self.in_fp32 is None or not is_known or self.uses >= _MOST_USES:
+            self.in_fp32, self.uses = measure(), 0
+        self.uses += 1
+        return agreement.without_noise(self.in_fp32)
 
 
 @dataclass(frozen=True)

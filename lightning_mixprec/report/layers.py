@@ -58,30 +58,23 @@ def layers_of(records: Records, first: int, end: int) -> dict[str, LayerLife]:
             layer = layers.setdefault(told.name, LayerLife())
             layer.param, layer.compute, layer.output, layer.rule = told.param, told.compute, told.output, told.rule
             formats.setdefault(told.name, []).append((change["step"], told.compute))
-    for step, name, kind, value in _measured(records):
+    for step, _, name, losses in records.measured:
         layer = layers.setdefault(name, LayerLife())
-        if kind == "format":
-            if not records.run:
-                layer.compute = value
-                formats.setdefault(name, []).append((step, value))
-        else:
-            layer.values[kind].append((step, value))
+        if not records.run:
+            layer.compute = losses["format"]
+            formats.setdefault(name, []).append((step, losses["format"]))
+        layer.values["underflow_rate"].append((step, losses["underflow_rate"]))
+        layer.values["headroom_bits"].append((step, _least(losses["headroom_bits"], losses["output_headroom_bits"])))
+    for row in records.fidelity:
+        if "layer" in row:
+            layer = layers.setdefault(row["layer"], LayerLife())
+            for kind in ("grad_cosine", "sqnr_db"):
+                layer.values[kind].append((row["step"], row.get(kind)))
     for name, layer in layers.items():
         layer.spans = _spans(formats.get(name, []), first, end)
         for values in layer.values.values():
             values.sort(key=lambda told: told[0])
     return layers
-
-
-def _measured(records: Records) -> Iterable[tuple[int, str, str, Any]]:
-    for step, _, name, losses in records.measured:
-        yield step, name, "format", losses["format"]
-        yield step, name, "underflow_rate", losses["underflow_rate"]
-        yield step, name, "headroom_bits", _least(losses["headroom_bits"], losses["output_headroom_bits"])
-    for row in records.fidelity:
-        if "layer" in row:
-            for kind in ("grad_cosine", "sqnr_db"):
-                yield row["step"], row["layer"], kind, row.get(kind)
 
 
 def _least(*values: float | None) -> float | None:

@@ -11,7 +11,8 @@ from plugin_models import Batches, Call, Task, fit, ours, same, snapshot
 from selection import slow_but_for
 from torch import nn
 
-from lightning_mixprec import AdaptivePrecision, FidelityMonitor, UnderflowMonitor
+from lightning_mixprec import AdaptivePrecision, FidelityMonitor, PrecisionReport, UnderflowMonitor
+from lightning_mixprec.evidence import findings
 from lightning_mixprec.evidence.instruments.probe import Observer
 from lightning_mixprec.evidence.replay import StepReplay
 
@@ -350,3 +351,17 @@ def test_a_resumed_run_samples_what_the_uninterrupted_one_samples(batch):
     for one, other in zip(whole, resumed, strict=True):
         # Lightning starts a loader over that cannot be resumed inside an epoch: other data.
         assert (one.state_dict() == other.state_dict()) is (batch is None)
+
+
+def test_what_is_told_of_a_layer_is_found_out_once_for_all_monitors(monkeypatch, tmp_path):
+    asked = []
+    losses = findings._losses
+    monkeypatch.setattr(findings, "_losses", lambda *args: asked.append(args) or losses(*args))
+
+    def fitted(*watched):
+        asked.clear()
+        here = {"callbacks": list(watched), "default_root_dir": tmp_path}
+        fit(Task(nn.Linear(6, 2)), ours("fp16"), Batches(6, count=1), **here)
+        return len(asked)
+
+    assert 0 < fitted(UnderflowMonitor()) == fitted(UnderflowMonitor(), PrecisionReport())
