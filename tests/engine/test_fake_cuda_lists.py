@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from fake_cuda import autocast, needs_fake_cuda, on_fake_cuda
+from fake_cuda import Recorder, autocast, needs_fake_cuda, on_fake_cuda
 from torch import nn
 from torch.nn import functional as F
 from torch.torch_version import TorchVersion
@@ -78,6 +78,18 @@ def test_rms_norm_is_in_fp32_since_torch_2_12():
     is_wide = TorchVersion(torch.__version__) >= (2, 12)
     assert dtype_of("F.rms_norm(x, (4,))", "cuda") == (torch.float32 if is_wide else torch.bfloat16)
     assert dtype_of("F.rms_norm(x, (4,))", "cpu") == torch.bfloat16
+
+
+@pytest.mark.parametrize(("device", "rounded_to"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
+def test_cuda_rounds_the_log_probabilities_of_16_bit_logits(device, rounded_to):
+    """In cross_entropy, which asks for log_softmax in the logits' dtype, and CUDA's autocast leaves that alone."""
+    with on_fake_cuda(device):
+        logits, labels = torch.ones(4, 4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.long)
+        with autocast("bf16", device), Recorder(nn.Module()) as recorder:
+            F.cross_entropy(logits, labels)
+    outputs = {call.op: call.outputs[0] for call in recorder.calls if call.outputs}
+    assert outputs["_log_softmax"] == rounded_to
+    assert outputs["nll_loss_forward"] == torch.float32
 
 
 @pytest.mark.parametrize("expression", expressions(ONE_DTYPE_ON_CPU))
