@@ -161,7 +161,8 @@ class AdaptivePrecision(FailureMonitor):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._plugin is not None
-        options = replace(self._options, has_bf16=native_support("bf16", pl_module.device).native)
+        bf16, fp16 = (native_support(format, pl_module.device).native for format in ("bf16", "fp16"))
+        options = replace(self._options, has_bf16=bf16 or not fp16)  # where both are emulated, they cost the same
         self._run = AdaptiveRun(trainer, self._plugin, options, self.pin, self._take_in, acts=self.mode == "act")
         if self._steered:
             self._go_on(self._run)

@@ -1,19 +1,21 @@
 """Notices as a run begins: one warning of each cost in speed or accuracy that is allowed, with what to do instead.
 
-And to Lightning's ``ThroughputMonitor``, which takes an unknown plugin for fp32, the formats.
+What is emulated is said in a line that is no warning. And to Lightning's ``ThroughputMonitor``, which takes an unknown
+plugin for fp32, the formats.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import throughput_monitor
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_mixprec.engine.backends import Backends
+from lightning_mixprec.engine.backends import Backends, Emulated
 from lightning_mixprec.engine.backends.scaled_products import TILE
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.numerics.formats import get_format, half_dtypes
@@ -29,26 +31,43 @@ def warn_of_costs(
     model: pl.LightningModule, training: Assignment, evaluation: Assignment | None, backends: Backends
 ) -> None:
     """Warns of what the assignments of a run that is about to start cost."""
-    for assignment in filter(None, (training, evaluation)):
-        warn_of_emulation(assignment, model.trainer.strategy.root_device, backends)
+    assignments = [*filter(None, (training, evaluation))]
+    tell_of_emulation({name for each in assignments for name in each.compute_formats}, model, backends)
+    for assignment in assignments:
         warn_of_narrow_products(model, assignment, model.trainer.strategy.root_device.type, backends)
     warn_of_narrow_weights(model, training)
 
 
-def warn_of_emulation(assignment: Assignment, device: torch.device, backends: Backends) -> None:
-    """One warning per compute format that the device does not compute natively."""
-    for name in sorted(assignment.compute_formats):
+def tell_of_emulation(formats: Collection[str], model: pl.LightningModule, backends: Backends) -> None:
+    """One line per format that is emulated, and one warning per format that is slow because it is not.
+
+    Args:
+        formats: Those that a policy computes in and nobody was told of yet.
+        model: The model that is about to run.
+        backends: What computes.
+    """
+    device = model.trainer.strategy.root_device
+    for name in sorted(formats):
         backend = backends.backend_for(name)
         if backends.narrow_for(name) is not None:
             _warn_of_emulated_products(name, device, backends)
+        elif isinstance(backend, Emulated):
+            _tell_of_emulated_products(name, device, backend)
         elif backend is not None and not (support := backend.support(name, device)).native:
-            cost = backend.cost(name, device)
-            slow = "slow" if cost is None else f"{cost:.1f} times as slow as fp32"
             rank_zero_warn(
                 f"The policy computes in {name}, which {device_name(device)} does not compute natively "
-                f"({support.reason}): torch emulates it, right but {slow}. Use {choose_format(device)[0]}, or "
-                "policy='auto'."
+                f"({support.reason}): torch emulates it, right but slow. Use {choose_format(device)[0]}, or "
+                "policy='auto', or emulate='auto', which is a hundred times as fast on some machines."
             )
+
+
+def _tell_of_emulated_products(format: str, device: torch.device, backend: Emulated) -> None:
+    support = backend.support(format, device)
+    reason = "emulate=True" if support.native else f"{device_name(device)} has no such arithmetic: {support.reason}"
+    rank_zero_info(
+        f"{format} is emulated ({reason}): products of operands rounded to {format} are summed in fp32 and rounded. A "
+        f"product takes {backend.cost(format, device):.1f} times as long as in fp32."
+    )
 
 
 def _warn_of_emulated_products(format: str, device: torch.device, backends: Backends) -> None:

@@ -21,7 +21,7 @@ from lightning_mixprec.optim.skipped_buffers import BufferGuard
 from lightning_mixprec.plugin import arguments
 from lightning_mixprec.plugin.formats_in_force import FormatsInForce, attributes_of_copy
 from lightning_mixprec.plugin.lightnings import Precision, check_lightning_module, raw
-from lightning_mixprec.plugin.notices import tell_throughput_monitors, warn_of_costs, warn_of_emulation
+from lightning_mixprec.plugin.notices import tell_of_emulation, tell_throughput_monitors, warn_of_costs
 from lightning_mixprec.plugin.state import PluginState, history_entries, saved_state, stock_scaler_state
 from lightning_mixprec.plugin.step_errors import StepErrors, taken_again
 from lightning_mixprec.plugin.steps import StepLedger
@@ -181,7 +181,7 @@ class PerLayerPrecision(Precision):
     def _adopt(self, policy: PrecisionPolicy, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
         assignment, options = self._fitted(policy)
         model, before = self._running_model(), self._formats.resolved_for_training
-        warn_of_emulation(assignment, model.trainer.strategy.root_device, self._formats.backends)
+        tell_of_emulation(assignment.compute_formats - before.compute_formats, model, self._formats.backends)
         self._ledger.settle()
         entries = history_entries(before, assignment, model.trainer.global_step, reason, evidence)
         self._formats.replace(policy, assignment)

@@ -13,8 +13,8 @@ from lightning_mixprec.policy.policy import as_policy
 @pytest.fixture
 def attached():
     @contextlib.contextmanager
-    def attached(model, policy):
-        attachment = attach(model, as_policy(policy).resolve(model), "cpu")
+    def attached(model, policy, emulate=False):
+        attachment = attach(model, as_policy(policy).resolve(model), "cpu", emulate)
         try:
             yield attachment
         finally:

@@ -26,8 +26,8 @@ def stock(precision: str = "16-mixed", device: str = "cpu") -> Precision:
     return Precision() if precision == "32-true" else MixedPrecision(precision, device)
 
 
-def ours(policy: str = "fp16", **options: Any) -> PerLayerPrecision:
-    return PerLayerPrecision(policy, **options)
+def ours(policy: str = "fp16", emulate: Any = False, **options: Any) -> PerLayerPrecision:
+    return PerLayerPrecision(policy, emulate=emulate, **options)
 
 
 def fails_on_stock(

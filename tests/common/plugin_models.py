@@ -159,10 +159,10 @@ def stock(format: str, device: str = "cpu") -> Any:
     return MixedPrecision("bf16-mixed", device) if format == "bf16" else None
 
 
-def ours(policy: Any, **arguments: Any) -> PerLayerPrecision:
-    """This package's plugin with the same loss scale; it is not used where nothing computes in fp16."""
+def ours(policy: Any, emulate: Any = False, **arguments: Any) -> PerLayerPrecision:
+    """This package's plugin with the same loss scale and the same arithmetic; without fp16 it scales nothing."""
     options = {"init_scale": INIT_SCALE} if "fp16" in str(policy) else "auto"
-    return PerLayerPrecision(policy, loss_scaling=options, **arguments)
+    return PerLayerPrecision(policy, loss_scaling=options, emulate=emulate, **arguments)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -74,21 +74,23 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 def test_it_is_linear_by_hand_in_the_16_bits_around(default: str, format: str, net: Net) -> None:
     emulated = not native_support(format, "cpu").native
     manner = ("tensor", "all") if format == "fp8" else ("row", "none")
-    by_hand = Products(format, *manner, is_emulated=emulated)
+    around = Backends("cpu").region("bf16" if default == "fp32" else default)
+    by_hand = Products(format, *manner, emulated, around.mode is not None)
     dtype = AROUND[default]
+    outside = around if default != "fp32" else Backends("cpu").region("fp32")
 
     def block(module: Block, x: Tensor) -> Tensor:
         hidden = F.gelu(linear(module.norm(x), module.up.weight, module.up.bias, dtype, by_hand))
         return x + linear(hidden, module.down.weight, module.down.bias, dtype, by_hand)
 
     def expected(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=dtype, enabled=default != "fp32", cache_enabled=False):
+        with outside.context():
             x = net.first(x)
         for each in net.blocks:
-            with torch.autocast("cpu", dtype=dtype, cache_enabled=False):
+            with around.context():
                 x = block(each, x)
             x = x.float() if default == "fp32" else x
-        with torch.autocast("cpu", dtype=dtype, enabled=default != "fp32", cache_enabled=False):
+        with outside.context():
             return net.head(x)
 
     results = run(net, {"default": default, "blocks": format}, emulate="auto")

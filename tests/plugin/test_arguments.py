@@ -1,5 +1,6 @@
 """What the plugin accepts and refuses, and what it chooses when it may."""
 
+import re
 import types
 
 import pytest
@@ -159,11 +160,20 @@ def test_auto_is_fp32_where_neither_is_native(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("missing", "instead"), [(NO_BF16, "fp16"), (NO_HALVES, "fp32")])
-def test_a_format_that_is_not_native_is_not_emulated_silently(monkeypatch, missing, instead):
+def test_a_format_that_is_not_native_is_not_slow_silently(monkeypatch, missing, instead):
     pretend(monkeypatch, **missing)
     with pytest.warns(UserWarning, match=f"bf16.*does not compute natively.*emulates.*Use {instead}") as caught:
-        fit(Task(mlp()), PerLayerPrecision({"default": instead, "net.0": "bf16"}))
+        fit(Task(mlp()), PerLayerPrecision({"default": instead, "net.0": "bf16"}, emulate=False))
     assert len([warning for warning in caught if "emulates" in str(warning.message)]) == 1
+
+
+def test_a_format_that_is_not_native_is_not_emulated_silently(monkeypatch, caplog):
+    pretend(monkeypatch, **NO_BF16)
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        fit(Task(mlp()), PerLayerPrecision({"default": "fp32", "net.0": "bf16"}, eval_policy="bf16"))
+    told = [record.getMessage() for record in caplog.records if "emulated" in record.getMessage()]
+    assert len(told) == 1
+    assert re.search(r"^bf16 is emulated \(the CPU has .*compute capability.* takes \d+\.\d times as long", told[0])
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from lightning_mixprec.engine.backends.protocol import Backend, Region
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.numerics.formats import compute_formats, get_format
 
-__all__ = ["EMULATE", "Backend", "Backends", "Emulate", "Manner", "Narrow", "Region", "WithoutNarrow"]
+__all__ = ["EMULATE", "Backend", "Backends", "Emulate", "Emulated", "Manner", "Narrow", "Region", "WithoutNarrow"]
 
 Emulate = bool | Literal["auto"]
 

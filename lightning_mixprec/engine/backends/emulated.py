@@ -130,7 +130,7 @@ class Emulated:
         """The device's own arithmetic, which is not used here."""
         return native_support(format, device)
 
-    def cost(self, format: str, device: torch.device) -> float | None:
+    def cost(self, format: str, device: torch.device) -> float:
         """The time of a product as a multiple of its time in fp32, measured once per process."""
         return factor_against_fp32(format, str(device))
 

@@ -9,7 +9,7 @@ Compiled code sees each product as one operation of torch's (``torch.ops.lightni
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -126,13 +126,18 @@ def bmm(input: Tensor, mat2: Tensor) -> Any:
     return product(input, mat2) if is_stack else NotImplemented
 
 
+def unfolded(result: Tensor, shape: Sequence[int]) -> Any:
+    """A new result in another shape. It is no view, as torch's own results are none: FSDP2 warns of those."""
+    return torch.ops.aten._unsafe_view(result, list(shape))
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """``torch.nn.functional.linear`` of 16-bit tensors."""
     if not input.dim() or weight.dim() > 2:
         return NotImplemented
     rows = input.reshape(-1, input.shape[-1])
     columns = weight.t() if weight.dim() == 2 else weight[:, None]
-    return product(rows, columns, bias).reshape(*input.shape[:-1], *weight.shape[:-1])
+    return unfolded(product(rows, columns, bias), (*input.shape[:-1], *weight.shape[:-1]))
 
 
 def matmul(input: Tensor, other: Tensor) -> Any:
@@ -149,7 +154,7 @@ def matmul(input: Tensor, other: Tensor) -> Any:
 
 def _stacked(a: Tensor, b: Tensor) -> Any:
     if b.dim() == 2:
-        return product(a.reshape(-1, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
+        return unfolded(product(a.reshape(-1, a.shape[-1]), b), (*a.shape[:-1], b.shape[-1]))
     if a.dim() == 2:  # its gradient is one sum over the whole stack
         return _stacked(b.mT, a.mT).mT
     leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])

@@ -28,7 +28,7 @@ def native_support(format: str, device: str | torch.device) -> Support:
     if device.type == "cuda":
         return _gpu_support(described, device)
     if device.type == "cpu":
-        return _claimed(described)
+        return cpu_support(described)
     return Support(False, f"{device.type} devices are not supported, only cuda and cpu are")
 
 
@@ -48,9 +48,3 @@ def _gpu_support(format: Format, device: torch.device) -> Support:
     if torch.version.hip:
         return amd_support(format, name, torch.cuda.get_device_properties(device).gcnArchName)
     return nvidia_support(format, name, torch.cuda.get_device_capability(device))
-
-
-def _claimed(format: Format) -> Support:
-    """What was said of every CPU; cpu_support takes its place as soon as emulation computes what it denies."""
-    support = cpu_support(format)
-    return Support(True, f"torch has CPU kernels for {format.name}") if format.is_half else support
