@@ -24,7 +24,7 @@ from lightning_mixprec import (
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
 from lightning_mixprec.errors import PolicyError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Products in fp8 are emulated")
+pytestmark = pytest.mark.filterwarnings("ignore:Products in", "ignore:The policy computes in bf16")
 
 FORMATS = ["fp8", "int8"]
 NARROW = {"fp8": {"default": "bf16", "net.2": "fp8"}, "int8": {"default": "bf16", "net.2": "int8"}}
@@ -66,7 +66,6 @@ def test_in_fp16_the_loss_is_scaled_as_ever() -> None:
     assert plugin.scaler.get_scale() > 1
 
 
-@pytest.mark.filterwarnings("default:Products in fp8 are emulated")
 def test_a_device_without_such_products_is_said_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_mixprec import PerLayerPrecision
 
 TOKENS, WIDTH, CONTEXT = 32, 32, 24
-pytestmark = pytest.mark.filterwarnings("ignore:Products in fp8 are emulated")
+pytestmark = pytest.mark.filterwarnings("ignore:Products in", "ignore:The policy computes in bf16")
 
 
 class Block(nn.Module):

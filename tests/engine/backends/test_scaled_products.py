@@ -20,8 +20,18 @@ from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.devices import native_support
 
 BF16 = torch.bfloat16
+
+
+def is_emulated(format: str) -> bool:
+    """Whether this machine has no such product: torch's one of integers is wrong on a CPU without VNNI."""
+    return format == "int8" and not native_support("int8", "cpu").native
+
+
 FP8 = {f"fp8 by {scaling}": Products("fp8", scaling) for scaling in ("tensor", "row")}
-INT8 = {f"int8, {gradients} gradients": Products("int8", "row", gradients) for gradients in ("none", "all")}
+INT8 = {
+    f"int8, {gradients} gradients": Products("int8", "row", gradients, is_emulated("int8"))
+    for gradients in ("none", "all")
+}
 KINDS = FP8 | INT8
 each_kind = pytest.mark.parametrize("products", KINDS.values(), ids=KINDS)
 
@@ -32,11 +42,6 @@ CAST = {
     "int8": np.rint,
 }
 OPERANDS = [("e4m3", "e4m3"), ("e5m2", "e4m3"), ("int8", "int8")]
-
-
-def is_emulated(format: str) -> bool:
-    """Whether this machine has no such product: torch's one of integers is wrong on a CPU without VNNI."""
-    return format == "int8" and not native_support("int8", "cpu").native
 
 
 def rounded(matrix: Tensor, format: str, per_row: bool) -> np.ndarray:
@@ -170,7 +175,7 @@ def test_what_is_kept_for_backward_is_in_16_bits() -> None:
 
 def test_gradients_in_16_bits_are_those_of_the_operands_before_they_were_cast(case: Any) -> None:
     layer, x, gradient = case
-    none = step(in_8_bits(layer, Products("int8", "row", "none")), layer, x, gradient)
+    none = step(in_8_bits(layer, INT8["int8, none gradients"]), layer, x, gradient)
     g, rows, weight = gradient.to(BF16), x.to(BF16), layer.weight.detach().to(BF16)
     assert torch.equal(none[1], (g @ weight).float())
     assert torch.equal(none[2], (g.t() @ rows).float())
@@ -237,7 +242,7 @@ def test_int8_is_within_half_a_decibel_of_torchao(gradients: str, case: Any) -> 
     quantize(theirs, config)
     exact = step(layer, layer, x, gradient)
     expected = step(lambda x: theirs(x.to(BF16)), theirs, x, gradient)
-    results = step(in_8_bits(layer, Products("int8", "row", gradients)), layer, x, gradient)
+    results = step(in_8_bits(layer, INT8[f"int8, {gradients} gradients"]), layer, x, gradient)
     for ours, torchaos, fp32 in zip(results, expected, exact, strict=True):
         assert sqnr_db(ours, fp32) == pytest.approx(sqnr_db(torchaos, fp32), abs=0.5)
 
@@ -337,7 +342,7 @@ def test_on_a_gpu_products_are_near_those_on_the_cpu(products: Products, case: A
         part, arriving = x[:size], gradient[:size]
         on_cpu = step(in_8_bits(layer, products._replace(is_emulated=True)), layer, part, arriving)
         there = copy.deepcopy(layer).cuda()
-        on_gpu = step(in_8_bits(there, products), there, part.cuda(), arriving.cuda())
+        on_gpu = step(in_8_bits(there, products._replace(is_emulated=False)), there, part.cuda(), arriving.cuda())
         assert all(sqnr_db(one.cpu(), other) > 40 for one, other in zip(on_gpu, on_cpu, strict=True))
 
 
