@@ -365,7 +365,8 @@ def flags():
 )
 def test_the_kernel_says_the_same_of_this_cpu(format, x86, arm):
     known = x86 if platform.machine() == "x86_64" else arm
-    assert cpu_support(get_format(format)).native is bool(flags() & known)
+    assert native_support(format, "cpu").native is bool(flags() & known)
+    assert native_support(format, "cpu") == cpu_support(get_format(format))
 
 
 ASK = """
