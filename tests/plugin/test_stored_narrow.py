@@ -14,7 +14,7 @@ OPTIMIZERS = {"adamw": AdamW, "sgd": lambda params, **options: SGD(params, momen
 
 
 class Net(pl.LightningModule):
-    """Two layers, of which policies here store the first one in 16 bits, and one batch, so that each step is an epoch."""
+    """Two layers, of which policies here store the first one in 16 bits, and one batch: each step is an epoch."""
 
     def __init__(self, optimizer=AdamW, freezes=False, **options):
         super().__init__()
