@@ -171,8 +171,19 @@ class Attachment:
             buffers = dict(self._model.named_buffers(remove_duplicate=False))
             self._buffers.restore_precise(buffers, checkpoint_state)
 
+    def lossy_weights(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Weights that are stored in fewer bits than before, and what they were; those that change are to be taken."""
+        return self._weights.lossy()
+
+    def take(self, weight: torch.Tensor) -> None:
+        """Leaves it to the caller to keep the bits that a weight has lost; others come back when it is detached."""
+        self._weights.forget_wide(weight)
+
     def detach(self) -> None:
-        """Leaves the model as it was: forwards, hooks, stored formats. Doing it again does nothing."""
+        """Leaves the model as it was: forwards, hooks, stored formats. Doing it again does nothing.
+
+        Weights that were stored in fewer bits get back those that they lost, unless they have changed since.
+        """
         if self._model is None:
             return
         self._settings.end()

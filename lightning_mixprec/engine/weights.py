@@ -156,11 +156,13 @@ def _seen_by_rnn(module: nn.RNNBase, swaps: list[_Swap]) -> list[Any]:
 class Storage:
     """Tensors that were converted in place, and the dtypes they were stored in before.
 
-    Tensors are listed once however many modules share them.
+    Tensors are listed once however many modules share them. The bits that a narrower dtype loses are kept here until
+    somebody takes them, who is then the one to keep them.
     """
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[Tensor, torch.dtype, torch.dtype]] = {}
+        self._wide: dict[int, Tensor] = {}
 
     def convert(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
         """Stores tensors in another dtype, their gradients too; whether there was anything to do."""
@@ -171,9 +173,19 @@ class Storage:
             before = self._before[id(tensor)][1] if id(tensor) in self._before else tensor.dtype
             self._before[id(tensor)] = (tensor, before, dtype)
             stored_by_rule[tensor] = True
+            if dtype.itemsize < tensor.dtype.itemsize:
+                self._wide[id(tensor)] = tensor.data
             _store(tensor, dtype)
             any_changed = True
         return any_changed
+
+    def lossy(self) -> list[tuple[Tensor, Tensor]]:
+        """Tensors that are stored in fewer bits than before, and what they were, as far as nobody has taken it."""
+        return [(self._before[key][0], wide) for key, wide in self._wide.items()]
+
+    def forget_wide(self, tensor: Tensor) -> None:
+        """Keeps the bits no longer that a tensor has lost, because somebody else does, or because it is trained."""
+        self._wide.pop(id(tensor), None)
 
     def keep_only(self, tensors: Iterable[Tensor]) -> bool:
         """Puts back what is not among these tensors; whether there was anything to do."""
@@ -183,8 +195,11 @@ class Storage:
             tensor, before, converted = self._before.pop(key)
             stored_by_rule.pop(tensor, None)
             # What somebody else has converted since is no longer ours.
+            wide = self._wide.pop(key, None)
             if tensor.dtype == converted:
                 _store(tensor, before)
+                if wide is not None and torch.equal(wide.to(converted).to(tensor), tensor):
+                    tensor.data.copy_(wide)
         return bool(dropped)
 
     def restore_precise(self, named: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> None:

@@ -176,6 +176,7 @@ _FP64 = Use(is_computed_in=True, stores_weights=True, lightning_name="64-true")
 _FP32 = Use(is_computed_in=True, stores_weights=True, for_range="fp64", for_precision="fp64", lightning_name="32-true")
 _BF16 = Use(
     is_computed_in=True,
+    stores_weights=True,
     for_range="fp32",
     for_precision="fp32",
     lightning_name="bf16-mixed",
@@ -186,6 +187,7 @@ _BF16 = Use(
 )
 _FP16 = Use(
     is_computed_in=True,
+    stores_weights=True,
     needs_scaling=True,
     for_range="bf16",
     for_precision="fp32",

@@ -69,6 +69,13 @@ def store_weight(param: Tensor, state: dict[str, Any], wide: Tensor, weights: st
         local_part(state[key]).copy_(value)
 
 
+def give_bits(param: Tensor, state: dict[str, Any]) -> None:
+    """Gives a weight that is stored in fp32 now the bits that its state keeps, which keeps them no longer."""
+    kept = {key: state.pop(key) for key in KEPT & state.keys()}
+    if keeping_in(kept):
+        _restore_weight(param, state, kept, "exact")
+
+
 def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> dict[str, Any]:
     """The model's state_dict with all bits of the weights that are stored in 16 bits, those in fp32; nothing is shared.
 

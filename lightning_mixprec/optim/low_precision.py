@@ -14,8 +14,8 @@ from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.kept_moments import STATES, Moment, empty_moment, is_plain
-from lightning_mixprec.optim.kept_weights import WEIGHTS, empty_kept, is_kept, is_narrow
-from lightning_mixprec.optim.loaded_states import as_configured, store_weight
+from lightning_mixprec.optim.kept_weights import KEPT, WEIGHTS, empty_kept, is_kept, is_narrow, keeping_in
+from lightning_mixprec.optim.loaded_states import as_configured, give_bits, store_weight
 from lightning_mixprec.optim.narrow_steps import Widened
 from lightning_mixprec.optim.numbered import drawn
 from lightning_mixprec.optim.pieces import Part, chunks
@@ -139,14 +139,22 @@ class LowPrecisionOptimizer(Optimizer):
         group = next(group for group in self.param_groups if any(param is each for each in group["params"]))
         store_weight(param, self._state_of(param, group), wide, group["weights"])
 
+    def give_back(self) -> None:
+        """Gives weights that have become fp32 the bits that are kept of them, and keeps them no longer."""
+        for param, state in self.state.items():
+            if not is_narrow(param):
+                give_bits(param, state)
+
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, of this optimizer or of torch's, whatever it was stored in.
 
         How weights and moments are stored stays as it is configured; what the state has is stored so, without a loss
         where there is room, and otherwise with one warning. Where weights are stored in fp32 now, and the state has the
-        bits that weights in 16 bits had lost, the weights get them; so load the model's weights first.
+        bits that weights in 16 bits had lost, the weights get them; so load the model's weights first. Where it has
+        none, those that :meth:`set_weight` gave before the first step are kept.
         """
+        given = {param: dict(state) for param, state in self.state.items() if _has_not_stepped(state)}
         configured = [{name: group[name] for name in (*STORAGE, "seed")} for group in self.param_groups]
         super().load_state_dict(state_dict)
         saved_groups = state_dict["param_groups"]
@@ -160,12 +168,18 @@ class LowPrecisionOptimizer(Optimizer):
             if key in saved:
                 moments = self._moments_of(group)
                 lost |= dict.fromkeys(as_configured(param, self.state[param], saved[key], group, moments))
+            if param in given and keeping_in(saved.get(key, {})) is None:
+                self.state[param].update({name: given[param][name] for name in KEPT & given[param].keys()})
         if lost:
             warnings.warn(
                 f"the loaded state of the optimizer has more bits than are kept here: {'; '.join(lost)}. To keep them, "
                 "load it where weights='exact' and states are stored as they were",
                 stacklevel=2,
             )
+
+
+def _has_not_stepped(state: Mapping[str, Any]) -> bool:
+    return isinstance(state.get("step"), Tensor) and float(state["step"]) == 0
 
 
 def _check_options(group: Mapping[str, Any]) -> None:

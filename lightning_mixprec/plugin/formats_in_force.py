@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.apply import Attachment, attach
@@ -16,8 +17,10 @@ from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
+from lightning_mixprec.optim.gradients import params_of
+from lightning_mixprec.optim.low_precision import LowPrecisionOptimizer
 from lightning_mixprec.plugin.arguments import check_choice, check_running, check_storage_unchanged, choose_format
-from lightning_mixprec.plugin.notices import warn_of_whole_copies
+from lightning_mixprec.plugin.notices import warn_of_narrow_weights, warn_of_whole_copies
 from lightning_mixprec.plugin.strategies import data_parallel_mesh
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
@@ -52,6 +55,7 @@ class FormatsInForce:
 
     def _forget_run(self) -> None:
         self._attachment: Attachment | None = None
+        self._keepers: list[LowPrecisionOptimizer] = []
         self._in_force: Assignment | None = None
         self._to_watch = {"train", "eval"}
         self._in_evaluation = False
@@ -125,11 +129,27 @@ class FormatsInForce:
         self._attachment = attach(model, self.resolved_for_training, device_type, self.emulate)
         self._in_force = self.training_assignment
 
+    def hand_over(self, model: pl.LightningModule, optimizers: list[Optimizer]) -> list[Optimizer]:
+        """Gives optimizers what the weights that they change have lost by being stored in 16 bits; returns them."""
+        if self._attachment is None:
+            return optimizers
+        owners = {param: each for each in optimizers for param in params_of(each)}
+        for weight, wide in self._attachment.lossy_weights():
+            if weight in owners:
+                if isinstance(owner := owners[weight], LowPrecisionOptimizer):
+                    owner.set_weight(weight, wide)
+                self._attachment.take(weight)
+        self._keepers = [each for each in optimizers if isinstance(each, LowPrecisionOptimizer)]
+        warn_of_narrow_weights(model, self.resolved_for_training, optimizers)
+        return optimizers
+
     def detach(self) -> None:
         """Gives the model back as it was."""
         try:
             if self._attachment is not None:
                 self._attachment.detach()
+            for optimizer in self._keepers:
+                optimizer.give_back()
         finally:
             self._forget_run()
 

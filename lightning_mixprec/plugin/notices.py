@@ -4,7 +4,7 @@ What is emulated is said in a line that is no warning. And to Lightning's ``Thro
 plugin for fp32, the formats.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from lightning_mixprec.engine.backends import Backends, Emulated
 from lightning_mixprec.engine.backends.scaled_products import TILE
@@ -35,7 +36,6 @@ def warn_of_costs(
     tell_of_emulation({name for each in assignments for name in each.compute_formats}, model, backends)
     for assignment in assignments:
         warn_of_narrow_products(model, assignment, model.trainer.strategy.root_device.type, backends)
-    warn_of_narrow_weights(model, training)
 
 
 def tell_of_emulation(formats: Collection[str], model: pl.LightningModule, backends: Backends) -> None:
@@ -117,25 +117,29 @@ def _weight_shapes(model: nn.Module, assignment: Assignment, format: str) -> dic
     }
 
 
-def warn_of_narrow_weights(model: nn.Module, assignment: Assignment) -> None:
-    """One warning if weights stored in 16 bits are trained in 16 bits; frozen ones lose nothing."""
+def warn_of_narrow_weights(model: nn.Module, assignment: Assignment, optimizers: Iterable[Optimizer]) -> None:
+    """One warning if weights stored in 16 bits are trained by optimizers that lose what is too small for them."""
+    losing = {
+        param
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if group.get("weights", "nearest") == "nearest"
+        for param in group["params"]
+        if param.requires_grad and param.dtype in half_dtypes()
+    }
     names = [
         name
         for name, module, _ in walk(model)
         if assignment.facts[name].first_name == name
-        and get_format(assignment[name].region).is_half
-        and any(_is_trained_narrow(param) for param in module._parameters.values() if param is not None)
+        and (get_format(assignment[name].region).is_half or assignment[name].is_stored_by_rule)
+        and any(param in losing for param in module._parameters.values() if param is not None)
     ]
     if names:
         rank_zero_warn(
-            f"{len(names)} layers ({names[0]} first) store their weights in 16 bits and compute in 16 bits: updates "
-            "smaller than the weights' last bit are lost. Store them in fp32 (model.float()), the policy makes them "
-            "compute in 16 bits."
+            f"{len(names)} layers ({names[0]} first) store their weights in 16 bits: updates smaller than the weights' "
+            "last bit are lost. Train them with lightning_mixprec.optim.AdamW or SGD, which keep them, or store them "
+            "in fp32 (model.float()); the policy makes them compute in 16 bits."
         )
-
-
-def _is_trained_narrow(param: nn.Parameter) -> bool:
-    return param.requires_grad and param.dtype in half_dtypes()
 
 
 def warn_of_whole_copies(model: nn.Module, mesh: Any, ranks: int) -> None:

@@ -242,7 +242,7 @@ class PerLayerPrecision(Precision):
     ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
         if optimizers and (pl_module := self._current_model()) is not None:
             arguments.check_optimizers(optimizers, self.scaler.options)
-            self._optimizers = [raw(optimizer) for optimizer in optimizers]
+            self._optimizers = self._formats.hand_over(pl_module, [raw(optimizer) for optimizer in optimizers])
             self._ledger.connect(pl_module, self._optimizers, lr_schedulers)
             if self.scaler.is_active or self.scaler.guards:
                 self._buffers = BufferGuard(pl_module, self._optimizers)

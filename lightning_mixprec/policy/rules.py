@@ -47,7 +47,8 @@ class Rule:
             ``""`` is the LightningModule itself.
         types: A class name, or a list of them: ``LayerNorm``, ``torch.nn.LayerNorm``, ``"*Norm*"``; subclasses
             included. With both, one layer must match both.
-        param: The format the weights are stored in: fp64 or fp32.
+        param: The format the weights are stored in: fp64, fp32, bf16 or fp16. What 16 bits lose of a weight is kept by
+            the optimizers of ``lightning_mixprec.optim``, and by no other.
         compute: The format that the layers' own operations are autocast to: fp64, fp32, bf16 or fp16. Or fp8 or int8,
             for the products of ``nn.Linear`` and its subclasses; the other layers that the rule covers compute in the
             16-bit format around them, or else in bf16, and so does everything in a Linear but its products.
@@ -177,7 +178,7 @@ def check_format(name: str, value: object) -> None:
     if value not in FORMATS:
         raise FieldError(f"{name}: unknown format {value!r}{hint} {options}", name)
     if name == "param":
-        raise FieldError(f"param is {value!r}, but weights narrower than fp32 are not stored for now; {options}", name)
+        raise FieldError(f"param is {value!r}, but weights are not stored in 8 bits; {options}", name)
     if value in compute_formats():
         raise FieldError(
             f"{name} is {value!r}, in which products of Linear layers compute and nothing else; {options}, and a rule "

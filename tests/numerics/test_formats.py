@@ -109,7 +109,7 @@ def test_lists_for_tensors_and_statistics_have_floating_point_formats_alone():
 
 def test_the_table_says_what_formats_are_used_for():
     assert compute_formats() == ("fp64", "fp32", "bf16", "fp16", "fp8", "int8")
-    assert param_formats() == ("fp64", "fp32")
+    assert param_formats() == ("fp64", "fp32", "bf16", "fp16")
     assert half_dtypes() == (torch.bfloat16, torch.float16)
     assert [name for name in FORMATS if get_format(name).use.needs_scaling] == ["fp16", "e4m3", "e5m2"]
     assert [name for name in FORMATS if get_format(name).use.scales_itself] == ["fp8", "int8"]
