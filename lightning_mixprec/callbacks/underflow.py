@@ -62,10 +62,10 @@ class UnderflowMonitor(SamplingMonitor):
             - ``stagnation_rate``: of its weights with a gradient, the share that the latest sampled optimizer step did
               not change, because the update is smaller than the weights' last bit; None before it is known. Steps
               that were skipped are not counted;
-            - ``operands``: of a layer whose products are in 8 bits: ``format``, and of its ``input``, its ``weight``
-              and the ``gradient`` at its output the share that rounds to zero after it was scaled, as far as it is
-              cast. They overflow nothing, as each is scaled by its own maximum. All other numbers of the layer are
-              judged in the 16-bit format around its products;
+            - ``operands``: of a layer whose products are in 8 bits: ``format``, ``scaling``, and of its ``input``, its
+              ``weight`` and the ``gradient`` at its output the share that rounds to zero after it was scaled, as far as
+              it is cast. They overflow nothing, as each is scaled by its own maximum. All other numbers of the layer
+              are judged in the 16-bit format around its products;
             - ``what_if``: for other formats ``underflow_rate``, ``overflow_rate`` (of outputs and gradients) at the
               present scale, ``best_scale`` (the power of two that uses the format's range best) and ``fits`` (whether
               some scale loses less than 1 % of the gradient and overflows nothing).
@@ -143,7 +143,8 @@ class UnderflowMonitor(SamplingMonitor):
             row = cast(UnderflowRow, {"layer": layer, "loss_scale": found.scale, **values})
             self.latest[layer] = latest
             if layer in found.operands:
-                operands: Any = {"format": precision.compute, **found.operands[layer]}
+                how = {"format": precision.compute, "scaling": precision.eight_bits.scaling}
+                operands: Any = {**how, **found.operands[layer]}
                 latest["operands"] = row["operands"] = operands
             if self.threshold != advice.MAX_UNDERFLOW:
                 row["threshold"] = self.threshold
@@ -164,8 +165,7 @@ class UnderflowMonitor(SamplingMonitor):
 
     def _warn_of_operands(self, found: Findings, lossy: dict[str, float]) -> None:
         for worst, others in self._not_warned_of("operands", sorted(lossy, key=lambda layer: -lossy[layer])):
-            scaling = self._run_formats.precision_of(worst).eight_bits.scaling
-            told = advice.narrow_operand(worst, self.latest[worst]["operands"], others, scaling)
+            told = advice.narrow_operand(worst, self.latest[worst]["operands"], others)
             rank_zero_warn(f"step {found.place['step']}: {told}.")
 
     @override

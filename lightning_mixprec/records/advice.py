@@ -178,20 +178,28 @@ def underflow(
     return Advice(seen, f"compute it in {wider}, {policy_hint(layer, wider)}")
 
 
-def narrow_operand(layer: str, operands: Mapping[str, Any], others: Sequence[str], scaling: str) -> Advice:
+def worst_operand(operands: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest rate of a layer's operands, as in :class:`~lightning_mixprec.records.samples.Operands`, and whose.
+
+    >>> worst_operand({"format": "fp8", "scaling": "row", "input": 0.25, "weight": 0.5})
+    (0.5, 'weight')
+    """
+    return max((rate, name) for name, rate in operands.items() if name not in ("format", "scaling"))
+
+
+def narrow_operand(layer: str, operands: Mapping[str, Any], others: Sequence[str]) -> Advice:
     """A layer of whose products in 8 bits an operand vanishes.
 
     Args:
         layer: The layer.
         operands: The rates of its operands, as in :class:`~lightning_mixprec.records.samples.Operands`.
         others: Layers of which the same is to be said.
-        scaling: What its scales are of.
     """
-    format = operands["format"]
-    rate, worst = max((rate, name) for name, rate in operands.items() if name != "format")
-    of = "the largest of each row" if scaling == "row" else "its largest"
-    seen = f"{rate:.0%} of the {worst} of layer {layer!r}{also(others)} vanish in {format}, scaled by {of}"
-    by_row = "" if scaling == "row" else "scale it by row (scaling: row), or "
+    rate, worst = worst_operand(operands)
+    is_by_row = operands["scaling"] == "row"
+    of = "the largest of each row" if is_by_row else "its largest"
+    seen = f"{rate:.0%} of the {worst} of layer {layer!r}{also(others)} vanish in {operands['format']}, scaled by {of}"
+    by_row = "" if is_by_row else "scale it by row (scaling: row), or "
     return Advice(seen, f"{by_row}compute it in bf16, {policy_hint(layer, 'bf16')}")
 
 

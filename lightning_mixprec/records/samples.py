@@ -32,6 +32,7 @@ class Operands(TypedDict):
     """Of the operands of products in 8 bits, the share that rounds to zero after scaling; none where it is not cast."""
 
     format: str
+    scaling: str
     input: NotRequired[float]
     weight: NotRequired[float]
     gradient: NotRequired[float]

@@ -75,6 +75,7 @@ def alerts(records: Records, layers: dict[str, LayerLife]) -> list[Alert]:
         *_unseen(records),
         *_noise(records, layers),
         *_underflow(records, layers),
+        *_operands(records, layers),
         *_gradients(records, layers),
         *_loss_gap(records),
         *_headroom(records, layers),
@@ -227,8 +228,7 @@ def _noise(records: Records, layers: Lives) -> Iterator[Alert]:
 
 
 def _underflow(records: Records, layers: Lives) -> Iterator[Alert]:
-    rows = [row for row in records.underflow if "format" in row]
-    limit = rows[-1].get("threshold", advice.MAX_UNDERFLOW) if rows else advice.MAX_UNDERFLOW
+    limit = _underflow_limit(records)
     measured = _measured(records, layers, "underflow_rate")
     latest = {name: known[-1] for name, known in measured.items() if known[-1][1] > limit}
     if latest:
@@ -237,6 +237,27 @@ def _underflow(records: Records, layers: Lives) -> Iterator[Alert]:
         told = _vanishing(records, worst, step, others)
         level: Level = "error" if rate > advice.STARVED else "warning"
         yield Alert.of_layers(level, "Gradients vanish", told, worst, step, len(latest))
+
+
+def _operands(records: Records, layers: Lives) -> Iterator[Alert]:
+    """Operands of products in 8 bits, at the latest sample of each layer that still computes in them."""
+    rows: dict[str, Row] = {}
+    for row in records.underflow:
+        name = row.get("layer")
+        if "operands" in row and name in layers and layers[name].compute == row["operands"]["format"]:
+            rows[name] = row
+    rates = {name: advice.worst_operand(row["operands"])[0] for name, row in rows.items()}
+    lossy = sorted((name for name in rows if rates[name] > _underflow_limit(records)), key=lambda name: -rates[name])
+    if lossy:
+        worst, *others = lossy
+        told = advice.narrow_operand(worst, rows[worst]["operands"], others)
+        level: Level = "error" if rates[worst] > advice.STARVED else "warning"
+        yield Alert.of_layers(level, "Operands vanish", told, worst, rows[worst]["step"], len(lossy))
+
+
+def _underflow_limit(records: Records) -> float:
+    rows = [row for row in records.underflow if "format" in row]
+    return float(rows[-1].get("threshold", advice.MAX_UNDERFLOW)) if rows else advice.MAX_UNDERFLOW
 
 
 def _vanishing(records: Records, layer: str, step: int, others: Sequence[str]) -> Advice:

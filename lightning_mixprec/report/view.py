@@ -9,7 +9,15 @@ from typing import Any
 from lightning_mixprec.report import charts, histograms
 
 # The classes of formats in the style sheet; any other format is drawn in grey.
-FORMAT_CLASSES = {"fp64": "f64", "fp32": "f32", "bf16": "fbf", "fp16": "f16", "e4m3": "f43", "e5m2": "f52"}
+FORMAT_CLASSES = {
+    "fp64": "f64",
+    "fp32": "f32",
+    "bf16": "fbf",
+    "fp16": "f16",
+    "fp8": "f43",
+    "e4m3": "f43",
+    "e5m2": "f52",
+}
 SEVERAL_CLASS = {"several": "fsv"}
 OTHER_CLASS = "fot"
 STATE_WORDS = {"finished": "finished", "failed": "failed", "stopped": "was stopped", "unfinished": "did not finish"}

@@ -202,6 +202,7 @@ def test_rows_tell_what_vanishes_of_each_operand_after_scaling(said: str) -> Non
         expected["gradient"] = vanishing(output.grad, backward, per_row)
     told = dict(monitor.latest["net.2"]["operands"])
     assert told.pop("format") == format
+    assert told.pop("scaling") == ("row" if per_row else "tensor")
     assert told == pytest.approx(expected, abs=1e-3)
     assert max(expected.values()) > 0.05, "or the test shows nothing"
     assert "operands" not in monitor.latest["net.0"]

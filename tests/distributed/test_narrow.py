@@ -53,5 +53,5 @@ def test_statistics_of_operands_are_of_both_ranks(ranks: list[dict[str, Any]], n
     told = {layer: row["operands"] for layer, row in one["latest"].items() if "operands" in row}
     assert told == {layer: row["operands"] for layer, row in other["latest"].items() if "operands" in row}
     assert {row["format"] for row in told.values()} == {CASES[case]}
-    assert all(row.keys() == {"format", "input", "weight", "gradient"} for row in told.values())
+    assert all(row.keys() == {"format", "scaling", "input", "weight", "gradient"} for row in told.values())
     assert all(map(torch.equal, one["weights"], ranks[0][f"{name} {case} unwatched"]["weights"]))

@@ -214,6 +214,16 @@ def underflow(step: int, rate: float, output: float | None = 5.0, **more: Any) -
     return {**place, **losses, **more}
 
 
+@pytest.mark.parametrize(("rate", "level"), [(0.05, None), (0.2, "warning"), (0.7, "error")])
+def test_operands_that_vanish_in_8_bits(tmp_path, rate, level):
+    operands = {"format": "fp8", "scaling": "tensor", "input": rate, "weight": 0.01}
+    rows = [underflow(8, 0.0, format="bf16", what_if={}, operands=operands)]
+    found = alerts_of(tmp_path, began(layer("a", "fp8")), curve(range(9)), *rows)
+    assert found.get("Operands vanish", {}).get("level") == level
+    moved = alerts_of(tmp_path, began(layer("a")), curve(range(9)), *rows)
+    assert "Operands vanish" not in moved, "of a layer that computes in another format by now"
+
+
 def test_gradients_that_point_elsewhere_twice(tmp_path):
     def cosines(*of: float) -> list[dict[str, Any]]:
         return [fidelity(step, layer="a", grad_cosine=each, sqnr_db=30.0) for step, each in enumerate(of)]
