@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mixprec import FidelityMonitor, PerLayerPrecision
 from lightning_mixprec.evidence import replay
+from lightning_mixprec.records.journal import read_rows
 
 QUIET = "ignore:.*(no longer points|differs from fp32)"
 
@@ -303,7 +302,7 @@ def test_an_output_that_is_not_finite_is_all_noise_and_no_problem(value):
 
 
 def rows():
-    return [json.loads(line) for line in Path("mixprec.jsonl").read_text().splitlines()]
+    return list(read_rows("mixprec.jsonl"))
 
 
 def test_the_turn_reaches_every_layer():
