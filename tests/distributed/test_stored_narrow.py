@@ -19,7 +19,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(case) for case in CASES])
 def test_replicas_have_the_same_bits_as_one_process(ranks, case):
-    """The mean of two equal gradients is the gradient in bf16; in fp16 a half may be subnormal, and lose its last bit."""
+    """The mean of two equal gradients is the gradient in bf16; in fp16 a half may be subnormal and lose a bit."""
     alone = trained(CASES[case])
     assert are_equal(ranks[0][case], ranks[1][case])
     if CASES[case][0] == "bf16":
