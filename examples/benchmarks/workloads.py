@@ -30,7 +30,7 @@ class Case:
             names = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
             return MixedPrecision(names[self.format], device) if self.format in names else Precision()
         policy = mixed_policy(self.model, self.format) if self.kind == "mixed" else self.format
-        return PerLayerPrecision(policy, skip_nonfinite=self.kind != "unguarded")
+        return PerLayerPrecision(policy, skip_nonfinite=self.kind != "unguarded", emulate=False)
 
     @property
     def baseline(self) -> "Case":

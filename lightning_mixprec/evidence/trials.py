@@ -94,7 +94,7 @@ class Trials:
         if told is None:
             told = Measured.nothing(len(comparison.layers))
             told.is_bad += 1
-        measured, _ = self._gathered(told, scale)
+        measured, scale = self._gathered(told, scale)
         found = measured.agreement(list(comparison.layers), scale)
         if found.is_doubtful and self._in_fp32 is None:
             self.passes += 1
@@ -120,7 +120,9 @@ class Trials:
         return found
 
     def _gathered(self, told: Measured, scale: float) -> tuple[Measured, float]:
-        return Gathered(told, self._comparison.device, scale).read()
+        reference = self._comparison.reference
+        felt = scale if reference is None else reference.felt(scale)
+        return Gathered(told, self._comparison.device, felt).read()
 
     def _tried(self, run: Callable[[], T], *, is_trial: bool = False) -> T | None:
         self._replays += 1

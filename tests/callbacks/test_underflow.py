@@ -393,3 +393,24 @@ def test_what_vanishes_on_its_way_through_an_fp32_loss_is_found_all_the_same():
     monitor = UnderflowMonitor(1000)
     fit(Scored(weight=1e-15), PerLayerPrecision("fp16"), callbacks=[monitor])
     assert monitor.latest["net.head"]["underflow_rate"] == 1
+
+
+class OwnGradients(Task):
+    """Puts gradients of its own into the weights: no loss goes backward through Lightning, so none is scaled."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 2))
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = 16 * super().training_step(batch, batch_idx)
+        for param, grad in zip(self.parameters(), torch.autograd.grad(loss, list(self.parameters())), strict=True):
+            param.grad = grad
+        self.optimizers().step()
+
+
+def test_gradients_of_a_loss_that_is_not_scaled_are_told_of_without_the_loss_scale():
+    monitor, fidelity = UnderflowMonitor(), FidelityMonitor()
+    fit(OwnGradients(), PerLayerPrecision("fp16"), Batches(6, count=1), callbacks=[monitor, fidelity])
+    assert monitor.latest["net"]["headroom_bits"] > 8
+    assert fidelity.latest["layers"]["net"]["grad_cosine"] > 0.99

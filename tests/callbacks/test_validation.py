@@ -48,7 +48,7 @@ class Whole(Task):
 
 
 def ours():
-    return PerLayerPrecision("fp16", {"init_scale": 128.0})
+    return PerLayerPrecision("fp16", {"init_scale": 128.0}, emulate=False)
 
 
 def validated(make, plugin, callbacks=(), **options):

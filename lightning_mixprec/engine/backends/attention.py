@@ -40,7 +40,10 @@ def _fused_gradients(grad: Tensor, result: Tensor, sums: Tensor, q: Tensor, k: T
 
 
 def _wide(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.dtype == torch.bool else mask.float()
+    """A mask as numbers that are added: torch's fused kernel takes no others."""
+    if mask is None or mask.dtype != torch.bool:
+        return None if mask is None else mask.float()
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 class FusedAttention(torch.autograd.Function):

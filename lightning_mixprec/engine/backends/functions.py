@@ -105,7 +105,7 @@ COMPOSITES: dict[Function, Callable[..., Any]] = {
 }
 """By function that is made of products, the same in functions that are replaced where it calls them."""
 
-_RUNNING_BACKWARD: list[Any] = [Tensor.backward, torch.autograd.grad]
+_RUNNING_BACKWARD: list[Any] = [Tensor.backward, torch.autograd.backward, torch.autograd.grad]
 
 BACKWARD: dict[Function, Callable[..., Any]] = {function: _unobserved(function) for function in _RUNNING_BACKWARD}
 """Functions in which checkpointing computes anew what it did not keep, with products replaced as they were."""
