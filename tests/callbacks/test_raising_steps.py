@@ -111,7 +111,9 @@ def test_by_hand_the_same_is_said(make, layer, op, to, error):
 
 
 @EACH
-@pytest.mark.parametrize("make_plugin", [stock, lambda: PerLayerPrecision("fp16", emulate=False)], ids=["stock", "ours"])
+@pytest.mark.parametrize(
+    "make_plugin", [stock, lambda: PerLayerPrecision("fp16", emulate=False)], ids=["stock", "ours"]
+)
 @pytest.mark.filterwarnings("ignore:step 0, batch 0")
 def test_without_a_remedy_the_exception_leaves_as_it_came_with_a_note(make, layer, op, to, error, make_plugin):
     monitor = OverflowMonitor()
