@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional
 
-from lightning_mixprec.engine.backends.products import applied, opaque, product, without_autocast
+from lightning_mixprec.engine.backends.products import applied, is_in_forward_mode, opaque, product, without_autocast
 
 _FUSED = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale"
 
@@ -83,7 +83,10 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """``torch.nn.functional.scaled_dot_product_attention`` of 16-bit tensors."""
+    """``torch.nn.functional.scaled_dot_product_attention`` of 16-bit tensors; torch has the errors for its masks."""
+    is_mask = attn_mask is None or (not is_causal and attn_mask.dim() >= 2)
+    if not is_mask:
+        return NotImplemented
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -94,9 +97,13 @@ def scaled_dot_product_attention(
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> bool:
-    """True if torch's fused kernel takes these operands, and nobody switched it off; compiled code cannot ask that."""
+    """True if torch's fused kernel takes these operands, and nobody switched it off; compiled code cannot ask that.
+
+    It has no derivative in forward mode.
+    """
     return (
         query.device.type == "cpu"
+        and not is_in_forward_mode()
         and (is_compiling() or torch.backends.cuda.flash_sdp_enabled())
         and dropout == 0
         and query.dim() == key.dim() == value.dim() == 4

@@ -95,12 +95,19 @@ def _summed(tensor: Tensor, labels: list[Label], needed: set[Label]) -> tuple[Te
     return (tensor.sum(gone) if gone else tensor), [label for label in labels if label in needed]
 
 
+def _longer_than_one(tensor: Tensor, labels: list[Label]) -> set[Label]:
+    return {label for label, size in zip(labels, tensor.shape, strict=True) if size != 1}
+
+
 def _contracted(
     one: tuple[Tensor, list[Label]], other: tuple[Tensor, list[Label]], needed: set[Label]
 ) -> tuple[Tensor, list[Label]]:
-    """The product of two operands, summed over the labels of both that nobody needs any more."""
-    a, of_a = _summed(*one, needed | set(other[1]))
-    b, of_b = _summed(*other, needed | set(of_a))
+    """The product of two operands, summed over the labels of both that nobody needs any more.
+
+    Where one of them has size 1, the other is summed before, as torch does: autocast leaves sums alone.
+    """
+    kept = needed | (_longer_than_one(*one) & _longer_than_one(*other))
+    (a, of_a), (b, of_b) = _summed(*one, kept), _summed(*other, kept)
     batch = [label for label in of_a if label in of_b and label in needed]
     summed = [label for label in of_a if label in of_b and label not in needed]
     left, right = [label for label in of_a if label not in of_b], [label for label in of_b if label not in of_a]
@@ -109,8 +116,8 @@ def _contracted(
     b = _arranged(b, of_b, (batch, summed, right), size)
     shape = [*a.shape[: len(batch) + len(left)], *b.shape[b.dim() - len(right) :]]
     if not summed:
-        a = a.reshape(*a.shape, *[1] * len(right))
-        b = b.reshape(*b.shape[: len(batch)], *[1] * len(left), *b.shape[len(batch) :])
+        a = a.reshape([*a.shape, *[1] * len(right)])
+        b = b.reshape([*b.shape[: len(batch)], *[1] * len(left), *b.shape[len(batch) :]])
         return a * b, [*batch, *left, *right]
     count, rows = math.prod(a.shape[: len(batch)]), math.prod(a.shape[len(batch) : len(batch) + len(left)])
     length, columns = math.prod([size[label] for label in summed]), math.prod(b.shape[len(batch) + len(summed) :])

@@ -61,7 +61,8 @@ class Emulation(Replacing):
     ) -> Any:
         """What is made of products, if some of them may be emulated; else torch's own."""
         is_cast = is_autocast_enabled(self.device) and get_autocast_dtype(self.device) in self.dtypes
-        tensors = [tensor for arg in (*args, *kwargs.values()) for tensor in _tensors(arg)]
+        given = [tensor for arg in (*args, *kwargs.values()) for tensor in _tensors(arg)]
+        tensors = [tensor for tensor in given if tensor.is_floating_point()]
         is_emulated = is_cast or any(tensor.dtype in self.dtypes for tensor in tensors)
         if is_emulated and self._is_here(tensors) and not _goes_elsewhere(kwargs):
             with self:
@@ -85,8 +86,9 @@ class Emulation(Replacing):
         return tensor.to(get_autocast_dtype(self.device)) if is_eligible else tensor
 
     def _is_emulated(self, operands: list[Any]) -> bool:
-        """True if there are tensors, here, and all of one of the dtypes; nested tensors are left to torch."""
-        tensors = [tensor for operand in operands for tensor in _tensors(operand)]
+        """True if there are tensors, here, and all but masks of one of the dtypes."""
+        given = [tensor for operand in operands for tensor in _tensors(operand)]
+        tensors = [tensor for tensor in given if tensor.dtype != torch.bool]
         return (
             len({tensor.dtype for tensor in tensors}) == 1
             and tensors[0].dtype in self.dtypes
@@ -94,7 +96,11 @@ class Emulation(Replacing):
         )
 
     def _is_here(self, tensors: list[Tensor]) -> bool:
-        return all(tensor.device.type == self.device and not tensor.is_nested for tensor in tensors)
+        """True of tensors on the device; nested and sparse ones are left to torch."""
+        return all(
+            tensor.device.type == self.device and not tensor.is_nested and tensor.layout == torch.strided
+            for tensor in tensors
+        )
 
     def __reduce__(self) -> Any:
         """A copy is the same: whether it is entered is a matter of the thread."""
@@ -190,7 +196,7 @@ def _mapped(cast: Callable[[Tensor], Tensor], arg: Any) -> Any:
 
 def _tensors(arg: Any) -> list[Tensor]:
     if isinstance(arg, Tensor):
-        return [arg] if arg.is_floating_point() else []
+        return [arg]
     return [tensor for part in arg for tensor in _tensors(part)] if isinstance(arg, (list, tuple)) else []
 
 

@@ -9,6 +9,7 @@ Compiled code sees each product as one operation of torch's (``torch.ops.lightni
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,10 +45,20 @@ def opaque(schema: str) -> Callable[[Plain], Plain]:
 
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """A function of autograd applied to arguments, among which Dynamo takes no tensor twice: it gets views of them."""
+    """A function of autograd applied to arguments, among which Dynamo takes no tensor twice: it gets views of them.
+
+    In forward mode torch differentiates what the function is made of, with the same roundings; fp32 copies are kept.
+    """
     if is_compiling():
         args = tuple(arg.view_as(arg) if isinstance(arg, Tensor) else arg for arg in args)
+    elif is_in_forward_mode():
+        return function.forward(*args)
     return function.apply(*args)
+
+
+def is_in_forward_mode() -> bool:
+    """True where tangents are carried along: ``torch.func.jvp``, ``jacfwd``, ``hessian``, a dual level."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -135,9 +146,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """``torch.nn.functional.linear`` of 16-bit tensors."""
     if not input.dim() or weight.dim() > 2:
         return NotImplemented
-    rows = input.reshape(-1, input.shape[-1])
+    rows = _as_rows(input)
     columns = weight.t() if weight.dim() == 2 else weight[:, None]
     return unfolded(product(rows, columns, bias), (*input.shape[:-1], *weight.shape[:-1]))
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """A tensor as one matrix of its rows, of which each may be empty, too."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def matmul(input: Tensor, other: Tensor) -> Any:
@@ -154,7 +170,7 @@ def matmul(input: Tensor, other: Tensor) -> Any:
 
 def _stacked(a: Tensor, b: Tensor) -> Any:
     if b.dim() == 2:
-        return unfolded(product(a.reshape(-1, a.shape[-1]), b), (*a.shape[:-1], b.shape[-1]))
+        return unfolded(product(_as_rows(a), b), (*a.shape[:-1], b.shape[-1]))
     if a.dim() == 2:  # its gradient is one sum over the whole stack
         return _stacked(b.mT, a.mT).mT
     leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])

@@ -1,7 +1,8 @@
 """Recurrent layers, a step of time after another, made of products: torch's own have no kernels for 16 bits everywhere.
 
 Each calls functions of torch, which are replaced where they are called. What autocast casts is cast: on the CPU the
-operands of an LSTM whose sequences are equally long, elsewhere those of every layer; of the others the products alone.
+operands of an LSTM whose sequences are equally long and not empty, elsewhere those of every layer; of the others the
+products alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -60,7 +61,8 @@ def recurrent(step: Cell) -> Callable[..., Any]:
             has_biases, layers, dropout, train, bidirectional, batch_first = rest
         states: State = (initial,) if isinstance(initial, Tensor) else tuple(initial)
         weights = _weights_of(params, has_biases, layers * (2 if bidirectional else 1))
-        if data.device.type != "cpu" or (step is _lstm_step and not is_packed and weights[0][4] is None):
+        is_cast_on_cpu = step is _lstm_step and not is_packed and weights[0][4] is None and data.numel() > 0
+        if data.device.type != "cpu" or is_cast_on_cpu:
             data, states, weights = _as_autocast(data), tuple(map(_as_autocast, states)), _all_cast(weights)
         if sizes is None:
             steps = list((data.transpose(0, 1) if batch_first else data).unbind())
