@@ -14,10 +14,11 @@ from torch.nn import functional
 
 from lightning_mixprec.engine.backends.products import applied, is_in_forward_mode, opaque, product, without_autocast
 
+_NAME = "_scaled_dot_product_flash_attention_for_cpu"
 _FUSED = "Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale"
 
 
-@opaque(f"attention({_FUSED}) -> (Tensor, Tensor)")
+@opaque(f"{_NAME}({_FUSED}) -> (Tensor, Tensor)")
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def _fused(
         return result.to(q.dtype), sums
 
 
-@opaque(f"attention_gradients(Tensor grad, Tensor result, Tensor sums, {_FUSED}) -> (Tensor, Tensor, Tensor)")
+@opaque(f"{_NAME}_backward(Tensor grad, Tensor result, Tensor sums, {_FUSED}) -> (Tensor, Tensor, Tensor)")
 def _fused_gradients(grad: Tensor, result: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     mask, causal, scale = rest
     with without_autocast(q):

@@ -20,7 +20,7 @@ def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> T
         return torch.convolution(x.float(), w.float(), None if bias is None else bias.float(), *geometry).to(x.dtype)
 
 
-@opaque(f"convolution_gradients(Tensor grad, Tensor x, Tensor w, {_GEOMETRY}, bool of_x, bool of_w) -> Tensor[]")
+@opaque(f"convolution_backward(Tensor grad, Tensor x, Tensor w, {_GEOMETRY}, bool of_x, bool of_w) -> Tensor[]")
 def _gradients(grad: Tensor, x: Tensor, w: Tensor, *rest: Any) -> list[Tensor]:
     *geometry, of_x, of_w = rest
     wide = (grad.float(), x.float(), w.float())

@@ -48,8 +48,8 @@ class Emulation(Replacing):
         """A product if its operands, cast as autocast would here, are all of one emulated dtype; else torch's own."""
         if not _goes_elsewhere(kwargs):
             cast = self._cast if self._casts(function) else _itself
-            narrow_args = [_mapped(cast, arg) for arg in args]
             narrow_kwargs = {name: _mapped(cast, arg) for name, arg in kwargs.items()}
+            narrow_args = [_mapped(cast, arg) for arg in reversed(args)][::-1]  # autocast begins with the last, too
             if self._is_emulated([*narrow_args, *narrow_kwargs.values()]):
                 result = own(*narrow_args, **narrow_kwargs)
                 if result is not NotImplemented:

@@ -5,12 +5,13 @@ same with each gradient, as the operations of torch's autocast do. What is kept 
 bits. Every gradient is made of products, so that backward can be differentiated in turn.
 
 Compiled code sees each product as one operation of torch's (``torch.ops.lightning_mixprec``): inductor takes a cast to
-16 bits that is followed by one to fp32 for nothing, and would multiply operands that were never rounded.
+16 bits that is followed by one to fp32 for nothing, and would multiply operands that were never rounded. So does a
+trace of a step: the operations have the names of ATen's, and like these, operands and results in 16 bits.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,22 @@ _LIBRARY = torch.library.Library("lightning_mixprec", "DEF")
 Plain = Callable[..., Any]
 
 
+_traces: list[None] = []
+"""One for each trace that is taken."""
+
+
+@contextlib.contextmanager
+def as_operations() -> Iterator[None]:
+    """Within, a product is one operation for those who watch operations, whatever it is made of."""
+    _traces.append(None)
+    try:
+        yield
+    finally:
+        _traces.pop()
+
+
 def opaque(schema: str) -> Callable[[Plain], Plain]:
-    """A decorator of functions that compute in fp32: in compiled code they are operations that nothing looks into.
+    """A decorator of functions that compute in fp32, as operations that nothing looks into: compilers and traces.
 
     Args:
         schema: The operation's name and types, as ``torch.library`` takes them.
@@ -37,7 +52,9 @@ def opaque(schema: str) -> Callable[[Plain], Plain]:
         operation = getattr(torch.ops.lightning_mixprec, name).default
 
         def compute(*args: Any) -> Any:
-            return operation(*args) if is_compiling() else plain(*args)
+            if is_compiling() or (_traces and torch._C._functorch.peek_interpreter_stack() is None):
+                return operation(*args)
+            return plain(*args)
 
         return compute
 
@@ -67,8 +84,7 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-@opaque("product(Tensor a, Tensor b, Tensor? bias, float alpha, float beta) -> Tensor")
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
+def _multiplied(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
     with without_autocast(a):
         wide = a.float(), b.float()
         if bias is not None and a.dim() == 2:
@@ -79,6 +95,26 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: floa
         if bias is not None and beta != 0:
             result = torch.add(result, bias.float(), alpha=beta)
         return result.to(a.dtype)
+
+
+_PRODUCTS = {
+    name: opaque(f"{name}(Tensor a, Tensor b, Tensor? bias, float alpha, float beta) -> Tensor")(_multiplied)
+    for name in ("mm", "addmm", "bmm", "baddbmm")
+}
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, beta: float) -> Tensor:
+    name = "mm" if a.dim() == 2 else "bmm"
+    if bias is not None:
+        name = "addmm" if a.dim() == 2 else "baddbmm"
+    product: Tensor = _PRODUCTS[name](a, b, bias, alpha, beta)
+    return product
+
+
+@opaque("sum(Tensor grad, int[] shape, float factor) -> Tensor")
+def summed_to(grad: Tensor, shape: Sequence[int], factor: float) -> Tensor:
+    """The sum over what was broadcast from a shape, times a factor: the gradient of what was added."""
+    return (grad.float().sum_to_size(shape) * factor).to(grad.dtype)
 
 
 class Product(torch.autograd.Function):
@@ -111,7 +147,7 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_b = _laid_out_as(b, a.mT, grad, ctx.alpha)
         if ctx.needs_input_grad[2]:
-            grad_bias = (grad.float().sum_to_size(ctx.bias_shape) * ctx.beta).to(grad.dtype)
+            grad_bias = summed_to(grad, ctx.bias_shape, ctx.beta)
         return grad_a, grad_b, grad_bias, None, None
 
 

@@ -213,7 +213,7 @@ class Recorder(TorchDispatchMode):
 
 def _name(func: Any) -> str:
     schema = getattr(func, "_schema", None)
-    return str(func if schema is None else schema.name).removeprefix("aten::")
+    return str(func if schema is None else schema.name).removeprefix("aten::").removeprefix("lightning_mixprec::")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_mixprec.engine.backends.products import as_operations
 from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer, Direction
 from lightning_mixprec.evidence.instruments.origins import find_origin, is_given
 from lightning_mixprec.evidence.instruments.recording import CAST, Call, Recorder, Value
@@ -81,6 +82,7 @@ class Trace:
             stack.callback(self._running.detach)
             self._running.attach()
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(as_operations())
             stack.enter_context(self._recorder)
             self._open = stack.pop_all()
         return self
