@@ -79,12 +79,19 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_torch_refuses_is_refused_in_its_words(case):
-    def error(emulate):
-        with pytest.raises((RuntimeError, IndexError)) as caught, Backends("cpu", emulate).region("bf16").context():
-            WRONG[case](torch.randn(1, 2, 4, 4))
-        return str(caught.value)
+    def outcome(emulate):
+        try:
+            with Backends("cpu", emulate).region("bf16").context():
+                return WRONG[case](torch.linspace(-1, 1, 32).view(1, 2, 4, 4))
+        except (RuntimeError, IndexError) as error:
+            return str(error)
 
-    assert error(True) == error(False)
+    expected = outcome(False)
+    if case == "a mask and is_causal" and not isinstance(expected, str):  # torch 2.11 takes both
+        torch.testing.assert_close(outcome(True), expected)
+    else:
+        assert isinstance(expected, str)
+        assert outcome(True) == expected
 
 
 class Field(nn.Module):
