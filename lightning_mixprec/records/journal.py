@@ -2,8 +2,7 @@
 
 Every row has ``"monitor"`` (a key of :data:`ROWS` or :data:`PARTS`, which name the definitions of what else is in it),
 ``"step"`` (optimizer steps taken), ``"epoch"`` and ``"batch_idx"``. A number that is not finite is null. Lines are
-appended, so a resumed run goes on in the same file; a line that a crash cut short is closed first. Rows of several
-layers at one step stand in one line, with a ``table`` of columns: :func:`read_rows` gives them one by one.
+appended, so a resumed run goes on in the same file; a line that a crash cut short is closed first.
 
 A row of ``"adaptive"`` is one of
 
@@ -13,12 +12,10 @@ A row of ``"adaptive"`` is one of
 - ``problem``: why a batch could not be tried.
 """
 
-import contextlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,8 @@ from lightning_mixprec.records.changes import Came, Decided
 from lightning_mixprec.records.events import Event
 from lightning_mixprec.records.runs import Change, Curve, End, Run, Sample
 from lightning_mixprec.records.samples import ClosenessRow, LossRow, NotObservedRow, StagnationRow, UnderflowRow
-from lightning_mixprec.records.tables import Row, pack, unpack
 
 FILE_NAME = "mixprec.jsonl"
-
-_COMPACT = ",", ":"
 
 ROWS: dict[str, Any] = {
     "overflow": Event,
@@ -58,19 +52,19 @@ class Journal:
 
     def __init__(self, folder: str | Path | None) -> None:
         self.path = Path(folder) / FILE_NAME if folder is not None else None
-        self._rows: list[Row] = []
+        self._lines: list[str] = []
 
     def write(self, **row: Any) -> None:
         """Adds a row; it is in the file after :meth:`flush`."""
         if self.path is not None:
-            self._rows.append(plain(row))
+            self._lines.append(json.dumps(plain(row), allow_nan=False))
 
     def flush(self) -> None:
         """Appends the rows to the file, all in one write."""
-        if self.path is None or not self._rows:
+        if self.path is None or not self._lines:
             return
-        text = "".join(json.dumps(row, allow_nan=False, separators=_COMPACT) + "\n" for row in pack(self._rows))
-        self._rows = []
+        text = "".join(line + "\n" for line in self._lines)
+        self._lines = []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             opening = "" if _ends_whole(self.path) else "\n"
@@ -79,20 +73,6 @@ class Journal:
             says = f"{self.path} cannot be written ({error}); the run goes on without per-layer rows."
             warnings.warn(says, stacklevel=2)
             self.path = None
-
-
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file, one by one, also those that stand in one line; a line that a crash cut short is passed over.
-
-    Args:
-        path: The file.
-    """
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    yield from list(unpack(row))
 
 
 def plain(value: Any) -> Any:

@@ -1,14 +1,16 @@
 """The records that a run left, read: rows of ``mixprec.jsonl``, and the loss from ``metrics.csv`` if need be."""
 
+import contextlib
 import csv
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.records.journal import FILE_NAME, PARTS, ROWS, read_rows
+from lightning_mixprec.records.journal import FILE_NAME, PARTS, ROWS
 from lightning_mixprec.records.runs import DescribedLayer, SampledLayer
 from lightning_mixprec.records.schema import Count, matches
 
@@ -94,9 +96,8 @@ def read_records(folder: str | Path) -> Records:
     if not path.is_file():
         raise MixPrecError(_missing(folder))
     records = Records(folder.resolve().name)
-    for row in read_rows(path):
-        if matches(row.get("step"), Count):
-            _take_in(records, row)
+    for row in _rows(path):
+        _take_in(records, row)
     records.curve = _with_skips(records.curve or _from_metrics(folder / _METRICS))
     if records.curve:
         records.last_step = max(step for step, *_ in records.curve)  # other rows may say how many steps were taken
@@ -115,6 +116,15 @@ def _missing(folder: Path) -> str:
 
 def _age(folder: Path) -> float:
     return (folder / FILE_NAME).stat().st_mtime
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if isinstance(row, dict) and matches(row.get("step"), Count):
+                    yield row
 
 
 def _take_in(records: Records, row: Row) -> None:

@@ -4,6 +4,7 @@ The losses are means over a batch, so the mean over the ranks, which DDP takes o
 the batches put together.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from plugin_models import Call, Task, TwoOptimizers
 from torch import nn
 
 from lightning_mixprec import FidelityMonitor, PerLayerPrecision, UnderflowMonitor
-from lightning_mixprec.records.journal import read_rows
 
 POLICIES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "mixed": MIXED}
 ALONE = {"strategy": "auto", "devices": 1}
@@ -87,7 +87,7 @@ def measured(folder, alone):
     trained(plugin, Summed, batches, **options)
     if RANK:
         return None
-    return list(read_rows(folder / "mixprec.jsonl"))
+    return [json.loads(line) for line in (folder / "mixprec.jsonl").read_text().splitlines()]
 
 
 def main(folder):

@@ -15,12 +15,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.precision import Precision
 from plugin_models import Batches, Call, Task, fit, mlp, ours, trainer
-from torch import nn
 
-from lightning_mixprec import FidelityMonitor, MixPrecError, OverflowMonitor, PrecisionReport, UnderflowMonitor
+from lightning_mixprec import FidelityMonitor, MixPrecError, OverflowMonitor, UnderflowMonitor
 from lightning_mixprec.errors import SupportError
-from lightning_mixprec.records.journal import FILE_NAME, Journal, read_rows
-from lightning_mixprec.report.writing import write_report
+from lightning_mixprec.records.journal import FILE_NAME, Journal
 
 MONITORS = [OverflowMonitor, UnderflowMonitor, FidelityMonitor]
 KEYS = {"loss_scale", "overflow_rate", "skipped_steps", "underflow_rate", "loss_gap", "min_grad_cosine"}
@@ -35,50 +33,10 @@ def refuse(constant):
 
 
 def rows(path=FILE_NAME):
-    assert all(json.loads(line, parse_constant=refuse) for line in Path(path).read_text().splitlines())
-    return list(read_rows(path))
+    return [json.loads(line, parse_constant=refuse) for line in Path(path).read_text().splitlines()]
 
 
 # The file
-
-
-@pytest.mark.filterwarnings("ignore:.*vanish in")
-def test_rows_of_layers_take_little_room_and_are_what_was_written():
-    deep = nn.Sequential(*[layer for _ in range(16) for layer in (nn.Linear(6, 6), nn.ReLU())], nn.Linear(6, 2))
-    underflow, fidelity = UnderflowMonitor(1), FidelityMonitor(1, layers_per_sample=40)
-    here = {"callbacks": [underflow, fidelity, PrecisionReport(1)], "max_steps": 1}
-    fit(Task(deep), ours("fp16"), **here)
-    sizes = {}
-    for line in Path(FILE_NAME).read_text().splitlines():
-        if "sample" in line or "table" in line or "loss_gap" in line:
-            monitor = json.loads(line)["monitor"]
-            sizes[monitor] = sizes.get(monitor, 0) + len(line) + 1
-    assert sum(sizes.values()) <= 10_000, sizes
-    told = {row["layer"]: row for row in rows() if row["monitor"] == "underflow" and "format" in row}
-    assert len(told) == 33
-    for layer, row in told.items():
-        for key in ("underflow_rate", "headroom_bits", "flow_headroom_bits", "output_headroom_bits"):
-            assert row[key] == pytest.approx(underflow.latest[layer][key], rel=1e-9), key
-        for format, told_of in underflow.latest[layer]["what_if"].items():
-            assert row["what_if"][format] == pytest.approx(told_of, rel=1e-9), format
-
-
-def test_a_report_is_the_same_from_rows_of_either_form(tmp_path):
-    fit(Task(mlp()), ours("fp16"), callbacks=[*watching(), PrecisionReport(2)], default_root_dir=tmp_path / "run")
-    one_by_one = "".join(json.dumps(row) + "\n" for row in read_rows(tmp_path / "run" / FILE_NAME))
-    (tmp_path / "old" / "run").mkdir(parents=True)
-    (tmp_path / "old" / "run" / FILE_NAME).write_text(one_by_one)
-    assert one_by_one.count("\n") > 2 * (tmp_path / "run" / FILE_NAME).read_text().count("\n")
-    pages = [write_report([run], run / "page.html")[0] for run in (tmp_path / "run", tmp_path / "old" / "run")]
-    assert pages[0].read_text() == pages[1].read_text()
-
-
-@pytest.mark.parametrize("table", [{"layer": ["a", "b"], "x": [1]}, {"step.x": [1, 2]}, {"layer": 3}, []])
-def test_a_damaged_table_is_no_rows_of_layers(table):
-    line = {"monitor": "fidelity", "step": 1, "table": table}
-    Path(FILE_NAME).write_text(json.dumps(line) + "\n" + json.dumps({"step": 2}) + "\n")
-    assert [row.get("layer") for row in read_rows(FILE_NAME)][-1:] == [None]
-    assert list(read_rows(FILE_NAME))[-1] == {"step": 2}
 
 
 def test_every_line_is_an_object_of_strict_json_that_says_who_wrote_it_and_when():
