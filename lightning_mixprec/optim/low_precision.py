@@ -11,7 +11,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from typing_extensions import override
 
 from lightning_mixprec.errors import SupportError
-from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.numerics.flat_batches import local_part, moved_to
 from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.kept_moments import STATES, Moment, empty_moment, is_plain
 from lightning_mixprec.optim.kept_weights import KEPT, WEIGHTS, empty_kept, is_kept, is_narrow, keeping_in
@@ -103,7 +103,7 @@ class LowPrecisionOptimizer(Optimizer):
     ) -> None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None:
-            found_inf = found_inf.to(local_part(chunk[0].param).device, non_blocking=True)
+            found_inf = moved_to(local_part(chunk[0].param).device, found_inf)
         wide = Widened(chunk, [self.state[part.param] for part in chunk], group, moments)
         self._wide_step(group, wide, [is_first[part.param] for part in chunk], found_inf)
         noise = drawn(chunk, places, wide.steps, group["seed"]) if wide.needs_noise else None

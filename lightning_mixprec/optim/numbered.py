@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.numerics.flat_batches import local_part, moved_to
 from lightning_mixprec.numerics.splitting import random_bits
 from lightning_mixprec.optim.pieces import Part, joined
 
@@ -54,7 +54,7 @@ def drawn(parts: Sequence[Part], places: Sequence[int], steps: Sequence[Tensor],
     """
     device = local_part(parts[0].param).device
     keys = random_bits(torch.stack([step.reshape(()) for step in steps]).to(torch.int64), seed)
-    keys = keys.to(device, non_blocking=device.type != "cpu")
+    keys = moved_to(device, keys)
     numbers = [numbers_of(part) + place * _LARGEST for part, place in zip(parts, places, strict=True)]
     spread = [key.expand(each.shape) for key, each in zip(keys.unbind(), numbers, strict=True)]
     return [random_bits(*pair) for pair in zip(joined(numbers), joined(spread), strict=True)]

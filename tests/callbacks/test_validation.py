@@ -48,7 +48,7 @@ class Whole(Task):
 
 
 def ours():
-    return PerLayerPrecision("fp16", {"init_scale": 128.0}, emulate=False)
+    return PerLayerPrecision("fp16", {"init_scale": 128.0})
 
 
 def validated(make, plugin, callbacks=(), **options):

@@ -1,3 +1,3 @@
 """The scripts beside the tests are started by them, and have nothing to collect."""
 
-collect_ignore_glob = ["ddp_*.py", "fsdp*_script.py", "one_of_each.py"]
+collect_ignore_glob = ["ddp_*.py", "*_script.py", "one_of_each.py"]
