@@ -125,7 +125,7 @@ def _narrow_problem(resolution: Resolution, number: int) -> str | None:
         return None
     known = [layer for layer in range(len(inventory.modules)) if inventory.takes_narrow_products(layer)]
     names = _listed([inventory.names[layer][0] or '""' for layer in known], 8)
-    hint = f"its Linear layers are {names}" if known else "the model has none, so leave the rule out"
+    hint = f"the model's Linear layers are named {names}" if known else "the model has none, so leave the rule out"
     kinds = {type(inventory.modules[layer]).__name__ for layer in decided}
     return f"covers {_listed(sorted(kinds))}, and {rule.compute} is for products of nn.Linear alone; {hint}"
 

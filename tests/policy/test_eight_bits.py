@@ -102,8 +102,8 @@ def test_tied_weights_are_no_obstacle() -> None:
     [
         (
             {"emb": "fp8"},
-            "rule 1 (emb) covers Embedding, and fp8 is for products of nn.Linear alone; its Linear layers are "
-            "blocks.0.2, blocks.0.2.down, blocks.0.3, head",
+            "rule 1 (emb) covers Embedding, and fp8 is for products of nn.Linear alone; the model's Linear layers "
+            "are named blocks.0.2, blocks.0.2.down, blocks.0.3, head",
         ),
         (
             {"blocks.0.1": "int8"},
