@@ -137,8 +137,8 @@ def warn_of_narrow_weights(model: nn.Module, assignment: Assignment, optimizers:
     if names:
         rank_zero_warn(
             f"{len(names)} layers ({names[0]} first) store their weights in 16 bits: updates smaller than the weights' "
-            "last bit are lost. Train them with lightning_mixprec.optim.AdamW or SGD, which keep them (weights='exact'), "
-            "or store them in fp32 (model.float()); the policy makes them compute in 16 bits."
+            "last bit are lost. Train them with lightning_mixprec.optim.AdamW or SGD, which keep them ("
+            "weights='exact'), or store them in fp32 (model.float()); the policy makes them compute in 16 bits."
         )
 
 
