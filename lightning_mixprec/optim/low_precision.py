@@ -75,10 +75,8 @@ class LowPrecisionOptimizer(Optimizer):
             if plain:
                 self._plain_step({**group, "params": plain})
             narrow = [param for param in with_grad if not is_plain(param, group["states"])]
-            moments = self._moments_of(group)
-            is_first = {param: self._prepare(param, group, moments) for param in narrow}
-            for chunk in chunks(narrow, group["states"]):
-                self._narrow_step(group, chunk, moments, is_first, [places[part.param] for part in chunk])
+            if narrow:
+                self._narrow_steps(group, narrow, places)
         return loss
 
     def _plain_step(self, group: dict[str, Any]) -> None:
@@ -92,6 +90,14 @@ class LowPrecisionOptimizer(Optimizer):
     def _moments_of(self, group: Mapping[str, Any]) -> list[Moment]:
         """The moments that the parameters of a group have."""
         raise NotImplementedError
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _narrow_steps(self, group: dict[str, Any], params: Sequence[Tensor], places: Mapping[Tensor, int]) -> None:
+        """The step of parameters that are not stored as torch has them; compiled (torch 2.14) it corrupts memory."""
+        moments = self._moments_of(group)
+        is_first = {param: self._prepare(param, group, moments) for param in params}
+        for chunk in chunks(params, group["states"]):
+            self._narrow_step(group, chunk, moments, is_first, [places[part.param] for part in chunk])
 
     def _narrow_step(
         self,

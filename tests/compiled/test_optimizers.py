@@ -1,4 +1,4 @@
-"""Compiled steps: torch's compiled optimizer on fp32 weights, bit for bit, and as many graphs."""
+"""Compiled steps: what is stored in fewer bits is stepped as if nothing were compiled; nothing is compiled twice."""
 
 import pytest
 import torch
@@ -29,10 +29,11 @@ def compiled_run(optimizer_class, dtype, **options):
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("adamw", "bfloat16"), slow("adamw", "float16"), slow("sgd", "bfloat16")])
-def test_exact_weights_are_those_of_torchs_compiled_optimizer(kind, dtype):
-    """Takes some ten seconds of the compiler, for two steps of each."""
+def test_exact_weights_are_those_of_torchs_optimizer(kind, dtype):
+    """To the last bit: Inductor's kernels for these steps (torch 2.14) wrote where they should not."""
     torchs, ours, options = PAIRS[kind]
-    reference, _ = compiled_run(torchs, torch.float32, **options)
+    reference, other = begun(torchs, torch.float32, SHAPES, **options)
+    take(other, reference, [[grad.half().float() for grad in each] for each in gradients(SHAPES, 4)])
     params, optimizer = compiled_run(ours, getattr(torch, dtype), **options)
     assert are_equal(full_weights(params, optimizer), [param.detach() for param in reference])
 
