@@ -289,8 +289,12 @@ def test_compiled_in_one_graph_it_computes_the_same(products: Products, backend:
     layer, x, gradient = case
     compiled = torch.compile(in_8_bits(layer, products), backend=backend, fullgraph=True)
     results = step(compiled, layer, x, gradient)
-    for now, before in zip(results, step(in_8_bits(layer, products), layer, x, gradient), strict=True):
-        assert torch.equal(now, before)
+    eager = step(in_8_bits(layer, products), layer, x, gradient)
+    # Inductor does not round the bias before it adds it, and sums its gradient in another order: no products of ours.
+    bits = 2.0**-7 if backend == "inductor" else 0.0
+    for now, before, bound in zip(results, eager, (bits, 0.0, 0.0, bits), strict=False):
+        torch.testing.assert_close(now, before, rtol=bound, atol=bound)
+    assert len(results) == len(eager)
 
 
 @each_kind
