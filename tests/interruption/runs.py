@@ -56,7 +56,10 @@ class Seeding(pl.Callback):
 def watchers() -> list[pl.Callback]:
     """Two callbacks that move layers, in the second epoch and in the last one, and three that watch."""
     phases = [{"at": {"epoch": 1}, "edit": {"net.4": "bf16"}}, {"at": "70%", "edit": {"net.1": "fp32"}}]
-    moving = [PrecisionScheduler(phases), AdaptivePrecision(every_n_steps=3, dwell_steps=2)]
+    moving = [
+        PrecisionScheduler(phases),
+        AdaptivePrecision(every_n_steps=3, dwell_steps=2, min_low_precision_share=None),
+    ]
     return [*moving, OverflowMonitor(), UnderflowMonitor(3), FidelityMonitor(3)]
 
 
