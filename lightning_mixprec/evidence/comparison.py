@@ -113,6 +113,7 @@ class Measured:
         gap: The loss gap, ``NO_LOSS`` without a loss. The largest counts.
         weighed_gap: The same, as a part of no less than what the loss is made of. The largest counts.
         is_bad: 1 if a loss or a gradient in low precision is not finite, or it could not be run. The largest counts.
+        has_loss: 1 if a loss went backward through Lightning, which scales it. The largest counts.
     """
 
     tables: Tensor
@@ -124,12 +125,13 @@ class Measured:
     gap: Tensor
     weighed_gap: Tensor
     is_bad: Tensor
+    has_loss: Tensor
 
     @property
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parts that are added up over ranks, and those of which the largest counts."""
         added = [self.tables, self.dots, self.energies, self.operands, self.ranks]
-        return added, [self.amax, self.gap, self.weighed_gap, self.is_bad]
+        return added, [self.amax, self.gap, self.weighed_gap, self.is_bad, self.has_loss]
 
     @classmethod
     def nothing(cls, layers: int, compared: int = 0, *, statistics: bool = False) -> "Measured":
@@ -144,6 +146,7 @@ class Measured:
             gap=torch.tensor(NO_LOSS),
             weighed_gap=torch.tensor(NO_LOSS),
             is_bad=torch.zeros(()),
+            has_loss=torch.zeros(()),
         )
 
     def agreement(self, layers: Sequence[str], scale: float) -> Agreement:
@@ -186,16 +189,19 @@ class Gathered:
         self._transfer = Transfer([added, largest, scale])
 
     def read(self) -> tuple[Measured, float]:
-        """The numbers of all ranks, and the loss scale. Waits until they have arrived.
+        """The numbers of all ranks, and the loss scale as their gradients have it. Waits until they have arrived.
 
-        A scale that stock Lightning has halved to 0 counts as fp32's least number.
+        It is 1 where no rank's loss went backward through Lightning. One that stock Lightning has halved to 0 counts as
+        fp32's least number.
         """
         *flat, scale = self._transfer.get()
         groups = [
             [part.view(shape) for part, shape in zip(each.split([s.numel() for s in shapes]), shapes, strict=True)]
             for each, shapes in zip(flat, self._shapes, strict=True)
         ]
-        return Measured(*[*groups[0], *groups[1]]), max(scale.item(), _LEAST_SCALE)
+        measured = Measured(*[*groups[0], *groups[1]])
+        is_scaled = bool(measured.has_loss) or not measured.ranks
+        return measured, max(scale.item(), _LEAST_SCALE) if is_scaled else 1.0
 
 
 class Comparison:
@@ -331,7 +337,8 @@ class Comparison:
             statistics: Whether those of the reference are among them.
         """
         assert self.reference is not None
-        told = replace(Measured.nothing(len(self.layers)), ranks=torch.ones(()))
+        has_loss = torch.tensor(float(bool(self.reference.losses)))
+        told = replace(Measured.nothing(len(self.layers)), ranks=torch.ones(()), has_loss=has_loss)
         if energies is not None:
             told.energies = energies
         if low is not None:

@@ -62,10 +62,6 @@ class Replayed:
     losses: list[Tensor] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def felt(self, scale: float | Tensor) -> float | Tensor:
-        """A loss scale, as the gradients have it: 1 where no loss goes backward through Lightning, which scales it."""
-        return scale if self.losses else 1.0
-
 
 class StepReplay:
     """Replays the training step of a LightningModule.

@@ -35,8 +35,7 @@ class SampledStep:
         self._module, self._formats, self._wanted = module, formats, wanted
         self._findings = Findings(list(layers_of(module)), place, own=formats.own)
         self._kept = KeptBatch(batch, place["batch_idx"], None)
-        self._scale = formats.scale
-        self._gathered = Gathered(self._measured(batch), module.device, self._scale)
+        self._gathered = Gathered(self._measured(batch), module.device, formats.scale)
         self._is_read = False
 
     def findings(self) -> Findings:
@@ -108,8 +107,6 @@ class SampledStep:
         if wanted.agreement or wanted.layers:
             low = comparison.run_in(None, self._formats.scale, wanted.layers)
         energies = comparison.run_reference(low.calls, wanted.layers)
-        assert comparison.reference is not None
-        self._scale = comparison.reference.felt(self._scale)
         found.flops, found.too_large = comparison.flops, low.too_large
         found.not_compared, found.not_observed = comparison.not_compared, comparison.not_observed
         found.not_in_fp32 = list(self._formats.not_in_fp32)

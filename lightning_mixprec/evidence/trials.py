@@ -120,9 +120,7 @@ class Trials:
         return found
 
     def _gathered(self, told: Measured, scale: float) -> tuple[Measured, float]:
-        reference = self._comparison.reference
-        felt = scale if reference is None else reference.felt(scale)
-        return Gathered(told, self._comparison.device, felt).read()
+        return Gathered(told, self._comparison.device, scale).read()
 
     def _tried(self, run: Callable[[], T], *, is_trial: bool = False) -> T | None:
         self._replays += 1

@@ -50,10 +50,7 @@ def test_the_rank_with_fewer_batches_is_done_and_the_other_is_told(ranks, case, 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("case", "error"), RAISES.items(), ids=RAISES)
-def test_an_error_of_one_rank_is_its_own_and_ends_the_other(ranks, case, error, way, request):
-    if (case, way) == ("nothing", "watched"):
-        reason = "a rank whose watched step returns None waits for the other until gloo gives up, then ends"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_an_error_of_one_rank_is_its_own_and_ends_the_other(ranks, case, error, way):
     first, second = (results[f"{case}, {way}"] for results in ranks)
     assert second["ended"].startswith(error)
     assert first["ended"].startswith("RuntimeError")
