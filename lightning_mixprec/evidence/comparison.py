@@ -5,7 +5,6 @@ are kept for every comparison that follows. Numbers stay on the device until all
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,13 +12,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mixprec import ranks
-from lightning_mixprec.engine.transfer import Transfer
 from lightning_mixprec.errors import TraceLeftError
+from lightning_mixprec.evidence.findings import Gathered, Measured
 from lightning_mixprec.evidence.half_only import in_fp32
 from lightning_mixprec.evidence.instruments.flops import FlopCount
-from lightning_mixprec.evidence.instruments.noise import NO_LOSS, loss_gap, round_otherwise, size_of_terms
-from lightning_mixprec.evidence.instruments.operands import OPERANDS, OperandObserver
+from lightning_mixprec.evidence.instruments.noise import loss_gap, round_otherwise, size_of_terms
+from lightning_mixprec.evidence.instruments.operands import OperandObserver
 from lightning_mixprec.evidence.instruments.own_dtypes import DtypeRecorder, OwnDtypes
 from lightning_mixprec.evidence.instruments.probe import (
     CallRecorder,
@@ -35,20 +33,15 @@ from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import Formats
 from lightning_mixprec.evidence.step_window import KeptBatch
-from lightning_mixprec.numerics.exponents import BINS
 from lightning_mixprec.numerics.finite import all_finite
-from lightning_mixprec.numerics.flat_batches import moved_to
 from lightning_mixprec.numerics.formats import is_scaling_needed
-from lightning_mixprec.numerics.similarity import cosine_of
-from lightning_mixprec.planning.agreement import Agreement, LayerAgreement
+from lightning_mixprec.planning.agreement import Agreement
 
 MAX_ELEMENTS = 16384
 """Elements of a tensor that statistics look at, unless a user says how many."""
 
 MAX_BYTES = 256 * 2**20
 """Memory for the inputs and outputs of layers that are compared, unless a user says how much."""
-
-_LEAST_SCALE = 2.0**-149
 
 
 @dataclass(frozen=True)
@@ -97,111 +90,6 @@ class Recorded:
     replayed: Replayed | None = None
     calls: dict[str, LayerCall] = field(default_factory=dict)
     too_large: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Measured:
-    """Numbers of a comparison: of one rank, on its device, or of all ranks, on the host. All in fp64.
-
-    Attributes:
-        tables: Counts of outputs, gradients and weight gradients: [3, layers, columns]; [0] if not wanted. Added up.
-        dots: Of each layer's weight gradients: [layers, 3] of (low x fp32, low x low, fp32 x fp32). Added up.
-        energies: Of the outputs of compared layers and of their errors: [compared, 2]. Added up.
-        operands: Of 8-bit products, what rounds to zero, of how many: [layers, 3, 2]; [0] if not wanted. Added up.
-        ranks: On how many ranks this was measured. Added up.
-        amax: Largest values to ``tables``: [3, layers]; [0] if not wanted. The largest counts.
-        gap: The loss gap, ``NO_LOSS`` without a loss. The largest counts.
-        weighed_gap: The same, as a part of no less than what the loss is made of. The largest counts.
-        is_bad: 1 if a loss or a gradient in low precision is not finite, or it could not be run. The largest counts.
-        has_loss: 1 if a loss went backward through Lightning, which scales it. The largest counts.
-    """
-
-    tables: Tensor
-    dots: Tensor
-    energies: Tensor
-    operands: Tensor
-    ranks: Tensor
-    amax: Tensor
-    gap: Tensor
-    weighed_gap: Tensor
-    is_bad: Tensor
-    has_loss: Tensor
-
-    @property
-    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The parts that are added up over ranks, and those of which the largest counts."""
-        added = [self.tables, self.dots, self.energies, self.operands, self.ranks]
-        return added, [self.amax, self.gap, self.weighed_gap, self.is_bad, self.has_loss]
-
-    @classmethod
-    def nothing(cls, layers: int, compared: int = 0, *, statistics: bool = False) -> "Measured":
-        """The numbers of a rank that measured nothing."""
-        return cls(
-            tables=torch.zeros(3, layers, BINS + 6) if statistics else torch.zeros(0),
-            dots=torch.zeros(layers, 3),
-            energies=torch.zeros(compared, 2),
-            operands=torch.zeros(layers, len(OPERANDS), 2) if statistics else torch.zeros(0),
-            ranks=torch.zeros(()),
-            amax=torch.zeros(3, layers) if statistics else torch.zeros(0),
-            gap=torch.tensor(NO_LOSS),
-            weighed_gap=torch.tensor(NO_LOSS),
-            is_bad=torch.zeros(()),
-            has_loss=torch.zeros(()),
-        )
-
-    def agreement(self, layers: Sequence[str], scale: float) -> Agreement:
-        """Reads what arrived on the host.
-
-        Args:
-            layers: The names of the layers.
-            scale: The loss scale of the step.
-        """
-        gap, weighed = (math.nan if each == NO_LOSS else each.item() for each in (self.gap, self.weighed_gap))
-        cosines = cosine_of(self.dots).tolist()
-        norms = self.dots[:, 1:].sqrt() / torch.tensor([scale, 1.0], dtype=self.dots.dtype)
-        largest, in_fp32 = norms.amax(0).tolist() if len(norms) else (0.0, 0.0)
-        by_layer = {
-            name: LayerAgreement(cosine, low / reference, low / largest if largest else 0.0, reference / in_fp32)
-            for name, cosine, (low, reference) in zip(layers, cosines, norms.tolist(), strict=True)
-            if reference
-        }
-        return Agreement(not self.is_bad.item(), gap, by_layer, weighed)
-
-
-class Gathered:
-    """Numbers of all ranks, on their way to the host. All ranks make this together.
-
-    Args:
-        measured: This rank's.
-        device: Where ranks put them together.
-        scale: The loss scale; it may be on the device.
-    """
-
-    def __init__(self, measured: Measured, device: torch.device, scale: float | Tensor) -> None:
-        self._shapes = [[each.shape for each in group] for group in measured.parts]
-        added, largest = (
-            torch.cat([moved_to(device, each.detach(), torch.float64).reshape(-1) for each in group])
-            for group in measured.parts
-        )
-        ranks.add_up([added])
-        ranks.take_largest([largest])
-        scale = scale.detach().double() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
-        self._transfer = Transfer([added, largest, scale])
-
-    def read(self) -> tuple[Measured, float]:
-        """The numbers of all ranks, and the loss scale as their gradients have it. Waits until they have arrived.
-
-        It is 1 where no rank's loss went backward through Lightning. One that stock Lightning has halved to 0 counts as
-        fp32's least number.
-        """
-        *flat, scale = self._transfer.get()
-        groups = [
-            [part.view(shape) for part, shape in zip(each.split([s.numel() for s in shapes]), shapes, strict=True)]
-            for each, shapes in zip(flat, self._shapes, strict=True)
-        ]
-        measured = Measured(*[*groups[0], *groups[1]])
-        is_scaled = bool(measured.has_loss) or not measured.ranks
-        return measured, max(scale.item(), _LEAST_SCALE) if is_scaled else 1.0
 
 
 class Comparison:

@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 
 from lightning_mixprec import ranks
 from lightning_mixprec.errors import TraceLeftError, one_line
-from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, Recorded, Wanted
-from lightning_mixprec.evidence.findings import Findings, is_at_stake
+from lightning_mixprec.evidence.comparison import Comparison, Recorded, Wanted
+from lightning_mixprec.evidence.findings import Findings, Gathered, Measured, is_at_stake
 from lightning_mixprec.evidence.instruments.probe import layers_of
 from lightning_mixprec.evidence.replay import Halving
 from lightning_mixprec.evidence.run_formats import RunFormats

@@ -7,8 +7,8 @@ import torch
 
 from lightning_mixprec import ranks
 from lightning_mixprec.errors import OtherRankError, TraceLeftError, one_line
-from lightning_mixprec.evidence.comparison import Comparison, Gathered, Measured, is_finite
-from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.comparison import Comparison, is_finite
+from lightning_mixprec.evidence.findings import Findings, Gathered, Measured
 from lightning_mixprec.evidence.instruments.lockstep import Lockstep
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.run_formats import PluginFormats, TrialFormats

@@ -7,7 +7,8 @@ import torch
 from adaptive_models import Lessons, silent
 from plugin_models import Call, fit, ours
 
-from lightning_mixprec.evidence.comparison import NO_LOSS, Comparison, Wanted, is_finite, loss_gap
+from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
+from lightning_mixprec.evidence.instruments.noise import NO_LOSS, loss_gap
 from lightning_mixprec.evidence.replay import Replayed
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.sampled_step import SampledStep
