@@ -6,8 +6,6 @@ which torch would compute in a reference kernel there, are replaced.
 
 import contextlib
 import functools
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,10 +18,11 @@ from lightning_mixprec.engine.backends.functions import BACKWARD, COMPOSITES, NO
 from lightning_mixprec.engine.backends.protocol import Region
 from lightning_mixprec.engine.backends.replacing import Function, Replacing
 from lightning_mixprec.numerics.devices import Support, native_support
+from lightning_mixprec.numerics.devices.timing import time_ratio
 from lightning_mixprec.numerics.formats import get_format
 
-_SIZE, _REPEATS = 256, 7
-"""Rows and columns of the product that is timed, and how often it is."""
+_SIZE = 256
+"""Rows and columns of the product that is timed."""
 
 _ELSEWHERE = ("out", "out_dtype")
 """Arguments of calls that are torch's own all the same, and that autocast leaves alone, too."""
@@ -214,22 +213,4 @@ def factor_against_fp32(format: str, device: str) -> float:
     """
     a, b = (torch.ones(_SIZE, _SIZE, device=device) for _ in range(2))
     narrow = [tensor.to(get_format(format).forward.dtype) for tensor in (a, b)]
-    with torch.no_grad():
-        return _seconds(products.mm, *narrow) / _seconds(torch.mm, a, b)
-
-
-def _seconds(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
-    """The median time of a product; the first one warms up."""
-    times = []
-    for _ in range(_REPEATS + 1):
-        _wait(a)
-        start = time.perf_counter()
-        multiply(a, b)
-        _wait(a)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+    return time_ratio(functools.partial(products.mm, *narrow), functools.partial(torch.mm, a, b), a.device)

@@ -7,8 +7,8 @@ plain ones 20 to 90 times (all on a two-core AMD EPYC). A factor of 1.5 divides 
 
 import contextlib
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -46,22 +46,33 @@ def judged(format: str, cost: float | None) -> Support:
 
 @cache
 def product_cost(dtype: torch.dtype) -> float | None:
-    """The time of a product as a multiple of its time in fp32, None if torch has none; measured once per process.
+    """The time of a product as a multiple of its time in fp32, None if torch has none; measured once per process."""
+    with torch.autocast("cpu", enabled=False):
+        try:
+            timed, reference = (torch.ones(_SIZE, _SIZE, dtype=each, device="cpu") for each in (dtype, torch.float32))
+            return time_ratio(partial(_multiplied, timed), partial(_multiplied, reference), timed.device)
+        except RuntimeError:
+            return None
+
+
+def time_ratio(timed: Callable[[], object], reference: Callable[[], object], device: torch.device) -> float:
+    """The time that one thing takes as a multiple of another's.
 
     The best of several tries, one in the one and one in the other, so that what else the machine does falls on both. On
     one thread: where the cores are busy, several wait for each other a thousand times as long as they compute.
+
+    Args:
+        timed: Does the one thing.
+        reference: Does the other.
+        device: Where both are done, and waited for.
     """
-    times: dict[torch.dtype, list[float]] = {torch.float32: [], dtype: []}
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _one_thread():
-        try:
-            for _ in range(_TRIES + 1):
-                for each, taken in times.items():
-                    taken.append(_seconds(torch.ones(_SIZE, _SIZE, device="cpu", dtype=each)))
-        except RuntimeError:
-            return None
+    of_reference, of_timed = list[float](), list[float]()
+    with torch.no_grad(), _one_thread():
+        for _ in range(_TRIES + 1):
+            of_reference.append(_seconds(reference, device))
+            of_timed.append(_seconds(timed, device))
     # The first try of each is for kernels to be made.
-    reference, timed = (min(taken[1:]) for taken in times.values())
-    return timed / reference
+    return min(of_timed[1:]) / min(of_reference[1:])
 
 
 @contextlib.contextmanager
@@ -74,8 +85,18 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _seconds(matrix: Tensor) -> float:
-    multiply = torch._int_mm if matrix.dtype == torch.int8 else torch.mm
+def _multiplied(matrix: Tensor) -> Tensor:
+    return torch._int_mm(matrix, matrix) if matrix.dtype == torch.int8 else torch.mm(matrix, matrix)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
     start = time.perf_counter()
-    multiply(matrix, matrix)
+    run()
+    _wait(device)
     return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
