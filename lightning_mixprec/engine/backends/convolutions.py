@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mixprec.engine.backends.products import applied, opaque, without_autocast
+from lightning_mixprec.engine.backends.products import applied, opaque, summed_to, without_autocast
 
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 """Stride, padding, dilation, whether transposed, output padding and groups of a convolution."""
@@ -51,7 +51,8 @@ class Convolution(torch.autograd.Function):
         x, w = ctx.saved_tensors
         of_x, of_w, of_bias, _ = ctx.needs_input_grad
         grad_x, grad_w = _gradients_of(grad, x, w, ctx.geometry, of_x, of_w)
-        grad_bias = grad.float().sum([0, *range(2, grad.dim())]).to(grad.dtype) if of_bias else None
+        shape = [1, grad.shape[1], *[1] * (grad.dim() - 2)]
+        grad_bias = summed_to(grad, shape, 1.0).reshape(-1) if of_bias else None
         return grad_x, grad_w, grad_bias, None
 
 
