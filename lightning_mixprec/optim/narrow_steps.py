@@ -45,7 +45,7 @@ class Widened:
         self._stored = [part.of(part.param) for part in parts]
         self._keeping = keeping(group["weights"], param.dtype) if is_narrow(param) else None
         self._word = stored_as(param, group["states"])
-        self._pieces: dict[str, list[Tensor]] = {}  # what was widened, as joined lays it
+        self._flat: dict[str, Tensor] = {}  # what was widened, as joined lays it
         self.params = self._stored if self._keeping is None else self._widened_params(self._keeping)
         self.grads = self._widened_grads()
         self.moments = {moment.name: self._widened_moment(moment) for moment in moments}
@@ -57,7 +57,7 @@ class Widened:
         """True if something is rounded at random when it is stored."""
         return self._word == "bf16" or (self._keeping is not None and self._keeping.is_random)
 
-    def store(self, noise: Sequence[Tensor] | None, found_inf: Tensor | None) -> None:
+    def store(self, noise: Tensor | None, found_inf: Tensor | None) -> None:
         """Stores weights and moments as they are to be stored.
 
         Args:
@@ -69,25 +69,21 @@ class Widened:
         for number, moment in enumerate(self._moments, start=1):
             if self._word == "bf16":
                 assert noise is not None
-                pairs = zip(self._pieces[moment.name], _bits(noise, number), strict=True)
-                new = [rounded_at_random(wide, torch.bfloat16, bits) for wide, bits in pairs]
+                new = rounded_at_random(self._flat[moment.name], torch.bfloat16, _bits(noise, number))
                 _write(self._state(moment.name), new, found_inf)
             elif self._word == "int8":
                 self._store_codes(moment, found_inf)
 
     def _widened_params(self, way: Keeping) -> list[Tensor]:
-        stored = joined(self._stored)
         kept = [joined(self._state(key)) for key in way.dtypes]
-        self._pieces["params"] = [way.widened(each, beside) for each, *beside in zip(stored, *kept, strict=True)]
-        return divided(self._pieces["params"], self._stored)
+        self._flat["params"] = way.widened(joined(self._stored), kept)
+        return divided(self._flat["params"], self._stored)
 
-    def _store_params(self, way: Keeping, noise: Sequence[Tensor] | None, found_inf: Tensor | None) -> None:
-        wide = self._pieces["params"]
-        bits = [None] * len(wide) if noise is None else _bits(noise, 0)
-        new = [way.narrowed(*pair) for pair in zip(wide, bits, strict=True)]
-        _write(self._stored, [stored for stored, _ in new], found_inf)
-        for number, key in enumerate(way.dtypes):
-            _write(self._state(key), [kept[number] for _, kept in new], found_inf)
+    def _store_params(self, way: Keeping, noise: Tensor | None, found_inf: Tensor | None) -> None:
+        stored, kept = way.narrowed(self._flat["params"], None if noise is None else _bits(noise, 0))
+        _write(self._stored, stored, found_inf)
+        for key, value in zip(way.dtypes, kept, strict=True):
+            _write(self._state(key), value, found_inf)
 
     def _widened_grads(self) -> list[Tensor]:
         grads = [part.of(part.param.grad) for part in self._parts if part.param.grad is not None]
@@ -96,15 +92,15 @@ class Widened:
             return [grad.to(torch.float32) for grad in grads]
         if dtypes == {torch.float32}:
             return grads
-        return divided([piece.to(torch.float32) for piece in joined(grads)], grads)
+        return divided(joined(grads).to(torch.float32), grads)
 
     def _widened_moment(self, moment: Moment) -> list[Tensor]:
         stored = self._state(moment.name)
         if self._word == "fp32":
             return stored
         if self._word == "bf16":
-            self._pieces[moment.name] = [piece.to(torch.float32) for piece in joined(stored)]
-            return divided(self._pieces[moment.name], stored)
+            self._flat[moment.name] = joined(stored).to(torch.float32)
+            return divided(self._flat[moment.name], stored)
         return [
             dequantized(codes.reshape(-1), scales, moment.is_signed).view(codes.shape)
             for codes, scales in zip(stored, self._scales(moment), strict=True)
@@ -125,16 +121,16 @@ class Widened:
         return [part.of_scales(state[moment.name + SCALES]) for part, state in pairs]
 
 
-def _write(tensors: Sequence[Tensor], pieces: Sequence[Tensor], found_inf: Tensor | None) -> None:
+def _write(tensors: Sequence[Tensor], flat: Tensor, found_inf: Tensor | None) -> None:
     if found_inf is not None:
-        pieces = [_unless(found_inf, *pair) for pair in zip(joined(tensors), pieces, strict=True)]
-    torch._foreach_copy_(list(tensors), divided(pieces, tensors))
+        flat = _unless(found_inf, joined(tensors), flat)
+    torch._foreach_copy_(list(tensors), divided(flat, tensors))
 
 
 def _unless(found_inf: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
     return new if found_inf is None else torch.where(found_inf > 0, old, new)
 
 
-def _bits(noise: Sequence[Tensor], number: int) -> list[Tensor]:
+def _bits(noise: Tensor, number: int) -> Tensor:
     """16 of the 64 bits, others for each thing that is rounded."""
-    return [((bits >> (48 - 16 * number)) & 0xFFFF).to(torch.int32) for bits in noise]
+    return ((noise >> (48 - 16 * number)) & 0xFFFF).to(torch.int32)

@@ -43,7 +43,7 @@ def _first_indices(param: Any) -> Sequence[int]:
     return compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)[1]
 
 
-def drawn(parts: Sequence[Part], places: Sequence[int], steps: Sequence[Tensor], seed: int) -> list[Tensor]:
+def drawn(parts: Sequence[Part], places: Sequence[int], steps: Sequence[Tensor], seed: int) -> Tensor:
     """64 random bits for each element of some parts on one device; int64, as :func:`joined` lays them.
 
     Args:
@@ -57,4 +57,4 @@ def drawn(parts: Sequence[Part], places: Sequence[int], steps: Sequence[Tensor],
     keys = moved_to(device, keys)
     numbers = [numbers_of(part) + place * _LARGEST for part, place in zip(parts, places, strict=True)]
     spread = [key.expand(each.shape) for key, each in zip(keys.unbind(), numbers, strict=True)]
-    return [random_bits(*pair) for pair in zip(joined(numbers), joined(spread), strict=True)]
+    return random_bits(joined(numbers), joined(spread))

@@ -1,7 +1,6 @@
-"""What of an optimizer's parameters is worked on at one time: chunks of bounded size, and each chunk as few tensors.
+"""What of an optimizer's parameters is worked on at one time: chunks of bounded size, each laid end to end.
 
-Eager, a kernel has a price, so a chunk is laid end to end; compiled, what is done to each tensor becomes one kernel
-anyhow, which laying end to end would break in two.
+A kernel has a price, so that what is done to each number is done to all of a chunk at once.
 """
 
 import math
@@ -45,9 +44,9 @@ class Part(NamedTuple):
 
 
 def parts_of(param: Tensor) -> list[Part]:
-    """A parameter in parts of about ``CHUNK`` numbers; compiled, where nothing widened is ever in memory, in one."""
+    """A parameter in parts of about ``CHUNK`` numbers."""
     local = local_part(param)
-    if local.numel() <= CHUNK or torch.compiler.is_compiling():
+    if local.numel() <= CHUNK:
         return [Part(param)]
     row = local[0].numel()
     least = BLOCK // math.gcd(BLOCK, row)
@@ -67,7 +66,7 @@ def chunks(params: Iterable[Tensor], states: str) -> Iterator[list[Part]]:
         size = 0
         for part in alike:
             numel = part.of(part.param).numel()
-            if chunk and size + numel > CHUNK and not torch.compiler.is_compiling():
+            if chunk and size + numel > CHUNK:
                 yield chunk
                 chunk, size = [], 0
             chunk.append(part)
@@ -75,17 +74,12 @@ def chunks(params: Iterable[Tensor], states: str) -> Iterator[list[Part]]:
         yield chunk
 
 
-def joined(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one dtype laid end to end, as one of one dimension; compiled they stay what they are."""
-    if torch.compiler.is_compiling():
-        return list(tensors)
-    return [torch.cat([tensor.detach().reshape(-1) for tensor in tensors])]
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one dtype laid end to end, as one of one dimension."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def divided(pieces: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+def divided(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """What :func:`joined` laid end to end as tensors of these shapes, sharing memory."""
-    if torch.compiler.is_compiling():
-        return list(pieces)
-    (flat,) = pieces
     parts = flat.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
