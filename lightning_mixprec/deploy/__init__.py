@@ -1,0 +1,1 @@
+"""Doors for a model that is planned, compared and exported, beside its training."""
