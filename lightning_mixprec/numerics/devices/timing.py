@@ -19,7 +19,8 @@ from lightning_mixprec.numerics.formats import Format
 MOST = 1.5
 """The time of a product as a multiple of its time in fp32, up to which a format is taken to be computed natively."""
 
-_SIZE = 128
+_CPU = torch.device("cpu")
+_SIZE, _GPU_SIZE = 128, 4096
 _TRIES = 5
 
 
@@ -45,11 +46,12 @@ def judged(format: str, cost: float | None) -> Support:
 
 
 @cache
-def product_cost(dtype: torch.dtype) -> float | None:
+def product_cost(dtype: torch.dtype, device: torch.device = _CPU) -> float | None:
     """The time of a product as a multiple of its time in fp32, None if torch has none; measured once per process."""
-    with torch.autocast("cpu", enabled=False):
+    size = _SIZE if device == _CPU else _GPU_SIZE
+    with torch.autocast(device.type, enabled=False):
         try:
-            timed, reference = (torch.ones(_SIZE, _SIZE, dtype=each, device="cpu") for each in (dtype, torch.float32))
+            timed, reference = (torch.ones(size, size, dtype=each, device=device) for each in (dtype, torch.float32))
             return time_ratio(partial(_multiplied, timed), partial(_multiplied, reference), timed.device)
         except RuntimeError:
             return None
