@@ -18,6 +18,7 @@ from lightning_mixprec.callbacks.overflow import OverflowMonitor
 from lightning_mixprec.callbacks.report import PrecisionReport
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
 from lightning_mixprec.callbacks.underflow import UnderflowMonitor
+from lightning_mixprec.deploy.compare import compare
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.by_hand import diagnose
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
@@ -46,5 +47,6 @@ __all__ = [
     "Rule",
     "UnderflowMonitor",
     "UnderflowRate",
+    "compare",
     "diagnose",
 ]

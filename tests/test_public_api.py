@@ -29,7 +29,8 @@ CLASSES = [
     "UnderflowMonitor",
     "UnderflowRate",
 ]
-PUBLIC = [*CLASSES, "diagnose"]
+FUNCTIONS = ["compare", "diagnose"]
+PUBLIC = [*CLASSES, *FUNCTIONS]
 
 
 def test_all_is_the_documented_list():
@@ -41,11 +42,13 @@ def test_nothing_else_is_public():
     assert {name for name in found if not name.startswith("_")} == set(PUBLIC)
 
 
-def test_diagnose_is_a_documented_function():
-    assert inspect.isfunction(lightning_mixprec.diagnose)
-    parameters = inspect.signature(lightning_mixprec.diagnose).parameters
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_documented(name):
+    function = getattr(lightning_mixprec, name)
+    assert inspect.isfunction(function)
+    parameters = inspect.signature(function).parameters
     assert list(parameters) == ["module", "batch", "policy", "loss_scale", "batch_idx"]
-    assert all(f"{name}:" in lightning_mixprec.diagnose.__doc__ for name in parameters)
+    assert all(f"{name}:" in function.__doc__ for name in parameters)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -6,7 +6,7 @@ with its optimizers made, and batches have gone through the hooks that move them
 Trainer finds it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -113,6 +113,15 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     Raises:
         MixPrecError: There is no such file, or its weights are not the module's; one line that says which.
     """
+    give_weights(module, read_weights(path), repr(str(path)))
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """The weights in a checkpoint of Lightning's, or in a ``state_dict`` that was saved.
+
+    Raises:
+        MixPrecError: There is no such file, or no weights in it.
+    """
     try:
         read = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -120,8 +129,17 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     weights = read.get("state_dict", read) if isinstance(read, dict) else None
     if not isinstance(weights, dict):
         raise MixPrecError(f"{str(path)!r} holds no weights; it has to be a checkpoint with a state_dict.")
+    return weights
+
+
+def give_weights(module: nn.Module, weights: Mapping[str, Any], whose: str) -> None:
+    """Loads weights into a module.
+
+    Raises:
+        MixPrecError: They are not the module's; one line that says which.
+    """
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise MixPrecError(f"the weights of {str(path)!r} are not those of {type(module).__name__}: {first}") from error
+        raise MixPrecError(f"the weights of {whose} are not those of {type(module).__name__}: {first}") from error

@@ -148,14 +148,27 @@ class EvaluationReplay(StepReplay):
         vars(self.module)["log"] = lambda name, value, *args, **kwargs: logged.append(value)
         vars(self.module)["log_dict"] = lambda values, *args, **kwargs: logged.extend(values.values())
         with torch.no_grad():
-            output = self._validation_step(batch, batch_idx)
+            output = validation_output(self.module, batch, batch_idx, self._loader)
             values = [_size(tensor) for tensor in tensors_in([output, logged]) if tensor.is_floating_point()]
         looked_at = self._looked_at or [True] * len(values)
         step.replayed.losses += [each for each, is_looked_at in zip(values, looked_at, strict=True) if is_looked_at]
 
-    def _validation_step(self, batch: Any, batch_idx: int) -> Any:
-        step, given = self.module.validation_step, {"batch_idx": batch_idx, "dataloader_idx": self._loader}
-        return step(batch, *(each for name, each in given.items() if is_param_in_hook_signature(step, name)))
+
+def validation_output(module: pl.LightningModule, batch: Any, batch_idx: int, loader: int) -> Any:
+    """What a module's validation_step returns, given the arguments that it takes, as Lightning gives them.
+
+    Args:
+        module: The LightningModule.
+        batch: The batch.
+        batch_idx: Its index; a step that takes it may call it anything.
+        loader: Which data loader it is of, for a step that asks for ``dataloader_idx``.
+    """
+    step, given = module.validation_step, [batch]
+    if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        given.append(batch_idx)
+    if is_param_in_hook_signature(step, "dataloader_idx"):
+        given.append(loader)
+    return step(*given)
 
 
 def _total(value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_mixprec.engine.apply import attach
+from lightning_mixprec.engine.backends import Emulate
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes
@@ -247,12 +248,15 @@ class PolicyFormats:
         policy: The policy.
         device: The device it is on.
         scale: The loss scale, where the policy has a layer compute in fp16; elsewhere it is 1.
+        emulate: As for :func:`~lightning_mixprec.engine.apply.attach`.
     """
 
     searches_scale = False
 
-    def __init__(self, model: torch.nn.Module, policy: Any, device: torch.device, scale: float) -> None:
-        self._model, self._device = model, device
+    def __init__(
+        self, model: torch.nn.Module, policy: Any, device: torch.device, scale: float, emulate: Emulate = "auto"
+    ) -> None:
+        self._model, self._device, self._emulate = model, device, emulate
         self.not_in_fp32: dict[str, str] = {}
         resolved: PrecisionPolicy = as_policy(policy)
         self._assignment = resolved.resolve(model)
@@ -268,18 +272,19 @@ class PolicyFormats:
 
     def low(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes as the policy says."""
-        return _attached(self._model, self._assignment, self._device)
+        return _attached(self._model, self._assignment, self._device, self._emulate)
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
         """Everything within computes in fp32, but for :attr:`not_in_fp32`; fp64 stays."""
-        return _attached(self._model, all_in_fp32(self._assignment, self.not_in_fp32), self._device)
+        assignment = all_in_fp32(self._assignment, self.not_in_fp32)
+        return _attached(self._model, assignment, self._device, self._emulate)
 
 
 @contextlib.contextmanager
 def _attached(
-    model: torch.nn.Module, assignment: Mapping[str, LayerPrecision], device: torch.device
+    model: torch.nn.Module, assignment: Mapping[str, LayerPrecision], device: torch.device, emulate: Emulate = "auto"
 ) -> Generator[None, None, None]:
-    attachment = attach(model, assignment, device.type)
+    attachment = attach(model, assignment, device.type, emulate)
     try:
         with attachment.context():
             yield

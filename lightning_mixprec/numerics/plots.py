@@ -5,7 +5,7 @@ The one file that knows matplotlib.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -175,4 +175,42 @@ def draw_steps(
     ax.set_ylabel("loss scale")
     if marks:
         ax.legend(title="failed steps")
+    return figure, ax
+
+
+def draw_gaps(
+    rows: "Sequence[Mapping[str, Any]]", reference: str, ax: "Axes | None" = None
+) -> "tuple[FigureBase | None, Axes]":
+    """Draw loss gaps to a reference, each with its interval, against the time that they take.
+
+    Args:
+        rows: dicts with ``policy``, ``loss_gap``, ``loss_gap_low``, ``loss_gap_high`` and ``time_ratio``; one whose gap
+            is not finite is named below the axes.
+        reference: what the reference is called.
+        ax: the axes to draw in; by default those of a new figure.
+
+    Raises:
+        SupportError: matplotlib is not installed.
+    """
+    figure, ax = _axes(ax, height=4.5)
+    shown = [row for row in rows if math.isfinite(row["loss_gap"])]
+    colors = [color for name, color in COLORS.items() if name != "fp32"]
+    ax.plot([1.0], [0.0], "o", color=COLORS["fp32"], label=printable(reference), markersize=9)
+    for place, row in enumerate(shown):
+        gap, color = row["loss_gap"], COLORS.get(row["policy"], colors[place % len(colors)])
+        bars = [[gap - row["loss_gap_low"]], [row["loss_gap_high"] - gap]]
+        is_known = math.isfinite(bars[0][0]) and math.isfinite(bars[1][0])
+        ax.errorbar(
+            [row["time_ratio"]], [gap], yerr=bars if is_known else None, fmt="s", color=color, capsize=4,
+            label=printable(row["policy"]),
+        )  # fmt: skip
+    ax.axhline(0.0, color=_BARS, linestyle=":", zorder=0)
+    ax.axvline(1.0, color=_BARS, linestyle=":", zorder=0)
+    ax.set_xlabel("time of a step, as a ratio to the reference's")
+    ax.set_ylabel("loss gap, with its 95 % interval")
+    if left_out := [printable(row["policy"]) for row in rows if row not in shown]:
+        ax.set_title(f"not finite: {', '.join(left_out)}", fontsize="medium", parse_math=False)
+    legend = ax.legend()
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure, ax

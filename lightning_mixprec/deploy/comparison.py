@@ -1,0 +1,123 @@
+"""``Comparison``: what ``compare`` found, as rows, a table, a picture, and a record of a run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_mixprec.deploy.columns import all_columns
+from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.policy.table import align
+from lightning_mixprec.records.words import counted, printable
+
+if TYPE_CHECKING:
+    from lightning_mixprec.numerics.plots import Axes, FigureBase
+
+_TITLES = {
+    "policy": "policy",
+    "loss": "loss",
+    "loss_gap": "loss gap",
+    "output_sqnr_db": "SQNR (dB)",
+    "equal_decisions": "equal decisions",
+    "time_ratio": "time",
+    "memory_ratio": "memory",
+    "saved_ratio": "saved",
+}
+_SPECS = {"output_sqnr_db": ".1f", "equal_decisions": ".2%", "time_ratio": ".2f", "memory_ratio": ".2f"}
+_SPECS |= {"saved_ratio": ".2f", "loss_gap": "+.3g"}
+_ABSOLUTE = ("loss_gap_low", "loss_gap_high", "seconds", "bytes", "saved_bytes")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a module did under several policies, beside the reference.
+
+    Attributes:
+        rows: By policy a plain dict with
+
+            - ``policy``: its name;
+            - ``loss``: the mean over batches;
+            - ``loss_gap``: the mean over batches of its loss less the reference's; ``loss_gap_low`` and
+              ``loss_gap_high``: the 95 % interval, by resampling batches (paired bootstrap). Infinite from one batch;
+            - ``output_sqnr_db``: signal to noise of the outputs, in decibels, the reference's being the signal; None
+              without outputs;
+            - ``equal_decisions``: the share of equal argmax, where outputs are logits; None otherwise;
+            - ``time_ratio``: the median of ratios to the reference's time, both warm and in turns;
+            - ``memory_ratio``: of a step's peak, weights included, to the reference's;
+            - ``saved_ratio``: of the bytes that a step with gradients keeps for its backward; None if it keeps none;
+            - the metrics, and what ``validation_step`` logs.
+
+        reference: The same of the reference, with ``seconds`` of a step, ``bytes`` at its peak and ``saved_bytes``.
+        batches: On how many batches.
+        step: The step that was run.
+        same_weights: Whether all computed with the same weights.
+        notes: What is to be known before the numbers are believed.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    reference: dict[str, Any]
+    batches: int
+    step: str = "training_step"
+    same_weights: bool = True
+    notes: tuple[str, ...] = ()
+
+    def best(self, tolerance: float) -> str | None:
+        """The name of the cheapest policy whose interval stays within a tolerance; None if there is none.
+
+        Cheapest is what takes the least time, and of equals the least memory. With the same weights a loss below the
+        reference's is an error like one above it, so the interval has to be within on both sides; of policies with
+        weights of their own it is the upper end alone.
+
+        Args:
+            tolerance: The largest loss gap that is no loss to you, in the loss's own unit.
+
+        Raises:
+            MixPrecError: It is not a positive number, or zero.
+        """
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+            raise MixPrecError(f"tolerance is {tolerance!r}; it has to be a number that is not negative.")
+        within = [row for row in self.rows if self._is_within(row, tolerance)]
+        cheapest = min(within, key=lambda row: (row["time_ratio"], row["memory_ratio"]), default=None)
+        return None if cheapest is None else str(cheapest["policy"])
+
+    def _is_within(self, row: Mapping[str, Any], tolerance: float) -> bool:
+        if not math.isfinite(row["loss_gap"]):
+            return False
+        return row["loss_gap_high"] <= tolerance and (not self.same_weights or row["loss_gap_low"] >= -tolerance)
+
+    def __str__(self) -> str:
+        """The table: the reference first, each policy's gap with its interval, and what to know of the numbers."""
+        shown = [self.reference, *self.rows]
+        names = [name for name in all_columns(shown) if name not in _ABSOLUTE]
+        names = [name for name in names if any(row.get(name) is not None for row in shown)]
+        cells = [[_cell(row, name) for name in names] for row in shown]
+        titles = [_TITLES.get(name, name) for name in names]
+        lines = align([titles, *cells], right=titles[1:])
+        about = f"{self.step} on {counted(self.batches, 'batch', 'batches')}; of the reference "
+        about += f"{self.reference['seconds'] * 1e3:.3g} ms and {self.reference['bytes'] / 2**20:.3g} MiB at the peak"
+        return "\n".join([*map(str.rstrip, lines), about, *self.notes])
+
+    def plot(self, ax: "Axes | None" = None) -> "tuple[FigureBase | None, Axes]":
+        """Draws each policy's loss gap with its interval against its time.
+
+        Args:
+            ax: The axes to draw in; by default those of a new figure.
+
+        Raises:
+            SupportError: matplotlib is not installed.
+        """
+        from lightning_mixprec.numerics.plots import draw_gaps
+
+        return draw_gaps(self.rows, str(self.reference["policy"]), ax=ax)
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return printable(value)
+    text = format(value, _SPECS.get(name, ".4g"))
+    if name == "loss_gap" and "seconds" not in row:
+        return f"{text} [{row['loss_gap_low']:+.3g}, {row['loss_gap_high']:+.3g}]"
+    return text
