@@ -29,7 +29,8 @@ CLASSES = [
     "UnderflowMonitor",
     "UnderflowRate",
 ]
-FUNCTIONS = ["compare", "diagnose"]
+COMPARE = "module policies batches reference metric repeats trainer step weights max_batches emulate seed"
+FUNCTIONS = {"compare": COMPARE.split(), "diagnose": ["module", "batch", "policy", "loss_scale", "batch_idx"]}
 PUBLIC = [*CLASSES, *FUNCTIONS]
 
 
@@ -47,7 +48,7 @@ def test_functions_are_documented(name):
     function = getattr(lightning_mixprec, name)
     assert inspect.isfunction(function)
     parameters = inspect.signature(function).parameters
-    assert list(parameters) == ["module", "batch", "policy", "loss_scale", "batch_idx"]
+    assert list(parameters) == FUNCTIONS[name]
     assert all(f"{name}:" in function.__doc__ for name in parameters)
 
 
