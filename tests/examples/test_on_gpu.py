@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "examples" / "benchmarks" / "on_gpu.sh"
 STEPS = ["versions", "devices", "tests-engine", "tests-eight-bits", "tests-numerics", "tests-evidence"]
 STEPS += [
+    "tests-deploy",
     "tests-callbacks",
     "tests-compiled",
     "tests-distributed",
