@@ -1,7 +1,6 @@
 """``AdaptivePrecision``: moves layers to the formats that the run turns out to need."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,14 +12,7 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, AdaptiveRun, Steered
 from lightning_mixprec.callbacks.failure_monitor import FailureMonitor, note
-from lightning_mixprec.callbacks.monitor import (
-    ROWS,
-    check_count,
-    check_patterns,
-    check_share,
-    is_quiet,
-    takes_iterator,
-)
+from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_patterns, check_share, is_quiet, takes_iterator
 from lightning_mixprec.errors import MixPrecError, SupportError
 from lightning_mixprec.evidence.buffers import Broken
 from lightning_mixprec.evidence.comparison import Wanted
@@ -112,8 +104,10 @@ class AdaptivePrecision(FailureMonitor):
             max_assignments=check_count(name, "max_assignments", max_assignments),
             min_low_precision_share=None if share is None else check_share(name, "min_low_precision_share", share),
         )
+        self.decisions: list[dict[str, Any]] = []
+        self._steered: dict[str, Any] = {}
+        self._said: list[str] = []
         super().__init__()
-        self._begin()
 
     @override
     def _forget_run(self) -> None:
@@ -134,14 +128,6 @@ class AdaptivePrecision(FailureMonitor):
             )
         super().setup(trainer, pl_module, stage)
         self._plugin = plugin
-        if trainer.global_step == 0:
-            self._begin()
-
-    def _begin(self) -> None:
-        self.decisions: list[dict[str, Any]] = []
-        self._steered: dict[str, Any] = {}
-        self._said: list[str] = []
-        self._values = dict.fromkeys(self._KEYS, math.nan)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -213,18 +199,24 @@ class AdaptivePrecision(FailureMonitor):
     def _begin_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         assert (watch := self._failures) is not None and (run := self._run) is not None
         may_sample = watch.window is None and not self._has_no_batches(trainer, "nothing will move")
-        settle = partial(self._settle_buffers, pl_module)
-        run.begin_batch(KeptBatch(batch, batch_idx, None), settle, may_sample=may_sample)
+        settle_buffers = partial(self._settle_buffers, pl_module)
+        run.begin_batch(KeptBatch(batch, batch_idx, None), watch.settle, settle_buffers, may_sample=may_sample)
         self._follow_up()
         if not takes_iterator(trainer):
             watch.begin_batch(batch, batch_idx, self._made)
             self._begin_buffers(trainer, pl_module)
 
     @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        assert (watch := self._failures) is not None and (run := self._run) is not None
+        if watch.window is not None and watch.window.steps:
+            run.release()
+        super().on_train_batch_end(trainer, *args)
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._settle()
-        self._write_policy()
         super().on_train_end(trainer, pl_module)
+        self._write_policy()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -239,21 +231,30 @@ class AdaptivePrecision(FailureMonitor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._write_policy()
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._settle()
-        if self._run is None:
+        if (run := self._run) is None:
             return super().state_dict()
-        self._steered = self._run.state_dict()
-        state = super().state_dict()
-        state["steered"]["copy"] = self._run.copy()
+        if self._failures is not None and self._failures.is_waiting:
+            run.hold()  # so that saving changes no decision
+        super()._settle()
+        self._steered = run.state_dict()
+        state = self._state()
+        state["steered"]["copy"] = run.copy()
         return state
+
+    @override
+    def _settle(self) -> None:
+        if self._run is not None:
+            self._run.release()
+        super()._settle()
 
     @override
     def _follow_up(self) -> None:
         assert (run := self._run) is not None and (watch := self._failures) is not None
-        if run.pending is None or watch.window is not None:
+        if run.pending is None or run.is_held or watch.window is not None:
             return
         if self.mode == "act":
             decision = run.carry_out()
@@ -327,9 +328,8 @@ class AdaptivePrecision(FailureMonitor):
             self._looks += "sample" in seen
             if seen.get("problem", NOT_FINITE) != NOT_FINITE:
                 self._problems += 1
-                assert self._trainer is not None
                 self._tell_problem(
-                    self._trainer,
+                    self._run_trainer,
                     f"AdaptivePrecision could not look at step {place['step']} ({seen['problem']}); training goes on, "
                     "and nothing moves because of it.",
                 )

@@ -13,13 +13,11 @@ from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import heights, survey
 from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, Comparison, Wanted
 from lightning_mixprec.evidence.failures import Found, ScaleSearch
-from lightning_mixprec.evidence.findings import SHORT, describe
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.snapshot import Snapshots
 from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
 from lightning_mixprec.evidence.trials import Trials
-from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.planning.controller import Controller
 from lightning_mixprec.planning.controller_state import ControllerState, Options
 from lightning_mixprec.planning.promotions import Promotion
@@ -36,14 +34,16 @@ from lightning_mixprec.records.words import listed
 NOT_FINITE = "not finite in fp32"
 """The reason that a batch tells nothing of precision: no problem of this callback's."""
 
-_ROOM_BITS = 2
 _ACCUSED: tuple[Literal["layer", "direction", "op", "value"], ...] = ("layer", "direction", "op", "value")
 
 Report = Callable[..., None]
 
 
 class Steered(TypedDict):
-    """State of a run's controller; ``copy`` holds tensors and is checked where they are taken over."""
+    """State of a run's controller; ``copy`` holds tensors and is checked where they are taken over.
+
+    ``held`` and ``due`` are there if an outcome was waited for because of the checkpoint: see :meth:`AdaptiveRun.hold`.
+    """
 
     base: dict[str, Any]
     in_force: dict[str, Any] | None
@@ -51,6 +51,8 @@ class Steered(TypedDict):
     controller: ControllerState
     pending: Decision | None
     copy: NotRequired[Any]
+    held: NotRequired[bool]
+    due: NotRequired[bool | None]
 
 
 class AdaptiveRun:
@@ -67,6 +69,7 @@ class AdaptiveRun:
     Attributes:
         controller: Who decides.
         pending: What is decided and not carried out yet.
+        is_held: Whether that waits, too, although no step is in the way; see :meth:`hold`.
     """
 
     def __init__(
@@ -89,6 +92,9 @@ class AdaptiveRun:
         self.controller = self._new_controller(options, pin)
         self._adapt()
         self.pending: Decision | None = None
+        self.is_held = False
+        self._is_due: bool | None = None
+        self._step: int | None = None
         self._snapshots = Snapshots()
         self._search = ScaleSearch()
         self._remember()
@@ -140,6 +146,7 @@ class AdaptiveRun:
             "flops": self._flops,
             "controller": self.controller.state_dict(),
             "pending": None if pending is None else pending.state_dict(),
+            **({"held": True, "due": self._is_due} if self.is_held else {}),
         }
 
     def copy(self) -> dict[str, Any] | None:
@@ -158,23 +165,43 @@ class AdaptiveRun:
         self._policy_with(self.controller.promoted).resolve(self._module)  # fails here rather than in a step
         if state["pending"] is not None:
             self.pending = Decision.from_state(state["pending"])
+        self.is_held, self._is_due = state.get("held", False), state.get("due")
         if state.get("copy") is not None:
             self._snapshots.load_state_dict(self._trainer, self._module, state["copy"])
 
     # What is seen
 
-    def begin_batch(self, kept: KeptBatch, settle: Callable[[], None], *, may_sample: bool) -> None:
+    def hold(self) -> None:
+        """An outcome is about to be taken in sooner, for a checkpoint: nothing follows from it until it is due."""
+        if not self.is_held:
+            self.is_held, self._is_due = True, self.controller.is_sample_due
+
+    def release(self) -> None:
+        """The outcome has been due by now."""
+        self.is_held, self._is_due = False, None
+
+    def begin_batch(
+        self, kept: KeptBatch, settle: Callable[[], None], settle_buffers: Callable[[], None], *, may_sample: bool
+    ) -> None:
         """A batch begins; compares its step with fp32, if that is due.
 
         Args:
             kept: The batch.
-            settle: Called before a comparison: takes in what is on its way of the last batch.
+            settle: Called before a comparison: takes in how the last step went.
+            settle_buffers: So it is, and takes in what is on its way of the last batch's buffers.
             may_sample: Whether formats may change before it.
         """
         self._take_over_change()
-        if not (self.controller.begin_batch() and may_sample):
+        is_due = self.controller.is_sample_due if self._is_due is None else self._is_due
+        self._is_due = None
+        samples = is_due and may_sample
+        if samples:
+            self.release()
+            settle()
+        self.controller.begin_batch()
+        if not samples:
             return
-        settle()
+        settle_buffers()
         place = self._place(kept)
         if self.pending is not None or self._is_damaged():
             if self.pending is None:
@@ -190,7 +217,7 @@ class AdaptiveRun:
         present = trials.run_as_is(scale) if self._acts else trials.run(promoted, scale)
         self._report(place, sample=present.summary(), loss_scale=scale)
         self.controller.see_loss(trials.loss_size)
-        decision = self.controller.decide_on_sample(present, scale, trials.run, partial(_has_room, trials, scale))
+        decision = self.controller.decide_on_sample(present, scale, trials.run, partial(trials.has_room, scale))
         if self.controller.limits.accepts(present):
             self._remember(is_sound=True)
         self._take(decision, kept, trials, scale)
@@ -199,10 +226,17 @@ class AdaptiveRun:
         """A step ended well or badly; a bad one was told to :meth:`see_failure`."""
         if not outcome.is_bad:
             self._search.end()
-            self.controller.see_step(skipped=False, loss_is_bad=False)
+            with self.controller.counts.as_of(window.age):
+                self.controller.see_step(skipped=False, loss_is_bad=False)
 
     def see_failure(self, window: StepWindow, outcome: Outcome) -> None:
         """A step failed; looks into it if it is time to."""
+        self._step = window.step if window.is_late else None
+        with self.controller.counts.as_of(window.age):
+            self._see_failure(window, outcome)
+        self._step = None
+
+    def _see_failure(self, window: StepWindow, outcome: Outcome) -> None:
         looks = self.controller.see_step(skipped=outcome.skipped > 0, loss_is_bad=outcome.loss_is_bad)
         if not looks or not window.batches:
             return
@@ -286,30 +320,17 @@ class AdaptiveRun:
             if (refused := self.controller.take_refused()) is not None:
                 self._report(place, refused=refused, passes=trials.passes)
             return
-        seen = self._statistics([name for name, _, _ in decision.moves], trials, scale)
+        seen = trials.told_of([name for name, _, _ in decision.moves], scale)
         self.pending = decision.with_evidence(statistics=seen) if seen else decision
         self._report(place, decision=self.pending, passes=trials.passes)
-
-    def _statistics(self, layers: Sequence[str], trials: Trials, scale: float) -> dict[str, Any]:
-        """The losses of the moved layers in the formats that they are moved from."""
-        if not layers:
-            return {}
-        formats, found = PluginFormats(self._plugin), trials.statistics(scale, [name for name in layers if name])
-        told: dict[str, Any] = {}
-        for name in layers:
-            if name in found.weights or name in found.gradients:
-                values: Mapping[str, Any] = describe(name, found, formats.precision_of(name).region)
-                told[name] = {key: values[key] for key in SHORT}
-            if name in found.sqnr_db:
-                told.setdefault(name, {})["sqnr_db"] = found.sqnr_db[name]
-        return told
 
     def _place(self, kept: KeptBatch) -> dict[str, int]:
         return {**self._now(), "batch_idx": kept.batch_idx}
 
     def _now(self) -> dict[str, int]:
         loop = self._trainer.fit_loop.epoch_loop
-        return {"step": self._trainer.global_step, "epoch": self._trainer.current_epoch, "batch_idx": loop.batch_idx}
+        step = self._trainer.global_step if self._step is None else self._step
+        return {"step": step, "epoch": self._trainer.current_epoch, "batch_idx": loop.batch_idx}
 
     # What is done
 
@@ -377,10 +398,3 @@ class AdaptiveRun:
         if self._outputs[name] is not None:
             edit.pop("output", None)  # the user's word on it holds
         return {**edit, "recurse": False} if self._heights[name] or not name else edit
-
-
-def _has_room(trials: Trials, scale: float, formats: Mapping[str, str]) -> bool:
-    """True if outputs stay two bits below the largest value of the formats; the loss scale sees to gradients."""
-    found = trials.statistics(scale)
-    known = {name: format for name, format in formats.items() if name in found.outputs}
-    return found.is_any and all(headroom(found.outputs[name], format) >= _ROOM_BITS for name, format in known.items())

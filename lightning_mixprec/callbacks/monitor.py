@@ -17,12 +17,14 @@ from lightning_mixprec.evidence.step_window import Made
 from lightning_mixprec.plugin.lightnings import Callback
 from lightning_mixprec.plugin.stand_in import StandIn
 from lightning_mixprec.policy.table import align
-from lightning_mixprec.records.journal import Journal
+from lightning_mixprec.records.journal import Journal, new_run_id
 from lightning_mixprec.records.schema import Place, Shapes
 from lightning_mixprec.records.states import Layout
 
 ROWS = 10
 """Layers that a summary shows."""
+
+_RUN_ID = "mixprec_run_id"
 
 C = TypeVar("C", bound="RunCallback")
 
@@ -30,8 +32,12 @@ C = TypeVar("C", bound="RunCallback")
 class RunCallback(Callback):
     """Base of all callbacks: logs values, writes rows to the run's file, keeps a state, and ends with a summary.
 
-    A subclass names its logged keys in ``_KEYS``, and in ``_STATE`` the attributes that a checkpoint keeps, with their
-    shapes; these hold plain types alone.
+    A fit that starts from its first step begins anew, also with a callback that has watched another one; what that
+    has seen is forgotten. A fit that goes on, because the same Trainer has trained before or from a checkpoint, goes
+    on with what was seen.
+
+    A subclass sets up its attributes and then calls ``__init__``. It names its logged keys in ``_KEYS``, and in
+    ``_STATE`` the attributes that a checkpoint keeps, with their shapes; these hold plain types alone.
     """
 
     _NAME: ClassVar[str]
@@ -41,7 +47,15 @@ class RunCallback(Callback):
     def __init__(self) -> None:
         self._values: dict[str, float] = dict.fromkeys(self._KEYS, math.nan)
         self._warned: list[str] = []
+        self._run_id = ""
+        self._at_first = _plain_copy({name: getattr(self, name) for name in self._shapes()})
         self._forget_run()
+
+    def _begin(self) -> None:
+        """Forgets all that it has seen."""
+        self._run_id = ""
+        for name, value in _plain_copy(self._at_first).items():
+            setattr(self, name, value)
 
     def _forget_run(self) -> None:
         self._folder: Path | None = None
@@ -53,10 +67,14 @@ class RunCallback(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._forget_run()
+        if trainer.global_step <= 0:
+            self._begin()
         folder = trainer.log_dir
         self._folder = None if folder is None or is_quiet(trainer) else Path(folder)
         first = monitors(trainer)[0]  # has been set up: all write to one file, in the order of what they see
-        self._journal = Journal(self._folder if trainer.is_global_zero else None) if first is self else first._journal
+        self._run_id = (self._run_id or new_run_id()) if first is self else first._run_id
+        written_to = self._folder if trainer.is_global_zero else None
+        self._journal = Journal(written_to, self._run_id) if first is self else first._journal
         if first is self and self._folder is not None and not trainer.loggers:
             rank_zero_info(
                 f"There is no logger: what callbacks of lightning_mixprec write goes to {self._folder.resolve()}."
@@ -99,10 +117,21 @@ class RunCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._journal.flush()  # a run that goes on from the checkpoint does not see again what these rows are about
+        checkpoint[_RUN_ID] = self._run_id
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and isinstance(run_id := checkpoint.get(_RUN_ID), str):
+            self._run_id = self._journal.run_id = run_id
 
     @override
     def state_dict(self) -> dict[str, Any]:
         self._settle()
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         return {"version": 1, **{name.lstrip("_"): _plain_copy(getattr(self, name)) for name in self._shapes()}}
 
     @override

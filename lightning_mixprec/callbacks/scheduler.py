@@ -73,16 +73,12 @@ class PrecisionScheduler(RunCallback):
 
     def __init__(self, phases: list[dict[str, Any]]) -> None:
         self.phases = read_phases(phases)
-        super().__init__()
-        self._begin()
-
-    def _begin(self) -> None:
         self.came: list[dict[str, Any]] = []
         self._listed = [phase.to_plain() for phase in self.phases]
         self._looks = _no_looks(len(self.phases))
         self._peak = 0.0
         self._begins_window = True
-        self._values = dict.fromkeys(self._KEYS, math.nan)
+        super().__init__()
 
     # Checks before training
 
@@ -92,8 +88,6 @@ class PrecisionScheduler(RunCallback):
             return
         _plugin(trainer)
         super().setup(trainer, pl_module, stage)
-        if trainer.global_step == 0:
-            self._begin()
         if trainer.max_epochs == -1 and trainer.max_steps == -1:
             self._refuse_shares("but this training has no end (max_epochs=-1 and max_steps=-1); set one of them")
 

@@ -55,8 +55,15 @@ class FailureWatch:
         """The batches since the last optimizer step; None if there are none."""
         return self._window
 
+    @property
+    def is_waiting(self) -> bool:
+        """True while the outcome of a window that has ended is on its way."""
+        return self._late is not None
+
     def begin_batch(self, batch: Any, batch_idx: int, made: Made | None = None) -> None:
         """Keeps a batch for the window of the next optimizer step."""
+        if self._late is not None:
+            self._late[0].age += 1
         if self._window is None:
             self._window = StepWindow(self._formats, self._device, self._is_automatic)
         self._window.add_batch(self._batch_use.begin(batch), batch_idx, self._random_use.begin(), made)

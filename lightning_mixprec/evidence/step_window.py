@@ -143,6 +143,7 @@ class StepWindow:
         made: What the module's hook made for each of them.
         step: Optimizer steps taken before.
         steps: Optimizer steps tried.
+        age: Batches that have begun since the last one of these.
     """
 
     formats: RunFormats
@@ -152,6 +153,7 @@ class StepWindow:
     made: list[Made | None] = field(default_factory=list)
     step: int = 0
     steps: int = 0
+    age: int = 0
     _losses: list[Tensor] = field(default_factory=list)
     _flags: list[Tensor] = field(default_factory=list)
     _scale: float | Tensor = 1.0

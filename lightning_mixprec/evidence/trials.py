@@ -1,17 +1,18 @@
 """Trials on a captured batch: how its step would agree with fp32 if some layers computed in other formats."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from lightning_mixprec import ranks
 from lightning_mixprec.errors import OtherRankError, TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, is_finite
-from lightning_mixprec.evidence.findings import Findings, Gathered, Measured
+from lightning_mixprec.evidence.findings import SHORT, Findings, Gathered, Measured, describe
 from lightning_mixprec.evidence.instruments.lockstep import Lockstep
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.run_formats import PluginFormats, TrialFormats
+from lightning_mixprec.numerics.rates import headroom
 from lightning_mixprec.planning.agreement import Agreement
 from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.plugin.precision import PerLayerPrecision
@@ -20,6 +21,7 @@ from lightning_mixprec.policy.policy import PrecisionPolicy
 T = TypeVar("T")
 
 _LEAST_SHARE = 0.1
+_ROOM_BITS = 2
 
 
 class Trials:
@@ -118,6 +120,28 @@ class Trials:
         found = Findings(list(comparison.layers))
         found.read(*self._gathered(told, scale), compared)
         return found
+
+    def told_of(self, layers: Sequence[str], scale: float) -> dict[str, Any]:
+        """By layer what it loses in the format that it has in the run, in short; plain values for the history."""
+        if not layers:
+            return {}
+        formats, found = PluginFormats(self._plugin), self.statistics(scale, [name for name in layers if name])
+        told: dict[str, Any] = {}
+        for name in layers:
+            if name in found.weights or name in found.gradients:
+                values: Mapping[str, Any] = describe(name, found, formats.precision_of(name).region)
+                told[name] = {key: values[key] for key in SHORT}
+            if name in found.sqnr_db:
+                told.setdefault(name, {})["sqnr_db"] = found.sqnr_db[name]
+        return told
+
+    def has_room(self, scale: float, formats: Mapping[str, str]) -> bool:
+        """True if outputs stay two bits below the largest values of formats; the loss scale sees to gradients."""
+        found = self.statistics(scale)
+        known = {name: format for name, format in formats.items() if name in found.outputs}
+        return found.is_any and all(
+            headroom(found.outputs[name], format) >= _ROOM_BITS for name, format in known.items()
+        )
 
     def _gathered(self, told: Measured, scale: float) -> tuple[Measured, float]:
         return Gathered(told, self._comparison.device, scale).read()

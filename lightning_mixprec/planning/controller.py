@@ -14,8 +14,8 @@ from typing import Any, Literal
 from lightning_mixprec.numerics.formats import get_format, is_wider
 from lightning_mixprec.planning.agreement import Agreement, Limits
 from lightning_mixprec.planning.controller_state import ControllerCounts, ControllerState, Options
-from lightning_mixprec.planning.promotions import Promotion
-from lightning_mixprec.planning.remedies import Candidate, Promotions, Remedies, Remedy, Try
+from lightning_mixprec.planning.promotions import Promotion, Promotions, read, written
+from lightning_mixprec.planning.remedies import Candidate, Remedies, Remedy, Try
 from lightning_mixprec.records.advice import min_cosine_to_act
 from lightning_mixprec.records.changes import Decision, Refused
 from lightning_mixprec.records.words import listed
@@ -61,8 +61,8 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Its :class:`ControllerState`, as a dict."""
-        assignments = [_written(promoted) for promoted in self.assignments]
-        state = ControllerState(**asdict(self.counts), promoted=_written(self.promoted), assignments=assignments)
+        assignments = [written(promoted) for promoted in self.assignments]
+        state = ControllerState(**asdict(self.counts), promoted=written(self.promoted), assignments=assignments)
         return asdict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ class Controller:
         Raises:
             LookupError, PolicyError, TypeError: It is damaged.
         """
-        self.promoted, *self.assignments = (_read(promoted) for promoted in (state["promoted"], *state["assignments"]))
+        self.promoted, *self.assignments = (read(promoted) for promoted in (state["promoted"], *state["assignments"]))
         self.counts = ControllerCounts(**deepcopy({each.name: state[each.name] for each in fields(ControllerCounts)}))
 
     def rebase(self, formats: Mapping[str, str]) -> None:
@@ -110,11 +110,17 @@ class Controller:
 
     # Told
 
+    @property
+    def is_sample_due(self) -> bool:
+        """True if the step of the batch that begins next is to be compared with fp32."""
+        is_settled = self.counts.origin >= 0 and not self.counts.skips_in_a_row
+        return is_settled and self.counts.batches + 1 >= self.counts.next_sample
+
     def begin_batch(self) -> bool:
         """Counts a batch that begins; true if its step is to be compared with fp32."""
+        is_due = self.is_sample_due
         self.counts.batches += 1
-        is_settled = self.counts.origin >= 0 and not self.counts.skips_in_a_row
-        return is_settled and self.counts.batches >= self.counts.next_sample
+        return is_due
 
     def see_step(self, *, skipped: bool, loss_is_bad: bool) -> bool:
         """Counts a step that ended; true if it is to be looked into."""
@@ -243,7 +249,7 @@ class Controller:
         self.counts.restores += 1
         self._settle_in()
         reason = f"{listed(names)} not finite"
-        return Decision("restore", (), None, True, reason, {"damaged": list(names[:8])}, _written(self.promoted))
+        return Decision("restore", (), None, True, reason, {"damaged": list(names[:8])}, written(self.promoted))
 
     # Weighs
 
@@ -312,7 +318,7 @@ class Controller:
         told = {**evidence, **present.summary(), "loss_scale": scale}
         kind: Literal["promote", "scale"] = "promote" if moves else "scale"
         reason = _reason(present, self.limits)
-        return Decision(kind, moves, remedy.scale, restores, reason, told, _written(self.promoted))
+        return Decision(kind, moves, remedy.scale, restores, reason, told, written(self.promoted))
 
     def _demotion(self, scale: float, attempt: Try, has_room: HasRoom) -> Decision | None:
         """The group of promotions that has stayed longest, taken back if the step agrees without it time and again."""
@@ -342,7 +348,7 @@ class Controller:
         self._note_assignment()
         self._settle_in()
         reason = "agrees with fp32 without it again"
-        return Decision("demote", moves, None, False, reason, tried.summary(), _written(remaining))
+        return Decision("demote", moves, None, False, reason, tried.summary(), written(remaining))
 
     def _oldest_group(self) -> list[str]:
         counts = self.counts
@@ -378,14 +384,6 @@ class Controller:
         later: Iterable[int] = (offset for offset in _FIRST_SAMPLES if offset < every and (is_first or offset > passed))
         offset = next(iter(later), (passed // every + 1) * every)
         counts.next_sample = counts.origin + offset
-
-
-def _written(promotions: Promotions) -> dict[str, str]:
-    return {name: promotion.to_text() for name, promotion in promotions.items()}
-
-
-def _read(promotions: Mapping[str, str]) -> dict[str, Promotion]:
-    return {name: Promotion.from_text(text) for name, text in promotions.items()}
 
 
 def _reason(present: Agreement, limits: Limits) -> str:

@@ -1,5 +1,7 @@
 """The controller's options, and what it remembers."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -70,6 +72,15 @@ class ControllerCounts:
     moves: int = 0
     restores: int = 0
     usual_loss: float = 0.0
+
+    @contextlib.contextmanager
+    def as_of(self, batches: int) -> Iterator[None]:
+        """Dates within are those of so many batches ago, when what is told now has happened."""
+        self.batches -= batches
+        try:
+            yield
+        finally:
+            self.batches += batches
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """A promotion: the wider formats that a layer gets, beyond what the user's policy gives it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,3 +44,17 @@ class Promotion:
         Promotion(compute='fp32', output='input')
         """
         return cls(**parse_short_form(text))
+
+
+Promotions = Mapping[str, Promotion]
+"""Promotions by layer."""
+
+
+def written(promotions: Promotions) -> dict[str, str]:
+    """Promotions as checkpoints keep them."""
+    return {name: promotion.to_text() for name, promotion in promotions.items()}
+
+
+def read(promotions: Mapping[str, str]) -> dict[str, Promotion]:
+    """Reads what :func:`written` gave; raises as :meth:`Promotion.from_text`."""
+    return {name: Promotion.from_text(text) for name, text in promotions.items()}

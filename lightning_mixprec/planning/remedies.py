@@ -7,11 +7,8 @@ from typing import NamedTuple
 from lightning_mixprec.numerics.formats import is_wider, promoted_for_range
 from lightning_mixprec.planning.agreement import Agreement, Limits
 from lightning_mixprec.planning.controller_state import Options
-from lightning_mixprec.planning.promotions import Promotion
+from lightning_mixprec.planning.promotions import Promotion, Promotions
 from lightning_mixprec.planning.smallest_set import smallest
-
-Promotions = Mapping[str, Promotion]
-"""Promotions by layer."""
 
 Try = Callable[[Promotions, float], Agreement]
 """Runs a step on a captured batch with layers promoted, at a loss scale."""

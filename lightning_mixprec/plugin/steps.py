@@ -142,6 +142,8 @@ class StepLedger:
 
     def begin(self) -> None:
         """The plugin is about to take a step, whose outcome it will :meth:`note`."""
+        self._hold_global_step(self._owed_holds)
+        self._owed_holds = 0
         if self._past is not None:
             self._past.begin_own()
 
@@ -160,8 +162,6 @@ class StepLedger:
             self._past.end_own()
         if self._hidden is not None and self._is_guarded:
             self._hidden.end_step(optimizer, skipped, is_scaled=self._scaler.is_active)
-        self._hold_global_step(self._owed_holds)
-        self._owed_holds = 0
         if isinstance(skipped, Tensor):
             self._tally(optimizer, tried=1, taken=1)
             self._late.append(_Late(optimizer, self._batch(), _send(skipped, at_minimum)))

@@ -1,8 +1,9 @@
 """The file of a run's per-layer rows: one JSON object a line, in the run's log directory.
 
 Every row has ``"monitor"`` (a key of :data:`ROWS` or :data:`PARTS`, which name the definitions of what else is in it),
-``"step"`` (optimizer steps taken), ``"epoch"`` and ``"batch_idx"``. A number that is not finite is null. Lines are
-appended, so a resumed run goes on in the same file; a line that a crash cut short is closed first.
+``"step"`` (optimizer steps taken), ``"epoch"``, ``"batch_idx"`` and ``"run_id"``, which tells the rows of one run from
+those of another in the same file; rows of 0.1.0 have none. A number that is not finite is null. Lines are appended, so
+a resumed run goes on in the same file, and under the same ``run_id``; a line that a crash cut short is closed first.
 
 A row of ``"adaptive"`` is one of
 
@@ -15,6 +16,7 @@ A row of ``"adaptive"`` is one of
 import json
 import math
 import os
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,16 +50,19 @@ class Journal:
 
     Args:
         folder: The run's log directory; None for nowhere.
+        run_id: What every row says of the run that it is of; see :func:`new_run_id`.
     """
 
-    def __init__(self, folder: str | Path | None) -> None:
+    def __init__(self, folder: str | Path | None, run_id: str = "") -> None:
+        self.run_id = run_id
         self.path = Path(folder) / FILE_NAME if folder is not None else None
         self._lines: list[str] = []
 
     def write(self, **row: Any) -> None:
         """Adds a row; it is in the file after :meth:`flush`."""
         if self.path is not None:
-            self._lines.append(json.dumps(plain(row), allow_nan=False))
+            whose = {"run_id": self.run_id} if self.run_id else {}
+            self._lines.append(json.dumps(plain({**row, **whose}), allow_nan=False))
 
     def flush(self) -> None:
         """Appends the rows to the file, all in one write."""
@@ -73,6 +78,11 @@ class Journal:
             says = f"{self.path} cannot be written ({error}); the run goes on without per-layer rows."
             warnings.warn(says, stacklevel=2)
             self.path = None
+
+
+def new_run_id() -> str:
+    """Eight hexadecimal digits that no other run in the folder has; drawn from none of the run's generators."""
+    return uuid.uuid4().hex[:8]
 
 
 def plain(value: Any) -> Any:

@@ -29,7 +29,8 @@ class Records:
     """The records of a run, in the order in which they were written.
 
     Attributes:
-        name: The folder's name.
+        name: The folder's name, with the run's id where that was asked for.
+        run_id: The run whose rows these are; empty for a run of 0.1.0.
         run: What ``PrecisionReport`` wrote when the run began: ``environment`` and ``layers``.
         curve: The batches.
         infinite: Steps whose loss was infinite or NaN.
@@ -47,6 +48,7 @@ class Records:
     """
 
     name: str
+    run_id: str = ""
     run: Row = field(default_factory=dict)
     curve: list[Batch] = field(default_factory=list)
     infinite: list[int] = field(default_factory=list)
@@ -88,15 +90,23 @@ _KEPT = ("overflow", "underflow", "fidelity")
 def read_records(folder: str | Path) -> Records:
     """Reads what a run left in its log directory. A line that a crash cut short is passed over.
 
+    Args:
+        folder: The log directory. Where several runs have written to it, its latest one is read; another one by
+            ``folder@run_id``.
+
     Raises:
-        MixPrecError: There is no such folder, or no rows in it.
+        MixPrecError: There is no such folder, no rows in it, or no such run.
     """
-    folder = Path(folder)
+    folder, asked = Path(folder), ""
+    if not folder.exists() and "@" in folder.name:
+        name, _, asked = folder.name.rpartition("@")
+        folder = folder.with_name(name)
     path = folder / FILE_NAME
     if not path.is_file():
         raise MixPrecError(_missing(folder))
-    records = Records(folder.resolve().name)
-    for row in _rows(path):
+    run_id, rows = _of_run(list(_rows(path)), asked, folder)
+    records = Records(f"{folder.resolve().name}{f'@{asked}' if asked else ''}", run_id)
+    for row in rows:
         _take_in(records, row)
     records.curve = _with_skips(records.curve or _from_metrics(folder / _METRICS))
     if records.curve:
@@ -125,6 +135,19 @@ def _rows(path: Path) -> Iterator[Row]:
                 row = json.loads(line)
                 if isinstance(row, dict) and matches(row.get("step"), Count):
                     yield row
+
+
+def _of_run(rows: list[Row], asked: str, folder: Path) -> tuple[str, list[Row]]:
+    """The rows of one run, and its id: of the one that is asked for, else of the latest."""
+    ids = list(dict.fromkeys(str(row["run_id"]) for row in reversed(rows) if row.get("run_id")))
+    if asked and asked not in ids:
+        raise MixPrecError(f"no run {asked!r} in {str(folder / FILE_NAME)!r}; it has {', '.join(ids) or 'no run ids'}.")
+    if not ids:
+        return "", rows
+    run_id = asked or ids[0]
+    first = next(place for place, row in enumerate(rows) if row.get("run_id") == run_id)
+    went_on = len(ids) == 1 and rows[first]["step"] > 0  # from a checkpoint of 0.1.0, whose rows have no id
+    return run_id, [row for row in rows if row.get("run_id") == run_id or (went_on and not row.get("run_id"))]
 
 
 def _take_in(records: Records, row: Row) -> None:

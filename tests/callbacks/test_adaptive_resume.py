@@ -116,9 +116,6 @@ def test_so_does_one_whose_outcomes_come_late_and_that_saves_as_often(make, batc
         assert [key for key in whole if not same(whole[key], everything(run)[key])] == [], batch
 
 
-@pytest.mark.xfail(
-    reason="saving waits for the last outcome, so what follows from it comes one batch sooner", strict=True
-)
 @LATE
 def test_saving_a_checkpoint_changes_no_decision_where_outcomes_come_late(make, batches, monkeypatch):
     send_outcomes(monkeypatch)

@@ -18,7 +18,9 @@ from lightning_mixprec.evidence.replay import StepReplay
 
 def rows_of(logger):
     with open(f"{logger.log_dir}/mixprec.jsonl") as file:
-        return [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file]
+    assert len({row.pop("run_id") for row in rows}) <= 1
+    return rows
 
 
 class Sparse(Watched):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections import UserDict
 
 import pytest
@@ -263,7 +264,8 @@ def test_the_message_is_a_short_line_and_the_trace_is_in_the_file(tmp_path):
     assert len(message) < 180
     (row,) = rows_of(tmp_path / "lightning_logs" / "version_0")
     (event,) = seen.events
-    frames = row.pop("frames")
+    frames, run_id = row.pop("frames"), row.pop("run_id")
+    assert re.fullmatch("[0-9a-f]{8}", run_id)
     assert row == {"monitor": "overflow", **event}
     (culprit,) = [frame for frame in frames if frame["layer"] == "net.2.spike" and frame["infs"]]
     before = frames[frames.index(culprit) - 1]

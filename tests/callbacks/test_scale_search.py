@@ -70,6 +70,7 @@ def test_a_step_of_a_search_that_goes_on_is_replayed_once(replays, plugin):
 
 def told(folder):
     rows = [json.loads(line) for line in Path(folder, "mixprec.jsonl").read_text().splitlines()]
+    assert len({row.pop("run_id") for row in rows}) <= 1
     return [row for row in rows if row["monitor"] in ("overflow", "adaptive")]
 
 

@@ -100,6 +100,7 @@ def test_the_journal_has_a_row_for_each_phase():
     fit(task(), PerLayerPrecision("fp32"), max_epochs=2, callbacks=[PrecisionScheduler(TOLD)])
     first, second = (json.loads(line) for line in Path("mixprec.jsonl").read_text().splitlines())
     assert (first["monitor"], first["step"], first["epoch"], first["batch_idx"]) == ("schedule", 1, 0, 1)
+    assert second.pop("run_id") == first["run_id"]
     assert second == {
         "monitor": "schedule",
         "step": 4,

@@ -43,6 +43,7 @@ def test_every_line_is_an_object_of_strict_json_that_says_who_wrote_it_and_when(
     fit(Task(mlp()), ours("fp16"), callbacks=watching())
     assert {row["monitor"] for row in rows()} == {"underflow", "fidelity"}
     assert all({"monitor", "step", "epoch", "batch_idx"} <= row.keys() for row in rows())
+    assert len({row["run_id"] for row in rows()}) == 1
     layers = {row.get("layer") for row in rows()}
     assert {"net.0", "net.6", None} <= layers
 
@@ -58,7 +59,7 @@ def test_rows_are_in_the_file_when_the_sampled_batch_ends():
 def test_rows_have_what_the_monitors_document():
     underflow, fidelity = UnderflowMonitor(1), FidelityMonitor(1)
     fit(Task(mlp()), ours("fp16"), callbacks=[underflow, fidelity], max_steps=1)
-    place = {"monitor", "step", "epoch", "batch_idx"}
+    place = {"monitor", "step", "epoch", "batch_idx", "run_id"}
     kinds = {frozenset(row.keys() - place) for row in rows()}
     losses = {"underflow_rate", "subnormal_share", "headroom_bits"}
     flow = {f"flow_{key}" for key in losses}
