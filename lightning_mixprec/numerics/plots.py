@@ -95,6 +95,65 @@ def draw_layers(
     return figure, ax
 
 
+def draw_plan(
+    points: "Sequence[tuple[float, float, str, bool]]",
+    frontier: "Sequence[tuple[float, float]]",
+    marks: "Sequence[tuple[str, float, float]]",
+    axes: "Sequence[Axes] | None" = None,
+) -> "tuple[FigureBase | None, Sequence[Axes]]":
+    """Draw what formats would save against what they would do to the loss, and what is least reachable.
+
+    Args:
+        points: for each layer and format the seconds saved, its part of the squared loss gap, the format, and whether
+            it was chosen.
+        frontier: seconds of a step and the loss gap, of choices that are the best for their time.
+        marks: further choices: a name, seconds of a step, the loss gap.
+        axes: two axes to draw in; by default those of a new figure.
+
+    Raises:
+        SupportError: matplotlib is not installed.
+    """
+    figure, axes = _two_axes(axes)
+    for format in dict.fromkeys(point[2] for point in points):
+        for is_chosen in (False, True):
+            own = [point for point in points if point[2:] == (format, is_chosen)]
+            color, label = COLORS.get(format, OTHER), f"{format}, chosen" if is_chosen else format
+            saved, squared = [1e3 * point[0] for point in own], [point[1] for point in own]
+            face = color if is_chosen else "none"
+            axes[0].scatter(saved, squared, s=36, facecolors=face, edgecolors=color, label=label if own else None)
+    _set_log_scale(axes[0], [point[1] for point in points])
+    axes[0].set_xlabel("time saved in a step (ms)")
+    axes[0].set_ylabel("part of the squared loss gap")
+    seconds, gaps = [1e3 * time for time, _ in frontier], [gap for _, gap in frontier]
+    axes[1].plot(seconds, gaps, "o-", color=_BARS, label="frontier")
+    for place, (name, time, gap) in enumerate(marks):
+        axes[1].plot(1e3 * time, gap, "*sD^"[place % 4], markersize=10, label=name)
+    _set_log_scale(axes[1], gaps + [gap for *_, gap in marks])
+    axes[1].set_xlabel("time of a step (ms)")
+    axes[1].set_ylabel("predicted loss gap")
+    for each in axes:
+        if each.get_legend_handles_labels()[0]:
+            each.legend(fontsize="small")
+    return figure, axes
+
+
+def _two_axes(axes: "Sequence[Axes] | None") -> "tuple[FigureBase | None, Sequence[Axes]]":
+    """The two axes given, or those of a new figure."""
+    if axes is not None:
+        return axes[0].get_figure(), axes
+    figure, first = _axes(None, height=4.5)
+    assert figure is not None
+    first.remove()
+    return figure, list(figure.subplots(1, 2))
+
+
+def _set_log_scale(ax: "Axes", values: "Sequence[float]") -> None:
+    """A logarithmic scale on which zeros stand at the bottom."""
+    above = [value for value in values if value > 0]
+    if above:
+        ax.set_yscale("symlog", linthresh=min(above))
+
+
 def tint(color: str, white: float = 0.3) -> str:
     """A colour mixed with white, light enough to be written on in black.
 

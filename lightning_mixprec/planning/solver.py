@@ -9,7 +9,7 @@ import heapq
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -101,12 +101,13 @@ class Solution:
     how: str
 
 
-def solve(problem: Problem, *, exactly: bool | None = None) -> Solution:
+def solve(problem: Problem, *, exactly: bool | None = None, then: str | None = None) -> Solution:
     """The choice with the least total of one cost within the budgets, or the best that was found.
 
     Args:
         problem: The problem.
         exactly: Whether scipy is used; None for if it is installed.
+        then: Another cost, which is made less, one variable after the other, where the first stays what it is.
 
     Raises:
         PlanError: No choice keeps the budgets; the message says what the least reachable is.
@@ -123,6 +124,11 @@ def solve(problem: Problem, *, exactly: bool | None = None) -> Solution:
     if not within:
         raise PlanError(_unreachable(problem, has_scipy))
     chosen, how = min(within, key=lambda each: problem.total(problem.least, each[0]))
+    if then is not None:
+        bounds = {**problem.at_most, problem.least: problem.total(problem.least, chosen)}
+        walk = _Walk(replace(problem, least=then, at_most=bounds), chosen)
+        _improve(walk)
+        chosen = tuple(walk.chosen)
     totals = {cost: problem.total(cost, chosen) for cost in (problem.least, *problem.at_most)}
     return Solution(chosen, totals, how)
 
