@@ -51,7 +51,13 @@ MAY_IMPORT["cli"].add("report")
 MAY_IMPORT["__init__"] = {room for step in STEPS[:-1] for room in step} | {"report"}
 
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
-SUBROOMS = ("engine/backends", "numerics/devices", "evidence/instruments", "evidence/instruments/restoring")
+SUBROOMS = (
+    "engine/backends",
+    "numerics/devices",
+    "evidence/instruments",
+    "evidence/instruments/restoring",
+    "evidence/measuring",
+)
 KNOWS_LIGHTNING = {"plugin", "evidence", "callbacks", "deploy", "cli"}
 TORCHMETRICS_FILE = "numerics/metrics.py"
 # typing_extensions comes with torch; any package that is not here is optional.

@@ -160,6 +160,7 @@ def main(folder):
         for policy in ("fp32", "bf16", "fp16", NORMS, BY_BLOCK):
             case = policy if isinstance(policy, str) else "norms" if policy is NORMS else "by block"
             results[f"{name} {case}"] = outcome(strategy(), PerLayerPrecision(policy))
+        results[f"{name} emulated"] = outcome(strategy(), PerLayerPrecision(BY_BLOCK, emulate=True))
         results[f"{name} spoiled fp16"] = outcome(strategy(), PerLayerPrecision("fp16"), [Spoiled()])
         results[f"{name} spoiled bf16"] = outcome(strategy(), PerLayerPrecision("bf16"), [Spoiled()])
         results[f"{name} moved"] = outcome(strategy(), PerLayerPrecision("bf16"), [Moves()])

@@ -15,6 +15,7 @@ CASES = [
     "fp16",
     "norms",
     "by block",
+    "emulated",
     "spoiled fp16",
     "spoiled bf16",
     "moved",
@@ -71,6 +72,7 @@ GATHERED = {
     "fp16": [[(FP16, FP16)], [(FP16, FP16)]],
     "norms": [[(FP16, FP16)], [(FP16, FP16)]],
     "by block": [[(BF16, BF16)], [(FP32, FP32)]],
+    "emulated": [[(BF16, BF16)], [(FP32, FP32)]],
     "moved": [[(BF16, BF16), (FP32, FP32)], [(BF16, BF16)]],
     "eval": [[(BF16, BF16), (FP32, FP32)], [(BF16, BF16), (FP32, FP32)]],
 }

@@ -251,7 +251,7 @@ def test_module_lists_and_dicts_are_transparent(attached):
     # The list's own format means nothing: these layers are called by the root.
     triple = {name: SimpleNamespace(param="fp32", compute="bf16", output=None) for name, _ in model.named_modules()}
     triple["blocks.a"] = SimpleNamespace(param="fp32", compute="fp32", output=None)
-    attachment = attach(model, triple, "cpu")
+    attachment = attach(model, triple, "cpu", emulate=False)
     assert all("forward" not in module.__dict__ for module in model.modules())
     attachment.detach()
 

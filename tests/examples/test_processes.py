@@ -18,11 +18,12 @@ def test_two_processes_say_their_summary_once(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(script), "fit", f"--config={config}", *LIMITS, *TWO],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # A process that is aborted says where it was.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("optimizer steps:") == 1
     assert (tmp_path / "lightning_logs" / "version_0" / "precision_report.html").is_file()

@@ -1,0 +1,169 @@
+"""The error that a format makes of each layer's output, weighed by the gradient there, while a step runs in fp32.
+
+Just before a layer is called, it is called in each format that is looked at, with the same inputs and the same random
+numbers, its own operations in the format and the layers inside it in fp32. The difference to what it then gives in fp32
+waits for the gradient that arrives there in backward.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mixprec.engine.apply import attach
+from lightning_mixprec.engine.backends import Emulate
+from lightning_mixprec.engine.border_plan import Site
+from lightning_mixprec.engine.objects import copied, tensors_in
+from lightning_mixprec.errors import TraceLeftError, one_line
+from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
+from lightning_mixprec.evidence.instruments.own_dtypes import hookable
+from lightning_mixprec.evidence.instruments.sandbox import RandomState
+from lightning_mixprec.policy.assignment import LayerPrecision
+from lightning_mixprec.policy.module_names import walk
+
+Errors = dict[str, list[Tensor]]
+
+
+class LayerErrors:
+    """Takes the errors of some layers while a step runs.
+
+    The differences of these layers are kept from their forward to their backward: for each format four bytes for an
+    element of an output.
+
+    Args:
+        sites: The layers, by the sites that they are called at.
+        formats: By the name of a site the formats to look at.
+        base: What each layer is assigned in fp32.
+        device: The device that they run on.
+        emulate: As for :func:`~lightning_mixprec.engine.apply.attach`.
+
+    Attributes:
+        scores: By layer and format the sum over elements of (gradient x error)^2, fp64 on the device.
+        problems: By layer and format why it could not be called there.
+    """
+
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        formats: Mapping[str, Sequence[str]],
+        base: Mapping[str, LayerPrecision],
+        device: torch.device,
+        emulate: Emulate = "auto",
+    ) -> None:
+        self._sites = {site.name: site for site in sites}
+        self._formats, self._base, self._device, self._emulate = formats, base, device, emulate
+        self._handles: list[RemovableHandle] = []
+        self._waiting: dict[str, list[Errors]] = {}
+        self._is_busy = False
+        self.scores: dict[str, dict[str, Tensor]] = {}
+        self.problems: dict[tuple[str, str], str] = {}
+
+    def __enter__(self) -> "LayerErrors":
+        for name, module in hookable({name: site.module for name, site in self._sites.items()}).items():
+            before, after = partial(self._before, name), partial(self._after, name)
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(after, prepend=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._waiting.clear()
+
+    @property
+    def _is_looking(self) -> bool:
+        """True where a gradient will arrive: not inside a layer that is being tried, nor where there is no graph."""
+        return not self._is_busy and torch.is_grad_enabled()
+
+    def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._is_looking:
+            tried = {format: self._tried(name, format, args, kwargs) for format in self._formats[name]}
+            errors = {format: result for format, result in tried.items() if result is not None}
+            self._waiting.setdefault(name, []).append(errors)
+
+    def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._is_looking or not self._waiting.get(name):
+            return
+        results = self._waiting[name].pop()
+        for place, tensor in enumerate(_floating(output)):
+            errors = {}
+            for format, result in results.items():
+                if len(result) > place and result[place].shape == tensor.shape:
+                    errors[format] = result[place].to(torch.float32) - tensor.detach()
+            if tensor.requires_grad and errors:
+                tensor.register_hook(partial(self._weigh, name, errors))
+
+    def _weigh(self, name: str, errors: Mapping[str, Tensor], gradient: Tensor) -> None:
+        with torch.no_grad():
+            scores = self.scores.setdefault(name, {})
+            for format, error in errors.items():
+                added = (gradient.double() * error).square().sum()
+                scores[format] = scores[format] + added if format in scores else added
+
+    def _tried(self, name: str, format: str, args: Any, kwargs: Any) -> list[Tensor] | None:
+        """What a layer gives in a format; None if it fails there, which is noted."""
+        if (name, format) in self.problems:
+            return None
+        site, random = self._sites[name], RandomState(self._device, others=False)
+        self._is_busy = True
+        try:
+            with _unchanged(site.module), self._in_format(site, format), torch.no_grad():
+                own_args, own_kwargs = copied((args, kwargs))
+                return _floating(site.module.forward(*own_args, **own_kwargs))
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, TraceLeftError):
+                raise
+            self.problems[name, format] = one_line(error)
+            return None
+        finally:
+            self._is_busy = False
+            random.restore()
+
+    @contextlib.contextmanager
+    def _in_format(self, site: Site, format: str) -> Generator[None, None, None]:
+        """A site's own operations compute in a format; the layers inside it compute in fp32 and hand that format on."""
+        own = {id(part) for part in site.parts}
+        prefix = f"{site.name}." if site.name else ""
+        assignment = {}
+        for node in walk(site.module):
+            layer = self._base[f"{prefix}{node.name}" if node.name else site.name]
+            is_own = id(node.module) in own
+            assignment[node.name] = replace(layer, compute=format) if is_own else self._handing_on(layer, format)
+        attachment = attach(site.module, assignment, self._device.type, self._emulate)
+        try:
+            with attachment.context():
+                yield
+        finally:
+            attachment.detach()
+
+    def _handing_on(self, layer: LayerPrecision, format: str) -> LayerPrecision:
+        region = replace(layer, compute=format).region
+        return layer if layer.stays_wide else replace(layer, output=region)
+
+
+@contextlib.contextmanager
+def _unchanged(layer: nn.Module) -> Generator[None, None, None]:
+    """The buffers and attributes of a layer's modules are put back, so that a call more leaves the step as it is."""
+    attributes = [(module, dict(vars(module))) for module in layer.modules()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in layer.buffers()]
+    try:
+        yield
+    finally:
+        for module, before in attributes:
+            now = vars(module)
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
+        with torch.no_grad():
+            for buffer, version, kept in buffers:
+                if buffer._version != version:
+                    buffer.copy_(kept)
+
+
+def _floating(output: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]

@@ -1,0 +1,339 @@
+"""What each layer's computing in a format is expected to do to the loss, measured on batches without a training.
+
+A layer's part in the squared loss gap is estimated to first order: the error that the format makes of each element of
+its output, times the gradient of the loss there, squared and summed (as ``auto_quantize`` of NVIDIA's ModelOpt scores
+formats, and as arXiv:2505.13060 derives it). Errors of different elements and layers are taken to be independent, so
+that squares add up. One fp32 step of each batch gives gradients and errors at once; layers are looked at in as many
+rounds as the errors that wait for their gradients have room. What the LightningModule itself computes, the loss above
+all, has no gradient at its output: its step is run in the format, and the squared gap is the measurement.
+
+Range is no score. A format is not offered where numbers of a layer are too large for it, or where the gradients that
+arrive there vanish in it at the best loss scale of the model.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_mixprec.engine.border_plan import Site, survey
+from lightning_mixprec.engine.objects import tensors_in
+from lightning_mixprec.errors import MixPrecError, PlanError, one_line
+from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, is_finite
+from lightning_mixprec.evidence.instruments.own_dtypes import hookable
+from lightning_mixprec.evidence.instruments.probe import Observer
+from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
+from lightning_mixprec.evidence.measuring.layer_errors import LayerErrors
+from lightning_mixprec.evidence.replay import Replayed, StepReplay
+from lightning_mixprec.evidence.run_formats import PolicyFormats
+from lightning_mixprec.numerics.exponents import Histogram
+from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format, is_wider
+from lightning_mixprec.numerics.rates import best_scale, overflow_rate, underflow_rate
+from lightning_mixprec.planning.sensitivity import Offer, Sensitivities
+from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
+from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.policy.rules import Rule, is_of_products
+from lightning_mixprec.records.advice import MAX_UNDERFLOW
+
+_BYTES_OF_ERROR = 4
+
+
+def measure_sensitivities(
+    module: pl.LightningModule,
+    batches: Sequence[Any],
+    formats: Sequence[str],
+    *,
+    pin: Sequence[str] = (),
+    seed: int = 0,
+    max_bytes: int = MAX_BYTES,
+) -> Sensitivities:
+    """Measures what each of some formats would do to each layer of a module; nothing of the module changes.
+
+    Takes for each batch two steps in fp32, one more for each ``max_bytes`` of errors that wait for their gradients, and
+    one forward of each layer for each format (of a layer that calls others, of these as well).
+
+    Args:
+        module: The LightningModule, on the device where it is to compute.
+        batches: What its ``training_step`` takes, on the same device.
+        formats: The formats to look at.
+        pin: Patterns of layers that stay in fp32, with all below them.
+        seed: Of the random numbers that every step begins with.
+        max_bytes: Memory for errors that wait for their gradients.
+
+    Raises:
+        MixPrecError: The step cannot be run, or is not finite in fp32; or a format or pattern means nothing.
+    """
+    offered = _checked(formats)
+    batches = list(batches)
+    if not batches:
+        raise PlanError("there are no batches to measure on; give one at least.")
+    base = PrecisionPolicy(REFERENCE).resolve(module)
+    variables = variables_of(module, base, _pinned(module, pin))
+    random = _random_of(seed, module.device)
+    measured = [_Batch(module, batch, base, random).measure(variables, offered, max_bytes) for batch in batches]
+    offers = []
+    for each in variables:
+        offer = {REFERENCE: Offer(0.0)}
+        for format in each.among(offered):
+            scores = [found.score(each, format) for found in measured]
+            problems = [problem for found in measured if (problem := found.problem(each, format)) is not None]
+            offer[format] = Offer(sum(scores) / len(scores), problems[0] if problems else None)
+        offers.append(offer)
+    return Sensitivities(tuple(each.layers for each in variables), tuple(offers), REFERENCE, len(batches))
+
+
+@dataclass
+class Variable:
+    """Layers that move together.
+
+    Attributes:
+        layers: Their names, in the model's order.
+        sites: The sites that they are called at.
+        is_fixed: Whether they stay in the reference's format.
+    """
+
+    layers: tuple[str, ...]
+    sites: list[Site]
+    is_fixed: bool
+
+    def among(self, formats: Sequence[str]) -> list[str]:
+        """Those of some formats that it may have: products in 8 bits are of Linear layers alone."""
+        if self.is_fixed:
+            return []
+        has_products = any(isinstance(site.module, nn.Linear) for site in self.sites)
+        return [each for each in formats if has_products or not is_of_products(each)]
+
+
+def variables_of(module: nn.Module, base: Assignment, pinned: Set[str] = frozenset()) -> list[Variable]:
+    """The layers of a model that move together: by a site that they are part of, or by a weight that they share.
+
+    Args:
+        module: The model.
+        base: What each layer is assigned in fp32.
+        pinned: The layers that stay in fp32.
+    """
+    sites = survey(module)
+    groups: list[list[Site]] = []
+    for site in sites:
+        weights = {id(param) for part in site.parts for param in part.parameters(recurse=False)}
+        sharing = [group for group in groups if any(weights & _weights_of(other) for other in group)] if weights else []
+        groups = [group for group in groups if group not in sharing] + [sum(sharing, []) + [site]]
+    site_of = {id(part): site for site in sites for part in site.parts}
+    names: dict[int, list[str]] = {id(site): [] for site in sites}
+    for node in walk(module):
+        names[id(site_of[id(node.module)])].append(node.name)
+    order = {name: place for place, name in enumerate(base)}
+    found = []
+    for group in groups:
+        layers = sorted((name for site in group for name in names[id(site)]), key=order.__getitem__)
+        is_fixed = any(base[name].stays_wide for name in layers) or not pinned.isdisjoint(layers)
+        found.append(Variable(tuple(layers), group, is_fixed))
+    return sorted(found, key=lambda each: order[each.layers[0]])
+
+
+def _weights_of(site: Site) -> set[int]:
+    return {id(param) for part in site.parts for param in part.parameters(recurse=False)}
+
+
+@dataclass
+class _Found:
+    """What one batch said.
+
+    Attributes:
+        scores: By layer and format its part in the squared loss gap.
+        problems: By layer and format why it cannot be used there.
+    """
+
+    scores: dict[tuple[str, str], float] = field(default_factory=dict)
+    problems: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def score(self, variable: Variable, format: str) -> float:
+        """A variable's part in the squared loss gap."""
+        return math.fsum(self.scores.get((site.name, format), 0.0) for site in variable.sites)
+
+    def problem(self, variable: Variable, format: str) -> str | None:
+        """Why a variable cannot have a format."""
+        told = (self.problems.get((site.name, format)) for site in variable.sites)
+        return next(filter(None, told), None)
+
+
+class _Batch:
+    """The measurements on one batch."""
+
+    def __init__(self, module: pl.LightningModule, batch: Any, base: Assignment, random: RandomState) -> None:
+        self._module, self._batch, self._base, self._random = module, batch, base, random
+        self._replay = StepReplay(module, PolicyFormats(module, REFERENCE, module.device, 1.0), module.device)
+        self._found = _Found()
+
+    def measure(self, variables: Sequence[Variable], formats: Sequence[str], max_bytes: int) -> _Found:
+        sites = {site.name: (site, each) for each in variables for site in each.sites}
+        reference, ranges = self._reference([site for site, _ in sites.values()])
+        for name, (_, variable) in sites.items():
+            for format in variable.among(formats):
+                if (problem := ranges.problem(name, format)) is not None:
+                    self._found.problems[name, format] = problem
+        wanted = {name: variable.among(formats) for name, (_, variable) in sites.items() if name}
+        for names in _rounds(wanted, ranges.elements, max_bytes):
+            self._round([sites[name][0] for name in names], wanted)
+        for format in sites[""][1].among(formats):
+            self._own_step(format, reference)
+        return self._found
+
+    def _reference(self, sites: Sequence[Site]) -> tuple[Replayed, "_Ranges"]:
+        layers = {site.name: site.module for site in sites}
+        observer, sizes = Observer(layers, MAX_ELEMENTS), OutputSizes(layers)
+        try:
+            with self._replay.opened(reference=True) as stand_ins, observer, sizes:
+                replayed = self._run(self._replay, stand_ins)
+                weights = {name: _amax(module.parameters(recurse=False)) for name, module in layers.items()}
+        except MixPrecError:
+            raise
+        except Exception as error:
+            raise PlanError(f"the step could not be run in fp32: {one_line(error)}") from error
+        if not replayed.losses:
+            raise PlanError("training_step gave no loss on a batch; plan on batches that are trained on.")
+        if not is_finite(replayed):
+            raise PlanError("the step is not finite in fp32, with which formats are compared; diagnose() says where.")
+        return replayed, _Ranges(list(layers), observer.outputs(), observer.gradients(), weights, sizes.elements)
+
+    def _round(self, sites: Sequence[Site], formats: Mapping[str, Sequence[str]]) -> None:
+        errors = LayerErrors(sites, formats, self._base, self._module.device)
+        with self._replay.opened(reference=True) as stand_ins, errors:
+            self._run(self._replay, stand_ins)
+        for name, scores in errors.scores.items():
+            for format, score in scores.items():
+                if math.isfinite(found := float(score)):
+                    self._found.scores[name, format] = found
+                else:
+                    self._found.problems.setdefault((name, format), f"its output is not finite in {format}")
+        for (name, format), problem in errors.problems.items():
+            self._found.problems.setdefault((name, format), f"it fails in {format}: {problem}")
+
+    def _own_step(self, format: str, reference: Replayed) -> None:
+        """What the module's own operations, the loss among them, do in a format: its step is run in it."""
+        policy = PrecisionPolicy(REFERENCE, [Rule("", compute=format, recurse=False)])
+        replay = self._replay.in_formats(PolicyFormats(self._module, policy, self._module.device, 1.0))
+        try:
+            with replay.opened() as stand_ins:
+                low = self._run(replay, stand_ins)
+        except MixPrecError:
+            raise
+        except Exception as error:
+            self._found.problems["", format] = f"it fails in {format}: {one_line(error)}"
+            return
+        gap = sum(map(float, low.losses)) - sum(map(float, reference.losses))
+        if math.isfinite(gap):
+            self._found.scores["", format] = gap * gap
+        else:
+            self._found.problems["", format] = f"the loss is not finite in {format}"
+
+    def _run(self, replay: StepReplay, stand_ins: Sandbox) -> Replayed:
+        return replay.run(stand_ins, self._batch, 0, random=self._random)
+
+
+class OutputSizes:
+    """Counts the elements of what layers give while a step runs.
+
+    Attributes:
+        elements: By layer how many.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
+        self._handles: list[RemovableHandle] = []
+        self.elements: dict[str, int] = dict.fromkeys(layers, 0)
+
+    def __enter__(self) -> "OutputSizes":
+        for name, module in hookable(self._layers).items():
+            self._handles.append(module.register_forward_hook(partial(self._count, name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _count(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self.elements[name] += sum(tensor.numel() for tensor in tensors_in(output) if tensor.is_floating_point())
+
+
+class _Ranges:
+    """The ranges of a step's numbers, layer by layer."""
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        outputs: Histogram,
+        gradients: Histogram,
+        weights: Mapping[str, float],
+        elements: Mapping[str, int],
+    ) -> None:
+        self._outputs = {name: outputs.select(place) for place, name in enumerate(layers)}
+        self._gradients = {name: gradients.select(place) for place, name in enumerate(layers)}
+        self._weights, self.elements = weights, elements
+        self._largest = max(self._gradients.values(), key=lambda each: each.largest)
+
+    def problem(self, layer: str, format: str) -> str | None:
+        """Why the range of a format is too small for a layer; None if it is not."""
+        region = LayerPrecision(REFERENCE, format).region
+        largest = max(self._weights[layer], self._outputs[layer].largest)
+        if overflow_rate(self._outputs[layer], region).low > 0 or largest > get_format(region).max:
+            return f"numbers as large as {largest:.3g} overflow {region}"
+        if not get_format(region).use.needs_scaling:
+            return None
+        scale = best_scale(self._largest, region)
+        lost = underflow_rate(self._gradients[layer], region, scale).middle
+        if lost > MAX_UNDERFLOW:
+            return f"{lost:.0%} of the gradient at its output vanish in {region}, at the best loss scale ({scale:g})"
+        return None
+
+
+def _rounds(wanted: Mapping[str, Sequence[str]], elements: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Layers that are looked at in one run: as many as there is room for, one at least."""
+    names, left = list[str](), max_bytes
+    for name, formats in wanted.items():
+        needed = elements[name] * len(formats) * _BYTES_OF_ERROR
+        if not needed:
+            continue
+        if names and needed > left:
+            yield names
+            names, left = [], max_bytes
+        names.append(name)
+        left -= needed
+    if names:
+        yield names
+
+
+def _amax(tensors: Iterable[Tensor]) -> float:
+    return max((float(each.detach().abs().max()) for each in tensors if each.numel()), default=0.0)
+
+
+def _random_of(seed: int, device: torch.device) -> RandomState:
+    """The random numbers that a seed begins; those of the process go on as if nothing had been asked."""
+    before = RandomState(device)
+    torch.manual_seed(seed)
+    random = RandomState(device)
+    before.restore()
+    return random
+
+
+def _checked(formats: Sequence[str]) -> list[str]:
+    known = compute_formats()
+    for format in formats:
+        if format not in known:
+            get_format(format)  # which names what was probably meant
+            raise PlanError(f"layers do not compute in {format!r}; the formats to choose from are {', '.join(known)}.")
+    return [format for format in dict.fromkeys(formats) if format != REFERENCE]
+
+
+def _pinned(module: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
+    """The layers that patterns name, with all below them."""
+    low = next(each for each in compute_formats() if each != REFERENCE and is_wider(REFERENCE, each))
+    pinned = PrecisionPolicy(low, [Rule(pattern, compute=REFERENCE) for pattern in patterns]).resolve(module)
+    return frozenset(name for name, layer in pinned.items() if patterns and layer.compute == REFERENCE)

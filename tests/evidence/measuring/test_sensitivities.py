@@ -1,0 +1,135 @@
+"""Sensitivities: beside sums by hand, what moves together, range, and that nothing is left behind."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_mixprec import MixPrecError
+from lightning_mixprec.evidence.measuring.sensitivities import measure_sensitivities
+
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.norm, self.drop, self.two = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.two(self.drop(self.norm(self.one(x)).relu_()))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def batches(count=2):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(16, 6, generator=generator), torch.randint(3, (16,), generator=generator)) for _ in range(count)
+    ]
+
+
+def offers_of(found, layer):
+    return found.offers[found.variable_of[layer]]
+
+
+def test_a_layers_part_is_the_sum_of_squares_by_hand():
+    module, (batch,) = Net(), batches(1)
+    module.drop.p = 0.0
+    found = measure_sensitivities(module, [batch], ["bf16"])
+    inputs, labels = batch
+    hidden = module.one(inputs)
+    normed = module.norm(hidden).relu()
+    output = module.two(normed)
+    [gradient] = torch.autograd.grad(F.cross_entropy(output, labels), output)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = module.two(normed)
+    by_hand = ((low.float() - output).double() * gradient).square().sum().item()
+    assert offers_of(found, "two")["bf16"].sensitivity == pytest.approx(by_hand, rel=0.05)  # emulated on some CPUs
+
+
+def test_nothing_of_the_module_or_the_generators_changes():
+    module = Net()
+    before, attributes = copy.deepcopy(module.state_dict()), [set(vars(each)) for each in module.modules()]
+    random, training = torch.get_rng_state(), [each.training for each in module.modules()]
+    measure_sensitivities(module, batches(), ["bf16", "fp16", "fp8", "int8"])
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert [set(vars(each)) for each in module.modules()] == attributes
+    assert [each.training for each in module.modules()] == training
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(param.grad is None for param in module.parameters())
+
+
+def test_the_same_is_measured_in_one_round_and_in_many():
+    one = measure_sensitivities(Net(), batches(), ["bf16", "fp16"], seed=3)
+    many = measure_sensitivities(Net(), batches(), ["bf16", "fp16"], seed=3, max_bytes=1)
+    assert one == many
+    assert one != measure_sensitivities(Net(), batches(), ["bf16", "fp16"], seed=4)  # another dropout
+
+
+def test_formats_of_products_are_offered_to_linear_layers_alone():
+    found = measure_sensitivities(Net(), batches(), ["fp8", "int8", "bf16"])
+    assert list(offers_of(found, "one")) == ["fp32", "fp8", "int8", "bf16"]
+    assert list(offers_of(found, "norm")) == ["fp32", "bf16"]
+    assert offers_of(found, "one")["fp8"].sensitivity > 10 * offers_of(found, "one")["bf16"].sensitivity
+
+
+def test_pinned_layers_are_offered_nothing_else():
+    found = measure_sensitivities(Net(), batches(), ["bf16"], pin=["one", "norm"])
+    assert [list(offers_of(found, name)) for name in ("one", "norm", "two")] == [["fp32"], ["fp32"], ["fp32", "bf16"]]
+
+
+def test_layers_that_share_a_weight_are_one_variable():
+    module = Net()
+    module.again = nn.Linear(6, 8)
+    module.again.weight = module.one.weight
+    found = measure_sensitivities(module, batches(), ["bf16"])
+    assert ("one", "again") in found.variables
+    assert sorted(name for layers in found.variables for name in layers) == sorted(
+        name for name, _ in module.named_modules()
+    )
+
+
+def test_numbers_too_large_for_a_format_are_a_problem_and_no_score():
+    module = Net()
+    with torch.no_grad():
+        module.one.weight.mul_(1e6)
+    found = measure_sensitivities(module, batches(), ["fp16", "bf16"])
+    assert "overflow fp16" in offers_of(found, "one")["fp16"].problem
+    assert offers_of(found, "one")["bf16"].problem is None
+
+
+def test_gradients_that_vanish_beside_larger_ones_are_a_problem():
+    class Steep(Net):
+        def training_step(self, batch, batch_idx):
+            return 1e-9 * super().training_step(batch, batch_idx) + 1e6 * self.two(torch.zeros(1, 8)).square().mean()
+
+    found = measure_sensitivities(Steep(), batches(), ["fp16", "bf16"])
+    assert "vanish in fp16, at the best loss scale" in offers_of(found, "one")["fp16"].problem
+    assert offers_of(found, "one")["bf16"].problem is None
+
+
+class Infinite(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) / 0
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "options", "says"),
+    [
+        (Net, [], {}, "there are no batches"),
+        (Net, [torch.ones(2)], {}, "the step could not be run in fp32: "),
+        (Infinite, None, {}, "not finite in fp32"),
+        (Net, None, {"formats": ["bf17"]}, "did you mean 'bf16'"),
+        (Net, None, {"formats": ["e4m3"]}, "layers do not compute in 'e4m3'"),
+        (Net, None, {"pin": ["nowhere"]}, "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(module, given, options, says):
+    options = {"formats": ["bf16"]} | options
+    with pytest.raises(MixPrecError, match=says) as error:
+        measure_sensitivities(module(), batches() if given is None else given, options.pop("formats"), **options)
+    assert "\n" not in str(error.value)
