@@ -5,9 +5,7 @@ numbers, its own operations in the format and the layers inside it in fp32. The 
 waits for the gradient that arrives there in backward.
 """
 
-import contextlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.engine.backends import Emulate
 from lightning_mixprec.engine.border_plan import Site
 from lightning_mixprec.engine.objects import copied, tensors_in
@@ -23,8 +20,8 @@ from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.own_dtypes import hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
+from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
 from lightning_mixprec.policy.assignment import LayerPrecision
-from lightning_mixprec.policy.module_names import walk
 
 Errors = dict[str, list[Tensor]]
 
@@ -112,7 +109,11 @@ class LayerErrors:
         site, random = self._sites[name], RandomState(self._device, others=False)
         self._is_busy = True
         try:
-            with _unchanged(site.module), self._in_format(site, format), torch.no_grad():
+            with (
+                unchanged(site.module),
+                in_format(site, format, self._base, self._device, self._emulate),
+                torch.no_grad(),
+            ):
                 own_args, own_kwargs = copied((args, kwargs))
                 return _floating(site.module.forward(*own_args, **own_kwargs))
         except Exception as error:
@@ -123,46 +124,6 @@ class LayerErrors:
         finally:
             self._is_busy = False
             random.restore()
-
-    @contextlib.contextmanager
-    def _in_format(self, site: Site, format: str) -> Generator[None, None, None]:
-        """A site's own operations compute in a format; the layers inside it compute in fp32 and hand that format on."""
-        own = {id(part) for part in site.parts}
-        prefix = f"{site.name}." if site.name else ""
-        assignment = {}
-        for node in walk(site.module):
-            layer = self._base[f"{prefix}{node.name}" if node.name else site.name]
-            is_own = id(node.module) in own
-            assignment[node.name] = replace(layer, compute=format) if is_own else self._handing_on(layer, format)
-        attachment = attach(site.module, assignment, self._device.type, self._emulate)
-        try:
-            with attachment.context():
-                yield
-        finally:
-            attachment.detach()
-
-    def _handing_on(self, layer: LayerPrecision, format: str) -> LayerPrecision:
-        region = replace(layer, compute=format).region
-        return layer if layer.stays_wide else replace(layer, output=region)
-
-
-@contextlib.contextmanager
-def _unchanged(layer: nn.Module) -> Generator[None, None, None]:
-    """The buffers and attributes of a layer's modules are put back, so that a call more leaves the step as it is."""
-    attributes = [(module, dict(vars(module))) for module in layer.modules()]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in layer.buffers()]
-    try:
-        yield
-    finally:
-        for module, before in attributes:
-            now = vars(module)
-            for name in now.keys() - before.keys():
-                del now[name]
-            now.update(before)
-        with torch.no_grad():
-            for buffer, version, kept in buffers:
-                if buffer._version != version:
-                    buffer.copy_(kept)
 
 
 def _floating(output: Any) -> list[Tensor]:
