@@ -2,7 +2,9 @@
 
 A variable is a set of layers that move together, an option a format for them, and its costs what the format does to the
 loss, to time, to memory. Costs add up, over variables and over the places where two of them meet in different formats.
-With scipy the problem is solved as a mixed-integer linear programme (HiGHS), else by a greedy search alone.
+With scipy the relaxation of a mixed-integer linear programme (HiGHS) says how good a choice can be at most. It is
+rounded and mended; where that, or a greedy search, is not as good as the bound, the programme itself is solved, for a
+few seconds. Without scipy there is the greedy search alone.
 """
 
 import heapq
@@ -24,8 +26,11 @@ _BOUND = 1e4
 _GAP = 1e-3
 """The relative gap at which a solution is good enough."""
 
-_MOST_SECONDS = 20.0
-"""The time after which HiGHS answers with the best that it has found."""
+_SECONDS = 2.0
+"""The time that HiGHS has to find a better choice than those that are known: 1,000 layers are solved in 5 s."""
+
+_SECONDS_FOR_ANY = 20.0
+"""The time that it has to find one that keeps the budgets at all."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,14 @@ class Solution:
     Attributes:
         chosen: For each variable the place of its option.
         totals: The totals of the cost that is least and of those with a budget, added up from the choice.
-        how: ``"milp"`` or ``"greedy"``: which of the two found it.
+        how: ``"milp"`` or ``"greedy"``: whether scipy's programme or the greedy search found it.
+        gap: The share of the least total by which it may be above the best there is, at most; None if nobody knows.
     """
 
     chosen: tuple[int, ...]
     totals: Mapping[str, float]
     how: str
+    gap: float | None = None
 
 
 def solve(problem: Problem, *, exactly: bool | None = None, then: str | None = None) -> Solution:
@@ -118,8 +125,10 @@ def solve(problem: Problem, *, exactly: bool | None = None, then: str | None = N
     """
     has_scipy = importlib.util.find_spec("scipy") is not None if exactly is None else exactly
     found: list[tuple[tuple[int, ...], str]] = [(_greedy(problem), "greedy")]
+    bound: float | None = None
     if has_scipy:
-        found.insert(0, (_by_programme(problem), "milp"))
+        better, bound = _by_programme(problem, found[0][0])
+        found = [*((each, "milp") for each in better), *found]
     within = [(chosen, how) for chosen, how in found if chosen and problem.is_within(chosen)]
     if not within:
         raise PlanError(_unreachable(problem, has_scipy))
@@ -130,7 +139,12 @@ def solve(problem: Problem, *, exactly: bool | None = None, then: str | None = N
         _improve(walk)
         chosen = tuple(walk.chosen)
     totals = {cost: problem.total(cost, chosen) for cost in (problem.least, *problem.at_most)}
-    return Solution(chosen, totals, how)
+    return Solution(chosen, totals, how, None if bound is None else _gap(totals[problem.least], bound))
+
+
+def _gap(total: float, bound: float) -> float:
+    """How much of a total is above a bound."""
+    return max(total - bound, 0.0) / abs(total) if total else 0.0
 
 
 def _unreachable(problem: Problem, has_scipy: bool) -> str:
@@ -138,9 +152,9 @@ def _unreachable(problem: Problem, has_scipy: bool) -> str:
     beyond = []
     for cost, most in problem.at_most.items():
         alone = Problem(problem.variables, problem.meetings, least=cost)
-        reached = min(
-            problem.total(cost, chosen) for chosen in (_greedy(alone), *([_by_programme(alone)] if has_scipy else []))
-        )
+        greedy = _greedy(alone)
+        tried = [greedy, *(_by_programme(alone, greedy)[0] if has_scipy else [])]
+        reached = min(problem.total(cost, chosen) for chosen in tried)
         if reached > most + abs(most) * _SLACK:
             beyond.append(f"{cost} at most {most:g}, where the least that can be reached is {reached:g}")
     if beyond:
@@ -217,7 +231,12 @@ def _greedy(problem: Problem) -> tuple[int, ...]:
         min(range(len(options)), key=lambda place: options[place].costs.get(problem.least, 0.0))
         for options in problem.variables
     ]
-    walk = _Walk(problem, starts)
+    return _mended(problem, starts)
+
+
+def _mended(problem: Problem, chosen: Sequence[int]) -> tuple[int, ...]:
+    """A choice brought within the budgets, and made less as long as it stays there."""
+    walk = _Walk(problem, chosen)
     while (exceeded := walk.exceeded()) and _bring_within(walk, exceeded):
         pass
     _improve(walk)
@@ -268,17 +287,29 @@ def _improve(walk: _Walk) -> None:
                 has_moved = True
 
 
-def _by_programme(problem: Problem) -> tuple[int, ...]:
-    """The optimum by HiGHS; nothing if there is none, or none was found in time."""
-    programme = _Programme(problem)
-    relaxed = programme.run(1.0, is_relaxed=True)
+def _by_programme(problem: Problem, known: tuple[int, ...]) -> tuple[list[tuple[int, ...]], float | None]:
+    """Choices by HiGHS, the better ones last, and the bound of the relaxation; none if there are none.
+
+    Args:
+        problem: The problem.
+        known: A choice that is known.
+    """
+    programme, least = _Programme(problem), problem.least
+    reached = problem.total(least, known) if problem.is_within(known) else math.inf
+    guess = reached if 0 < reached < math.inf else programme.largest or 1.0
+    relaxed = programme.run(_BOUND / guess, is_relaxed=True)
     if relaxed is None:
-        return ()
-    bound, _ = relaxed
-    largest = programme.largest
-    scale = _BOUND / bound if bound > largest * 1e-12 else _BOUND / (largest or 1.0)
-    solved = programme.run(scale, is_relaxed=False)
-    return programme.choice(solved[1]) if solved is not None else ()
+        return [], None
+    bound = relaxed[0] * guess / _BOUND
+    rounded = _mended(problem, programme.choice(relaxed[1]))
+    if problem.is_within(rounded):
+        reached = min(reached, problem.total(least, rounded))
+    if reached < math.inf and _gap(reached, bound) <= _GAP:
+        return [rounded], bound
+    scale = _BOUND / (bound if bound > programme.largest * 1e-12 else programme.largest or 1.0)
+    seconds = _SECONDS if reached < math.inf else _SECONDS_FOR_ANY
+    solved = programme.run(scale, is_relaxed=False, seconds=seconds)
+    return [rounded, *([programme.choice(solved[1])] if solved is not None else [])], bound
 
 
 class _Programme:
@@ -320,12 +351,13 @@ class _Programme:
         }
         self.largest = float(abs(self._costs[problem.least]).max(initial=0.0))
 
-    def run(self, scale: float, *, is_relaxed: bool) -> tuple[float, Any] | None:
-        """The least total and the columns; None if no choice keeps the budgets.
+    def run(self, scale: float, *, is_relaxed: bool, seconds: float = _SECONDS_FOR_ANY) -> tuple[float, Any] | None:
+        """The least total, scaled, and the columns; None if no choice keeps the budgets, or none was found in time.
 
         Args:
             scale: What the costs to minimise are multiplied by.
             is_relaxed: Whether columns may be between 0 and 1.
+            seconds: The time after which the best that was found is the answer.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -343,7 +375,7 @@ class _Programme:
             integrality=is_whole.astype(int),
             bounds=Bounds(0.0, 1.0),
             constraints=constraints,
-            options={"mip_rel_gap": _GAP, "time_limit": _MOST_SECONDS},
+            options={"mip_rel_gap": _GAP, "time_limit": seconds},
         )
         return None if result.x is None else (float(result.fun), result.x)
 
