@@ -1,0 +1,211 @@
+"""What each layer of a module takes of time and memory in each format: measured, or told of a device that is not here.
+
+Three things are looked at, each in steps of the first batch inside the sandbox:
+
+- what a step in fp32 computes and hands on: the matrix products of each layer, and which layer takes whose output;
+- what a step keeps for its backward, under the uniform policy of each format: each memory once, at the layer that keeps
+  it first, weights apart;
+- on the device at hand, the time of each layer's forward and backward in each format, in turns, once for each distinct
+  class, weights and inputs. What a module that calls others computes itself takes the time of its matrix products at
+  the rate of the other layers. For a device by name, the time of a layer is that of its products at the peak of the
+  format or that of its numbers at the memory's bandwidth, whichever is longer.
+"""
+
+import contextlib
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_mixprec.engine.border_plan import Site, survey
+from lightning_mixprec.errors import MixPrecError, PlanError, one_line
+from lightning_mixprec.evidence.instruments.flops import FlopCount
+from lightning_mixprec.evidence.measuring.handed_on import HandedOn
+from lightning_mixprec.evidence.measuring.layer_times import LayerTimes, cast_seconds
+from lightning_mixprec.evidence.measuring.saved_by_layer import SavedByLayer
+from lightning_mixprec.evidence.replay import StepReplay
+from lightning_mixprec.evidence.run_formats import PolicyFormats
+from lightning_mixprec.numerics.devices import NamedDevice, named_device
+from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format
+from lightning_mixprec.planning.cost import Costs, Handover, LayerCost
+from lightning_mixprec.policy.assignment import EightBits
+from lightning_mixprec.policy.policy import PrecisionPolicy
+from lightning_mixprec.policy.rules import Rule, is_of_products
+
+EFFICIENCY = 0.6
+"""The share of a device's peaks, of arithmetic and of bandwidth, that layers of ordinary sizes reach.
+
+It is the same for all formats, so the order of policies depends little on it.
+"""
+
+_BACKWARD = 3.0
+"""A step's arithmetic as a multiple of its forward: backward takes two products for each."""
+
+_MOMENTS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "Rprop": 2, "Adadelta": 2}
+_MOMENTS_OF_OTHERS = 2
+
+
+def measure_costs(
+    module: pl.LightningModule,
+    batches: Sequence[Any],
+    formats: Sequence[str],
+    *,
+    device: str | None = None,
+    optimizer: Optimizer | None = None,
+) -> Costs:
+    """Measures what each layer of a module takes in fp32 and in some formats; nothing of the module changes.
+
+    Args:
+        module: The LightningModule, on the device where it is to compute.
+        batches: What its ``training_step`` takes, on the same device; the first one is looked at.
+        formats: The formats.
+        device: A device by name, for which times are told; None for the one that the module is on, where they are
+            measured.
+        optimizer: The optimizer, of whose moments the memory is; None for Adam's two.
+
+    Raises:
+        MixPrecError: The step cannot be run; or a format or device is unknown.
+    """
+    named = None if device is None else named_device(device)
+    if named is not None and named.compute_capability is None:
+        named = None  # the CPU of this machine, whose peaks nobody has listed
+    if not batches:
+        raise PlanError("there are no batches to measure on; give one at least.")
+    for format in formats:
+        if not get_format(format).use.is_computed_in:
+            raise PlanError(f"layers do not compute in {format!r}; they do in {', '.join(compute_formats())}.")
+    return _Measuring(module, batches[0], [REFERENCE, *formats]).costs(named, optimizer)
+
+
+class _Measuring:
+    """The costs of one module on one batch."""
+
+    def __init__(self, module: pl.LightningModule, batch: Any, formats: Sequence[str]) -> None:
+        self._module, self._batch = module, batch
+        self._base = PrecisionPolicy(REFERENCE).resolve(module)
+        self._sites = survey(module)
+        self._modules = {site.name: site.module for site in self._sites}
+        self._formats = list(dict.fromkeys(formats))
+
+    def costs(self, named: NamedDevice | None, optimizer: Optimizer | None) -> Costs:
+        flops, handed = FlopCount(self._modules), HandedOn(self._modules)
+        self._step(REFERENCE, flops, handed)
+        saved = {format: self._saved(format) for format in self._formats}
+        if named is None:
+            times, cast_time = self._measured(flops.flops), cast_seconds(self._module.device)
+        else:
+            times, cast_time = self._told(named, flops.flops, handed.elements), 1e-9 / _bandwidth(named)
+        layers = {}
+        for site in self._sites:
+            weight_bytes = self._weight_bytes(site, optimizer)
+            layers[site.name] = {
+                format: LayerCost(
+                    times[site.name, format],
+                    weight_bytes,
+                    float(saved[format].get(site.name, 0)),
+                    float(flops.flops[site.name]),
+                )
+                for format in self._of(site)
+            }
+        handovers = tuple(Handover(*pair, float(elements)) for pair, elements in handed.handovers.items())
+        return Costs(named.name if named else str(self._module.device), layers, handovers, 0.0, 0.0, cast_time)
+
+    def _of(self, site: Site) -> list[str]:
+        """The formats that a site may have."""
+        if self._base[site.name].stays_wide:
+            return [REFERENCE]
+        return [each for each in self._formats if isinstance(site.module, nn.Linear) or not is_of_products(each)]
+
+    def _step(self, format: str, *seen: contextlib.AbstractContextManager[Any]) -> None:
+        """Runs the step under a uniform policy, while something looks at it."""
+        device = self._module.device
+        replay = StepReplay(self._module, PolicyFormats(self._module, _uniform(format), device, 1.0), device)
+        try:
+            with replay.opened(reference=format == REFERENCE) as stand_ins, contextlib.ExitStack() as stack:
+                for each in seen:
+                    stack.enter_context(each)
+                    if isinstance(each, SavedByLayer):
+                        each.leave_out((*stand_ins.parameters.values(), *self._module.buffers()))
+                replay.run(stand_ins, self._batch, 0)
+        except MixPrecError:
+            raise
+        except Exception as error:
+            raise PlanError(f"the step could not be run in {format}: {one_line(error)}") from error
+
+    def _saved(self, format: str) -> Mapping[str, int]:
+        """By layer the bytes that it keeps for backward under a uniform policy."""
+        if is_of_products(format) and not any(isinstance(each, nn.Linear) for each in self._modules.values()):
+            return {}
+        saved = SavedByLayer(self._module)
+        self._step(format, saved)
+        return saved.bytes
+
+    def _measured(self, flops: Mapping[str, int]) -> dict[tuple[str, str], float]:
+        """By layer and format the seconds of forward and backward, measured where the module is."""
+        formats = {site.name: self._of(site) for site in self._sites}
+        leaves = [site for site in self._sites if not site.children and site.name]
+        times = LayerTimes(leaves, formats, self._base, self._module.device)
+        self._step(REFERENCE, times)
+        rates = {
+            format: [
+                times.seconds[site.name, format] / flops[site.name]
+                for site in leaves
+                if flops[site.name] and times.seconds.get((site.name, format))
+            ]
+            for format in self._formats
+        }
+        rate = {format: statistics.median(found) if found else 0.0 for format, found in rates.items()}
+        return {
+            (site.name, format): times.seconds.get((site.name, format), flops[site.name] * rate[format])
+            for site in self._sites
+            for format in formats[site.name]
+        }
+
+    def _told(
+        self, named: NamedDevice, flops: Mapping[str, int], elements: Mapping[str, int]
+    ) -> dict[tuple[str, str], float]:
+        """The same for a device that need not be there."""
+        times = {}
+        for site in self._sites:
+            weights = sum(param.numel() for part in site.parts for param in part.parameters(recurse=False))
+            for format in self._of(site):
+                width = get_format(format).bits / 8
+                arithmetic = _BACKWARD * flops[site.name] / (_peak(named, format) * 1e12)
+                memory = _BACKWARD * (elements[site.name] + weights) * width / (_bandwidth(named) * 1e9)
+                times[site.name, format] = max(arithmetic, memory) / EFFICIENCY
+        return times
+
+    def _weight_bytes(self, site: Site, optimizer: Optimizer | None) -> float:
+        """Bytes of a site's own weights, their gradients and the moments that an optimizer keeps of them."""
+        own = [param for part in site.parts for param in part.parameters(recurse=False)]
+        return float(sum(param.nbytes * (2 + _moments(optimizer) if param.requires_grad else 1) for param in own))
+
+
+def _uniform(format: str) -> PrecisionPolicy:
+    """The policy that has all layers compute in a format, as far as they can."""
+    if not is_of_products(format):
+        return PrecisionPolicy(format)
+    return PrecisionPolicy(EightBits().around, [Rule(types="Linear", compute=format)])
+
+
+def _moments(optimizer: Optimizer | None) -> int:
+    """How many numbers of a weight's size an optimizer keeps of each weight."""
+    if optimizer is None:
+        return _MOMENTS_OF_OTHERS
+    known = _MOMENTS.get(type(optimizer).__name__, _MOMENTS_OF_OTHERS)
+    return known + bool(optimizer.defaults.get("momentum")) + bool(optimizer.defaults.get("amsgrad"))
+
+
+def _peak(named: NamedDevice, format: str) -> float:
+    """The peak of a device in 10^12 operations per second; of a format that it lacks, that of fp32."""
+    found = named.tflops.get(format, named.tflops.get(REFERENCE, math.nan))
+    return max(found, named.tf32_tflops or 0.0) if format == REFERENCE else found
+
+
+def _bandwidth(named: NamedDevice) -> float:
+    assert named.bandwidth_gb_s is not None
+    return named.bandwidth_gb_s
