@@ -52,6 +52,7 @@ MAY_IMPORT["__init__"] = {room for step in STEPS[:-1] for room in step} | {"repo
 
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 SUBROOMS = (
+    "policy/written",
     "engine/backends",
     "numerics/devices",
     "evidence/instruments",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,15 @@ from torch import nn
 
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import region_formats
-from lightning_mixprec.policy import yaml_files as files
+from lightning_mixprec.numerics.ranges import read_ranges
 from lightning_mixprec.policy.amending import amended_rules
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.idle_rules import check_rules
+from lightning_mixprec.policy.moving import Replacement, moved, supports_of
 from lightning_mixprec.policy.resolving import assignment_of, resolve
 from lightning_mixprec.policy.rules import FieldError, Rule, check_format
-from lightning_mixprec.policy.written_forms import check_flag, read_mapping, read_rules
+from lightning_mixprec.policy.written import yaml_files as files
+from lightning_mixprec.policy.written.written_forms import check_flag, read_mapping, read_rules
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class PrecisionPolicy:
     default: str
     rules: Sequence[Rule] = ()
     allow_unmatched: bool = False
+    replacements: tuple[Replacement, ...] = field(default=(), init=False, repr=False, compare=False)
+    """What :meth:`for_device` replaced; empty for a policy that is as it was written."""
 
     def __post_init__(self) -> None:
         """Check every argument; rules may come as mappings and become a tuple of rules."""
@@ -132,6 +136,42 @@ class PrecisionPolicy:
         """
         rules = amended_rules(self.default, self.rules, edits, model, self.allow_unmatched)
         return replace(self, rules=rules)
+
+    def for_device(
+        self, name: str, ranges: Mapping[str, float] | str | os.PathLike[str] | None = None
+    ) -> "PrecisionPolicy":
+        """This policy for a device: the formats that it has no arithmetic for are replaced.
+
+        8 bits give way to bf16; bf16 to fp16 where that holds what was recorded, with a bit to spare, and to fp32
+        elsewhere; fp16 to bf16, or to fp32 where there is none. Weights stay stored as they are. A layer that fp16
+        does not hold gets a rule of its own, and so does the layer after it, which may take its output. ``compare``
+        shows what became of the model.
+
+        Args:
+            name: A device of the table (``"t4"``, ``"V100 PCIe 32GB"``, ``"cpu"``), or ``"cuda:0"`` of this machine.
+            ranges: The log directory of a run with ``UnderflowMonitor``, or by layer the largest magnitude that it
+                hands on, in the model's order. A layer that is not in it goes with the others of its rule. None:
+                nothing is known, and bf16 gives way to fp32.
+
+        Returns:
+            A policy, with ``replacements``: a :class:`Replacement` with ``where``, ``key``, ``old``, ``new`` and
+            ``reason`` for each; empty if the device lacks nothing.
+
+        Raises:
+            SupportError: There is no such device.
+            MixPrecError: ``ranges`` cannot be read.
+
+        >>> policy = PrecisionPolicy("bf16").for_device("t4", ranges={"net.0": 12.0, "net.1": 1e6})
+        >>> policy.to_dict()
+        {'default': 'fp16', 'rules': [{'layers': 'net.1', 'compute': 'fp32'}]}
+        >>> print(policy.replacements[1])
+        'net.1': compute bf16 -> fp32 (T4 (compute capability 7.5) has no bf16 arithmetic, which came with 8.0; its ...
+        """
+        known = {} if ranges is None else read_ranges(ranges)
+        default, rules, replacements = moved(self.default, self.rules, supports_of(name), known)
+        new = replace(self, default=default, rules=rules)
+        object.__setattr__(new, "replacements", tuple(replacements))
+        return new
 
 
 def as_policy(value: object) -> PrecisionPolicy:

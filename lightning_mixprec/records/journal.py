@@ -13,11 +13,13 @@ A row of ``"adaptive"`` is one of
 - ``problem``: why a batch could not be tried.
 """
 
+import contextlib
 import json
 import math
 import os
 import uuid
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from lightning_mixprec.records.changes import Came, Decided
 from lightning_mixprec.records.events import Event
 from lightning_mixprec.records.runs import Change, Curve, End, Run, Sample
 from lightning_mixprec.records.samples import ClosenessRow, LossRow, NotObservedRow, StagnationRow, UnderflowRow
+from lightning_mixprec.records.schema import Count, matches
 
 FILE_NAME = "mixprec.jsonl"
 
@@ -83,6 +86,16 @@ class Journal:
 def new_run_id() -> str:
     """Eight hexadecimal digits that no other run in the folder has; drawn from none of the run's generators."""
     return uuid.uuid4().hex[:8]
+
+
+def rows_in(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, in order; a line that a crash cut short, or that is none of ours, is passed over."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if isinstance(row, dict) and matches(row.get("step"), Count):
+                    yield row
 
 
 def plain(value: Any) -> Any:

@@ -1,18 +1,16 @@
 """The records that a run left, read: rows of ``mixprec.jsonl``, and the loss from ``metrics.csv`` if need be."""
 
-import contextlib
 import csv
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.records.journal import FILE_NAME, PARTS, ROWS
+from lightning_mixprec.records.journal import FILE_NAME, PARTS, ROWS, rows_in
 from lightning_mixprec.records.runs import DescribedLayer, SampledLayer
-from lightning_mixprec.records.schema import Count, matches
+from lightning_mixprec.records.schema import matches
 
 _METRICS = "metrics.csv"
 
@@ -104,7 +102,7 @@ def read_records(folder: str | Path) -> Records:
     path = folder / FILE_NAME
     if not path.is_file():
         raise MixPrecError(_missing(folder))
-    run_id, rows = _of_run(list(_rows(path)), asked, folder)
+    run_id, rows = _of_run(list(rows_in(path)), asked, folder)
     records = Records(f"{folder.resolve().name}{f'@{asked}' if asked else ''}", run_id)
     for row in rows:
         _take_in(records, row)
@@ -126,15 +124,6 @@ def _missing(folder: Path) -> str:
 
 def _age(folder: Path) -> float:
     return (folder / FILE_NAME).stat().st_mtime
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if isinstance(row, dict) and matches(row.get("step"), Count):
-                    yield row
 
 
 def _of_run(rows: list[Row], asked: str, folder: Path) -> tuple[str, list[Row]]:
