@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.kept_moments import SCALES, Moment, dequantized, empty_moment, quantized, stored_as
@@ -83,6 +84,9 @@ def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]
         model: The model.
         optimizer: The optimizer of its weights, or several; weights that none of them has are cast.
 
+    Raises:
+        SupportError: The optimizers have weights in 16 bits, and none of the model's.
+
     >>> from lightning_mixprec.optim import AdamW
     >>> model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     >>> _ = nn.init.ones_(model.weight)
@@ -94,6 +98,7 @@ def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     states = {id(param): each.state.get(param, {}) for each in optimizers for param in params_of(each)}
+    _check_whose([param for each in optimizers for param in params_of(each)], model)
     full = {
         name: value.detach().clone() if isinstance(value, Tensor) else value
         for name, value in model.state_dict().items()
@@ -101,13 +106,22 @@ def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]
     for name, param in model.named_parameters(remove_duplicate=False):
         if name in full and is_narrow(param):
             wide = torch.empty_like(full[name], dtype=torch.float32)
-            local_part(wide).copy_(_widened(param, states.get(id(param), {})))
+            local_part(wide).copy_(widened(param, states.get(id(param), {})))
             full[name] = wide
     return full
 
 
-def _widened(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """A weight in 16 bits with all the bits that its optimizer keeps of it; of a DTensor the part of this rank."""
+def _check_whose(params: Sequence[Tensor], model: nn.Module) -> None:
+    own, narrow = {id(param) for param in model.parameters()}, list(filter(is_narrow, params))
+    if narrow and not any(id(param) in own for param in narrow):
+        raise SupportError(
+            f"the optimizer has {len(narrow)} weights in 16 bits, and none of them is a weight of this "
+            f"{type(model).__name__}; give the model that it trains, not a copy"
+        )
+
+
+def widened(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """A weight in 16 bits, in fp32 with all bits that a state keeps of it; of a DTensor the part of this rank."""
     stored = local_part(param.detach())
     found = keeping_in(state)
     if found is None or found[1] != param.dtype:
@@ -131,7 +145,7 @@ def _restore_weight(param: Tensor, state: dict[str, Any], saved: Mapping[str, An
         wide = was.widened(stored.to(dtype), beside)
     if is_narrow(param):
         store_weight(param, state, wide, weights)
-        exact = torch.equal(_widened(param, state), wide)
+        exact = torch.equal(widened(param, state), wide)
         return [] if exact else [f"weights, of which weights={weights!r} keeps {_BITS_KEPT[weights]}"]
     with torch.no_grad():
         local_part(param).copy_(wide)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from typing_extensions import override
 
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.flat_batches import local_part, moved_to
+from lightning_mixprec.optim.checkpoint_files import WEIGHT_NAMES
 from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.kept_moments import STATES, Moment, empty_moment, is_plain
 from lightning_mixprec.optim.kept_weights import KEPT, WEIGHTS, empty_kept, is_kept, is_narrow, keeping_in
@@ -31,6 +33,7 @@ class LowPrecisionOptimizer(Optimizer):
     """
 
     _MOMENTS: ClassVar[tuple[Moment, ...]]
+    _names: Mapping[Tensor, str] = MappingProxyType({})
 
     def _set_options(self, weights: str, states: str, seed: int, grad_dtype: torch.dtype | None) -> None:
         """The options of groups that say nothing; before torch's constructor, which knows none of them."""
@@ -144,6 +147,18 @@ class LowPrecisionOptimizer(Optimizer):
         """
         group = next(group for group in self.param_groups if any(param is each for each in group["params"]))
         store_weight(param, self._state_of(param, group), wide, group["weights"])
+
+    def name_weights(self, names: Mapping[Tensor, str]) -> None:
+        """Has the state_dict say which weights are whose, for :func:`~lightning_mixprec.optim.full_weights`."""
+        self._names = dict(names)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch has it, and beside it the names of the weights if they are known."""
+        state = super().state_dict()
+        if names := [name for param in params_of(self) if (name := self._names.get(param)) is not None]:
+            state[WEIGHT_NAMES] = names
+        return state
 
     def give_back(self) -> None:
         """Gives weights that have become fp32 the bits that are kept of them, and keeps them no longer."""

@@ -140,6 +140,8 @@ class FormatsInForce:
                     owner.set_weight(weight, wide)
                 self._attachment.take(weight)
         self._keepers = [each for each in optimizers if isinstance(each, LowPrecisionOptimizer)]
+        for keeper in self._keepers:
+            keeper.name_weights({param: name for name, param in model.named_parameters()})
         warn_of_narrow_weights(model, self.resolved_for_training, optimizers)
         return optimizers
 

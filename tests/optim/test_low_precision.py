@@ -19,7 +19,7 @@ SHAPES = [(7, 5), (5000,)]
 def test_the_public_names():
     import lightning_mixprec.optim
 
-    assert sorted(lightning_mixprec.optim.__all__) == ["AdamW", "SGD", "fp32_state_dict"]
+    assert sorted(lightning_mixprec.optim.__all__) == ["AdamW", "SGD", "fp32_state_dict", "full_weights"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(AdamW, torch.optim.AdamW), (SGD, torch.optim.SGD)])

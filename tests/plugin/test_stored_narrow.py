@@ -6,7 +6,7 @@ from lightnings import pl
 from plugin_models import same
 
 from lightning_mixprec import LossScaling, PerLayerPrecision
-from lightning_mixprec.optim import SGD, AdamW, fp32_state_dict
+from lightning_mixprec.optim import SGD, AdamW, fp32_state_dict, full_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 POLICY = {"default": "fp32", "first": "p=bf16"}
@@ -143,3 +143,16 @@ def test_a_skipped_step_moves_no_bit():
     )
     assert trainer.precision_plugin.skipped_steps >= 1
     assert same(bits(module), before) == (trainer.global_step == 0)
+
+
+@pytest.mark.parametrize("word", ["exact", "kahan"])
+def test_a_checkpoint_file_alone_has_the_full_weights(tmp_path, word):
+    class Kept(pl.Callback):
+        def on_train_batch_end(self, trainer, model, *_):
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+                self.expected = fp32_state_dict(model, trainer.optimizers[0])
+
+    kept = Kept()
+    fitted(net(weights=word), keep=kept)
+    assert same(full_weights(tmp_path / "half.ckpt"), kept.expected)
