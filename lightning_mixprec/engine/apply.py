@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_mixprec.engine import fastpath, sharding
 from lightning_mixprec.engine.backends import Backends, Emulate
+from lightning_mixprec.engine.backends.replacing import Replacing
 from lightning_mixprec.engine.border_plan import Plan, Site, bypassing, draw, survey
 from lightning_mixprec.engine.borders import Border, border_of
 from lightning_mixprec.engine.compiling import CompilerSettings
@@ -85,6 +86,7 @@ class Attachment:
         self._layers: Mapping[str, LayerPrecision] = {}
         self._plan = Plan({}, {}, False)
         self._root = backends.region(REFERENCE)
+        self._modes: list[Replacing] = []
         self._settings = CompilerSettings()
         self._check: FirstStepCheck | None = None
         _attached.add(unwrap(model))
@@ -120,6 +122,8 @@ class Attachment:
         self._plan, self._layers = plan, layers
         root = self._sites[0]
         self._root = self._backends.region(plan.formats[root], plan.narrow.get(root))
+        modes = {self._backends.region(format).mode for format in set(plan.formats.values())}
+        self._modes = [mode for mode in modes if mode is not None]
         if not is_lent:
             self._settings.make_room(self._model, self._sites, plan)
 
@@ -137,9 +141,11 @@ class Attachment:
 
         Autocast is left to checkpointing, and what replaces functions of torch is entered.
         """
+        if not self._modes:
+            return contextlib.nullcontext()
         stack = contextlib.ExitStack()
-        for mode in {self._backends.region(format).mode for format in self._plan.formats.values()} - {None}:
-            if mode is not None and not mode.is_entered():
+        for mode in self._modes:
+            if not mode.is_entered():
                 stack.enter_context(mode)
         return stack
 

@@ -45,8 +45,7 @@ def _nonfinite_flags(tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], Ten
     """Places of tensors of one kind and, on their device, which of them hold a NaN or an infinity."""
     real = [[dense(tensor)] if tensor.is_floating_point() or tensor.is_complex() else [] for tensor in tensors]
     for places, pieces in by_kind(real):
-        largest = torch.stack(list(torch._foreach_norm([values for _, values in pieces], float("inf"))))
-        yield places, ~torch.isfinite(largest)
+        yield places, ~finite_flags([values for _, values in pieces])
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -59,3 +58,22 @@ def dense(tensor: Tensor) -> Tensor:
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
     return values.float() if values.dtype.itemsize == 1 else values
+
+
+def finite_flags(tensors: list[Tensor]) -> Tensor:
+    """Which of some tensors are finite, by one pass that only reads: bools on their device.
+
+    On a CPU the largest of all takes ten times as long as the sum of squares, which is infinite for some finite
+    tensors, too: those are then looked at again.
+
+    Args:
+        tensors: Not empty, dense and real, each with elements, of one dtype of at least 16 bits and one device.
+    """
+    if tensors[0].device.type != "cpu":
+        return torch.isfinite(torch.stack(list(torch._foreach_norm(tensors, float("inf")))))
+    dtype = None if tensors[0].dtype.itemsize > 2 else torch.float32
+    finite = torch.isfinite(torch.stack(list(torch._foreach_norm(tensors, 2, dtype=dtype))))
+    if not bool(finite.all()):
+        for place in (~finite).nonzero().flatten().tolist():
+            finite[place] = torch.isfinite(tensors[place].abs().amax())
+    return finite

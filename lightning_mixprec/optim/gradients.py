@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from lightning_mixprec.numerics.finite import all_finite
+from lightning_mixprec.numerics.finite import finite_flags
 from lightning_mixprec.numerics.flat_batches import local_part, moved_to
 
 _PLAIN = (Tensor, nn.Parameter)
 _CHECKED_BY_KERNEL = (torch.float16, torch.float32, torch.float64)  # by torch's one kernel, on every device
+_FEW = 1 << 14  # elements that stay in a core's cache
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -77,7 +78,7 @@ def grads_of(params: Sequence[Tensor]) -> list[Tensor]:
     grads = [grad for param in params if (grad := param.grad) is not None]
     if any(map(attrgetter("is_sparse"), grads)):
         return [_values(param) if grad.is_sparse else grad for param in params if (grad := param.grad) is not None]
-    return [local_part(grad) for grad in grads] if any(type(grad) is not Tensor for grad in grads) else grads
+    return grads if set(map(type, grads)) <= {Tensor} else [local_part(grad) for grad in grads]
 
 
 def _values(param: Tensor) -> Tensor:
@@ -90,21 +91,38 @@ def _values(param: Tensor) -> Tensor:
 
 
 def check_and_unscale(grads: list[Tensor], factor: Tensor | None, found_inf: Tensor) -> Tensor:
-    """Multiplies gradients in place, if there is a factor; ``found_inf``, or 1 if a gradient is not finite."""
+    """Multiplies gradients in place, if there is a factor; ``found_inf``, or 1 if a gradient is not finite.
+
+    Without a factor gradients are only read, but for small ones on a CPU: torch's kernel for both takes a hundred of
+    them in one call, and to write them to the cache again costs less than a call that reads for each.
+    """
     for (device, dtype), group in _by_kind(grads).items():
         flag = found_inf if device == found_inf.device else scalar(0.0, device)
         real = [torch.view_as_real(grad) for grad in group] if dtype.is_complex else group
         here = None if factor is None else moved_to(device, factor)
-        if real[0].dtype in _CHECKED_BY_KERNEL:
+        large, small = _read_only(real) if here is None else ([], real)
+        if large:
+            flag.copy_(torch.maximum(flag, ~finite_flags(large).all()))
+        if small and small[0].dtype in _CHECKED_BY_KERNEL:
             one_or_factor = scalar(1.0, device) if here is None else here
-            torch._amp_foreach_non_finite_check_and_unscale_(real, flag, one_or_factor)
-        elif nonempty := [grad for grad in real if grad.numel()]:
-            flag.copy_(torch.maximum(flag, ~all_finite(nonempty)))
+            torch._amp_foreach_non_finite_check_and_unscale_(small, flag, one_or_factor)
+        elif nonempty := [grad for grad in small if grad.numel()]:
+            flag.copy_(torch.maximum(flag, ~finite_flags(nonempty).all()))
             if here is not None:
                 multiply_(nonempty, here)
         if flag is not found_inf:
             found_inf = torch.maximum(found_inf, moved_to(found_inf.device, flag))
     return found_inf
+
+
+def _read_only(grads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of gradients of one kind those that are checked by a pass that only reads, and the others."""
+    sizes = list(map(Tensor.numel, grads))
+    least = 1 if grads[0].device.type != "cpu" or grads[0].dtype not in _CHECKED_BY_KERNEL else _FEW
+    if max(sizes) < least:
+        return [], grads
+    large = [grad for grad, size in zip(grads, sizes, strict=True) if size >= least]
+    return large, [grad for grad, size in zip(grads, sizes, strict=True) if size < least]
 
 
 def multiply_(tensors: list[Tensor], factor: Tensor | float) -> None:

@@ -118,3 +118,30 @@ def test_checking_bf16_gradients_waits_for_nothing(is_scaled):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert found == 0
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_large_gradients_are_read_and_not_written(dtype, bad, device):
+    """Also those whose squares overflow, and which are finite all the same."""
+    largest = min(torch.finfo(dtype).max, 1e300)
+    grads = [torch.full((1 << 14, 2), 0.5 * largest, dtype=torch.float64).to(device, dtype) for _ in range(2)]
+    if bad is not None:
+        grads[1][77, 1] = bad
+    before = [(grad._version, grad.data_ptr(), grad.clone()) for grad in grads]
+    found = check_and_unscale(grads, None, scalar(0.0, device))
+    assert found.item() == (bad is not None)
+    for grad, (version, place, value) in zip(grads, before, strict=True):
+        assert (grad._version, grad.data_ptr()) == (version, place)
+        assert torch.equal(torch.nan_to_num(grad, 7), torch.nan_to_num(value, 7))
+
+
+def test_one_bad_number_is_found_wherever_it_is():
+    for size in (1, 7, (1 << 14) - 1, 1 << 14, 100_003):
+        for place in {0, size // 2, size - 1}:
+            grads = [torch.ones(3), torch.ones(size), torch.ones(1 << 15)]
+            grads[1][place] = math.nan
+            assert check_and_unscale(grads, None, scalar(0.0, torch.device("cpu"))) == 1
+            grads[1][place] = 0.0
+            assert check_and_unscale(grads, None, scalar(0.0, torch.device("cpu"))) == 0
