@@ -19,6 +19,7 @@ from lightning_mixprec.callbacks.report import PrecisionReport
 from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
 from lightning_mixprec.callbacks.underflow import UnderflowMonitor
 from lightning_mixprec.deploy.compare import compare
+from lightning_mixprec.deploy.export import export
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.by_hand import diagnose
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
@@ -49,4 +50,5 @@ __all__ = [
     "UnderflowRate",
     "compare",
     "diagnose",
+    "export",
 ]

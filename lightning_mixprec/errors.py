@@ -8,6 +8,7 @@
         ├── PolicyError        a rule or policy is malformed, or does not fit the model
         ├── ScalingError       a loss-scaling option is invalid, or the loss scale cannot go on
         ├── PlanError          no choice of formats is within the budgets, or a plan does not fit the model
+        ├── ExportError        a module that cannot be exported, or a file that is not what was promised
         ├── ReplayError        a step that cannot be replayed without a trace; none is left
         ├── TraceLeftError     a replay changed the training and it could not be put back
         ├── OtherRankError     a replay that another rank of the run could not go on with
@@ -33,6 +34,10 @@ class ScalingError(MixPrecError):
 
 class PlanError(MixPrecError):
     """No choice of formats is within the budgets, or a plan does not fit the model."""
+
+
+class ExportError(MixPrecError):
+    """A module that cannot be exported, or a file of it that is not what was promised; none is left."""
 
 
 class ReplayError(MixPrecError):
@@ -66,4 +71,5 @@ def one_line(error: Exception) -> str:
     >>> one_line(KeyError("teacher"))
     "KeyError: 'teacher'"
     """
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    told = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {told}"

@@ -53,6 +53,7 @@ MAY_IMPORT["__init__"] = {room for step in STEPS[:-1] for room in step} | {"repo
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 SUBROOMS = (
     "policy/written",
+    "deploy/exporting",
     "engine/backends",
     "numerics/devices",
     "evidence/instruments",

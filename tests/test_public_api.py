@@ -30,7 +30,12 @@ CLASSES = [
     "UnderflowRate",
 ]
 COMPARE = "module policies batches reference metric repeats trainer step weights max_batches emulate seed"
-FUNCTIONS = {"compare": COMPARE.split(), "diagnose": ["module", "batch", "policy", "loss_scale", "batch_idx"]}
+EXPORT = "module path policy example_inputs format dynamic_shapes opset external_data bf16_as ranges"
+FUNCTIONS = {
+    "compare": COMPARE.split(),
+    "diagnose": ["module", "batch", "policy", "loss_scale", "batch_idx"],
+    "export": EXPORT.split(),
+}
 PUBLIC = [*CLASSES, *FUNCTIONS]
 
 

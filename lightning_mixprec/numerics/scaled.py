@@ -54,7 +54,7 @@ def scaled_to(matrix: Tensor, format: str, *, per_row: bool) -> Scaled:
     filled = matrix / scale
     if target.is_integer:
         # What is not finite has no 8 bits; the scale says that there was some. Ties go to even, as in other formats.
-        filled = filled.nan_to_num(0.0).round_()
+        filled = filled.nan_to_num(0.0).round()
     return Scaled(filled.to(target.dtype), scale)
 
 

@@ -1,8 +1,10 @@
-"""Text files that are complete or not there: a crash leaves the old content."""
+"""Files that are complete or not there: a crash leaves the old content."""
 
 import contextlib
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -26,3 +28,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             draft.unlink()
+
+
+@contextlib.contextmanager
+def drafted(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside a file's, under its own name, to be written to and read from: moved to its place at the end.
+
+    What else is written beside the draft is moved along, and before it. After an error nothing is left of either, and
+    what stood there before is whole.
+
+    Args:
+        path: Where the file is to be; its folder is made.
+    """
+    target = Path(os.path.realpath(Path(path).expanduser()))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    folder.mkdir()
+    try:
+        yield folder / target.name
+        others = [each for each in sorted(folder.iterdir()) if each.name != target.name]
+        for each in [*others, folder / target.name]:
+            each.replace(target.parent / each.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

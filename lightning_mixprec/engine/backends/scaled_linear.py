@@ -85,7 +85,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
         )
     rows = input.to(dtype).reshape(-1, input.shape[-1])
     format = get_format(products.format).forward.name
-    result: Tensor = _Product.apply(rows, weight.to(dtype), (format, format), products)
+    # A graph of TorchScript has no place for what has a derivative of its own.
+    multiply = _Product.forward if torch._C._get_tracing_state() is not None else _Product.apply
+    result: Tensor = multiply(rows, weight.to(dtype), (format, format), products)
     if bias is not None:
         result = result + bias.to(dtype)
     return result.reshape(*input.shape[:-1], weight.shape[0])

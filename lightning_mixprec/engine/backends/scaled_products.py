@@ -64,7 +64,15 @@ def _multiplied(
     return multiply(*operands, left.dtype)[:rows, :columns].to(left.dtype).contiguous()
 
 
+decomposed_product = _multiplied
+"""The same, as the operations that it is made of, for graphs that are to run without this package."""
+
 _as_one_operation = torch.library.custom_op("lightning_mixprec::scaled_product", _multiplied, mutates_args=())
+
+
+def product_operation() -> Any:
+    """The operation that stands for a product in compilers' graphs."""
+    return torch.ops.lightning_mixprec.scaled_product.default
 
 
 @_as_one_operation.register_fake
@@ -100,12 +108,14 @@ def _of_fp8(left: Scaled, right: Scaled, dtype: torch.dtype) -> Tensor:
         scales = left.scale.view(()), right.scale.view(())
     else:
         scales = left.scale.contiguous(), right.scale.t().contiguous()
-    if hasattr(F, "scaled_mm"):
-        kind = F.ScalingType.RowWise if is_per_row else F.ScalingType.TensorWise
-        return F.scaled_mm(
-            values, transposed, scales[0], kind, scales[1], kind, output_dtype=dtype, use_fast_accum=is_fast
-        )
-    return torch._scaled_mm(values, transposed, *scales, out_dtype=dtype, use_fast_accum=is_fast)
+    # The CPU's kernel multiplies numbers in fp32, which autocast would take for a product of the region's.
+    with without_autocast(values):
+        if hasattr(F, "scaled_mm"):
+            kind = F.ScalingType.RowWise if is_per_row else F.ScalingType.TensorWise
+            return F.scaled_mm(
+                values, transposed, scales[0], kind, scales[1], kind, output_dtype=dtype, use_fast_accum=is_fast
+            )
+        return torch._scaled_mm(values, transposed, *scales, out_dtype=dtype, use_fast_accum=is_fast)
 
 
 def _of_integers(left: Scaled, right: Scaled, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,1 @@
+"""Files of a trained module in which every layer's format stands."""
