@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mixprec import MixPrecError, export
 from lightning_mixprec.engine.apply import attach
+from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.policy.policy import as_policy
 
 MIXED = {"default": "bf16", "1": "c=fp32,o=input", "4": "fp16"}
@@ -207,8 +208,12 @@ class TestTiedWeights:
         assert len({tensor.data_ptr() for tensor in program.state_dict.values()}) == 1
 
 
+INT8 = native_support("int8", "cpu")
+needs_int8 = pytest.mark.skipif(not INT8.native, reason=f"no products of int8 here: {INT8.reason}")
+
+
 class TestEightBits:
-    @pytest.mark.parametrize("narrow", ["int8", "fp8"])
+    @pytest.mark.parametrize("narrow", [pytest.param("int8", marks=needs_int8), "fp8"])
     @pytest.mark.parametrize("format", ["pt2", "torchscript"])
     def test_are_operations_of_torch(self, tmp_path, narrow, format):
         made = exported(tmp_path, network(), {"default": "bf16", "3": narrow}, torch.randn(3, 8), format)
@@ -216,6 +221,7 @@ class TestEightBits:
         assert made.layers["0"] == "bf16"
         assert made.max_difference == 0
 
+    @needs_int8
     def test_int8_is_an_operation_of_onnx(self, tmp_path):
         import onnx
 
@@ -223,7 +229,10 @@ class TestEightBits:
         assert made.layers["3"] == "int8"
         assert "MatMulInteger" in {node.op_type for node in onnx.load(made.path).graph.node}
 
-    @pytest.mark.parametrize(("format", "narrow"), [("onnx", "fp8"), ("weights", "fp8"), ("weights", "int8")])
+    @pytest.mark.parametrize(
+        ("format", "narrow"),
+        [("onnx", "fp8"), ("weights", "fp8"), pytest.param("weights", "int8", marks=needs_int8)],
+    )
     def test_are_refused_by_name_elsewhere(self, tmp_path, format, narrow):
         with pytest.raises(MixPrecError, match=f"layer '3' computes in {narrow}"):
             exported(tmp_path, network(), {"default": "bf16", "3": narrow}, torch.randn(3, 8), format)
