@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from lightning_mixprec.errors import MixPrecError, PolicyError, one_line
-from lightning_mixprec.numerics.devices import named_device
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
 
@@ -32,7 +31,8 @@ def check(policy: str, device: str | None = None, model: str | None = None) -> C
 
     Args:
         policy: A YAML file, or the name of a format.
-        device: A device of the table, or ``"cpu"``; None to look at no device.
+        device: A device of the table, or ``"cpu"``; None to look at no device. What it lacks is a finding, with what
+            would replace it.
         model: ``"module:name"`` of a class or function that is called without arguments and gives a model; None for
             none.
 
@@ -56,10 +56,7 @@ def check(policy: str, device: str | None = None, model: str | None = None) -> C
 
 
 def _on_device(policy: PrecisionPolicy, device: str, checked: Checked) -> None:
-    asked = named_device(device)
-    for format in dict.fromkeys(layer for layer in (policy.default, *(rule.compute for rule in policy.rules)) if layer):
-        if not (support := asked.support(format)).native:
-            checked.findings.append(f"{format}: {support.reason}")
+    checked.findings += map(str, policy.for_device(device).replacements)
 
 
 def _on_model(policy: PrecisionPolicy, model: str, checked: Checked) -> None:
