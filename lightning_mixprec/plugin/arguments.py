@@ -9,12 +9,14 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.errors import MixPrecError, PolicyError, ScalingError, SupportError
 from lightning_mixprec.numerics.devices import native_support
-from lightning_mixprec.numerics.formats import REFERENCE, is_scaling_needed
+from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_scaling_needed
 from lightning_mixprec.optim.gradients import needs_closure
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
+from lightning_mixprec.plugin.lightnings import both
 from lightning_mixprec.policy.assignment import Assignment
 from lightning_mixprec.policy.policy import as_policy
 
+_AVERAGING = both("callbacks", "WeightAveraging") + both("callbacks", "StochasticWeightAveraging")
 _BEFORE_BACKWARD = ("on_before_zero_grad", "optimizer_zero_grad")
 
 
@@ -115,6 +117,21 @@ def check_optimizers(optimizers: Iterable[Optimizer], options: LossScaling | Non
                 f"{type(optimizer).__name__} evaluates the loss several times per step, which loss scaling does not "
                 "allow; use bf16 or fp32 instead of fp16, or another optimizer."
             )
+
+
+def check_averages(model: pl.LightningModule, assignment: Assignment) -> None:
+    """Raises where a callback of Lightning's averages weights that a rule stores in 16 bits.
+
+    It would average what they are rounded to, without the bits that the optimizer keeps, and round what it gives back.
+    """
+    averaging = [each for each in model.trainer.callbacks if isinstance(each, _AVERAGING)]  # type: ignore[attr-defined]
+    narrow = [name for name, layer in assignment.items() if layer.is_stored_by_rule and get_format(layer.param).is_half]
+    if averaging and narrow:
+        raise SupportError(
+            f"{type(averaging[0]).__name__} averages weights as they are stored, and {len(narrow)} layers "
+            f"({narrow[0]!r} first) store theirs in 16 bits, so that the average would be of rounded weights; leave "
+            "param out of the policy, or the callback, and average what fp32_state_dict(model, optimizer) gives."
+        )
 
 
 def device_name(device: torch.device) -> str:

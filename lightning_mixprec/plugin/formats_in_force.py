@@ -19,7 +19,13 @@ from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
 from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.low_precision import LowPrecisionOptimizer
-from lightning_mixprec.plugin.arguments import check_choice, check_running, check_storage_unchanged, choose_format
+from lightning_mixprec.plugin.arguments import (
+    check_averages,
+    check_choice,
+    check_running,
+    check_storage_unchanged,
+    choose_format,
+)
 from lightning_mixprec.plugin.notices import warn_of_narrow_weights, warn_of_whole_copies
 from lightning_mixprec.plugin.strategies import data_parallel_mesh
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
@@ -111,6 +117,7 @@ class FormatsInForce:
         device = model.trainer.strategy.root_device
         self.backends = Backends(device.type, self.emulate)
         self.training_assignment = self.known_on(device).resolve(model)
+        check_averages(model, self.training_assignment)
         self.evaluation_assignment = None if self.evaluation is None else self.evaluation.resolve(model)
         if self.evaluation_assignment is not None:
             check_storage_unchanged(self.training_assignment, self.evaluation_assignment)

@@ -6,6 +6,7 @@ from lightnings import pl
 from plugin_models import same
 
 from lightning_mixprec import LossScaling, PerLayerPrecision
+from lightning_mixprec.errors import SupportError
 from lightning_mixprec.optim import SGD, AdamW, fp32_state_dict, full_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -156,3 +157,24 @@ def test_a_checkpoint_file_alone_has_the_full_weights(tmp_path, word):
     kept = Kept()
     fitted(net(weights=word), keep=kept)
     assert same(full_weights(tmp_path / "half.ckpt"), kept.expected)
+
+
+AVERAGING = {
+    "ema": lambda: pl.callbacks.EMAWeightAveraging(decay=0.5),
+    "mean": lambda: pl.callbacks.WeightAveraging(),
+    "swa": lambda: pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=2, annealing_epochs=1),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGING)
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+def test_averages_of_rounded_weights_are_refused_before_training(kind, format):
+    module = net()
+    before = bits(module)
+    with pytest.raises(
+        SupportError, match=r"averages weights as they are stored, and 1 layers \('first' first\)"
+    ) as told:
+        fitted(module, {"default": "fp32", "first": f"p={format}"}, keep=AVERAGING[kind]())
+    assert "\n" not in str(told.value)
+    assert same(bits(module), before) and not module.seen
+    fitted(net(), {"default": "bf16"}, keep=AVERAGING[kind]())  # stored in fp32
