@@ -3,11 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mixprec.deploy.columns import all_columns
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.policy.table import align
+from lightning_mixprec.records.compared import Compared, ComparedPolicy
+from lightning_mixprec.records.journal import add_row
 from lightning_mixprec.records.words import counted, printable
 
 if TYPE_CHECKING:
@@ -109,6 +113,45 @@ class Comparison:
         from lightning_mixprec.numerics.plots import draw_gaps
 
         return draw_gaps(self.rows, str(self.reference["policy"]), ax=ax)
+
+    def add_to(self, folder: str | Path) -> Path:
+        """Adds the comparison to the rows of a run, so that its report has a section with it.
+
+        Args:
+            folder: The log directory of the run; ``python -m lightning_mixprec.report`` makes the report anew.
+
+        Returns:
+            The file of the rows.
+
+        Raises:
+            MixPrecError: There is no such folder, or its file cannot be written; it is as it was.
+        """
+        if not Path(folder).is_dir():
+            raise MixPrecError(f"there is no folder {str(folder)!r}; give the log directory of a run.")
+        told: Compared = {
+            "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "step": self.step,
+            "batches": self.batches,
+            "same_weights": self.same_weights,
+            "seconds": self.reference["seconds"],
+            "bytes": self.reference["bytes"],
+            "reference": _recorded(self.reference),
+            "policies": [_recorded(row) for row in self.rows],
+            "notes": list(self.notes),
+        }
+        try:
+            return add_row(folder, {"monitor": "compare", "compared": told})
+        except OSError as error:
+            raise MixPrecError(f"the comparison cannot be added to {str(folder)!r}: {error}") from error
+
+
+def _recorded(row: Mapping[str, Any]) -> ComparedPolicy:
+    """A row of :class:`Comparison` as its record has it: what is no key of every row is a column of its own."""
+    known = [name for name in ComparedPolicy.__annotations__ if name != "columns"]
+    columns = {name: float(value) for name, value in row.items() if name not in {*known, *_ABSOLUTE}}
+    record: Any = {**{name: row[name] for name in known}, "columns": columns}
+    told: ComparedPolicy = record
+    return told
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

@@ -19,11 +19,12 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_mixprec.records.changes import Came, Decided
+from lightning_mixprec.records.compared import Compared
 from lightning_mixprec.records.events import Event
 from lightning_mixprec.records.runs import Change, Curve, End, Run, Sample
 from lightning_mixprec.records.samples import ClosenessRow, LossRow, NotObservedRow, StagnationRow, UnderflowRow
@@ -42,6 +43,7 @@ ROWS: dict[str, Any] = {
 PARTS: dict[str, dict[str, Any]] = {
     "report": {"run": Run, "curve": Curve, "change": Change, "sample": Sample, "end": End},
     "adaptive": {"decision": Decided},
+    "compare": {"compared": Compared},
 }
 """The rows of those that write several kinds, by the key that holds what a row tells."""
 
@@ -71,12 +73,9 @@ class Journal:
         """Appends the rows to the file, all in one write."""
         if self.path is None or not self._lines:
             return
-        text = "".join(line + "\n" for line in self._lines)
-        self._lines = []
+        lines, self._lines = self._lines, []
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            opening = "" if _ends_whole(self.path) else "\n"
-            _append(self.path, opening + text)
+            _append_lines(self.path, lines)
         except OSError as error:
             says = f"{self.path} cannot be written ({error}); the run goes on without per-layer rows."
             warnings.warn(says, stacklevel=2)
@@ -98,6 +97,23 @@ def rows_in(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
 
 
+def add_row(folder: str | Path, row: dict[str, Any]) -> Path:
+    """Adds a row to the file of a run that has ended, as one of its latest rows.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: It cannot be written; it is as it was.
+    """
+    path = Path(folder) / FILE_NAME
+    last = next(reversed(list(rows_in(path))), {}) if path.is_file() else {}
+    whose = {"run_id": last["run_id"]} if last.get("run_id") else {}
+    step = {"step": last.get("step", 0)}
+    _append_lines(path, [json.dumps(plain({**row, **step, **whose}), allow_nan=False)])
+    return path
+
+
 def plain(value: Any) -> Any:
     """A value of JSON's types; numbers that are not finite become None.
 
@@ -111,6 +127,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def _append_lines(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opening = "" if _ends_whole(path) else "\n"
+    _append(path, opening + "".join(line + "\n" for line in lines))
 
 
 def _append(path: Path, text: str) -> None:

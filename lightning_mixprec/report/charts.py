@@ -282,3 +282,29 @@ def worst(heat: Heat, values: Sequence[float | None]) -> str:
     """The worst value of a row, written out; empty where nothing was measured."""
     known = [value for value in values if value is not None]
     return heat.show(max(known, key=heat.worse)) if known else ""
+
+
+def gap_bars(rows: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
+    """Loss gaps with their intervals on one horizontal axis from 0 to 100, a path for each in a row 10 high.
+
+    Returns:
+        The place of a gap of zero, and by row the path: a line over the interval and an upright stroke at the gap;
+        empty where the gap is not finite.
+
+    >>> gap_bars([{"loss_gap": 1.0, "loss_gap_low": 0.0, "loss_gap_high": 2.0}])
+    ('4', ['M4 5H96M50 1V9'])
+    """
+    keys = ("loss_gap_low", "loss_gap", "loss_gap_high")
+    known = [row[key] for row in rows for key in keys if row[key] is not None]
+    low, high = min([0.0, *known]), max([0.0, *known])
+    span = (high - low) or 1.0
+
+    def at(value: float) -> str:
+        return coordinate(4 + 92 * (value - low) / span)
+
+    paths = []
+    for row in rows:
+        start, gap, end = (row[key] for key in keys)
+        line = "" if start is None or end is None else f"M{at(start)} 5H{at(end)}"
+        paths.append("" if gap is None else f"{line}M{at(gap)} 1V9")
+    return at(0.0), paths

@@ -16,6 +16,7 @@ and the ``largest`` number) and ``runs``; of each run
   ``lowest`` (binary exponent), ``counts`` from it on, ``zeros``;
 - ``assignment``: ``layer``, ``type``, ``parameters``, ``param``, ``compute``, ``output``, ``rule``, ``flops`` (share);
 - ``arithmetic``: ``format``, ``share`` of the matrix products' flops at the end;
+- ``compared``: comparisons of policies made after the run, see :class:`lightning_mixprec.records.compared.Compared`;
 - ``environment``: pairs.
 """
 
@@ -74,6 +75,7 @@ def _run(records: Records, runs: int) -> dict[str, Any]:
         "histograms": _histograms(records),
         "assignment": [_assigned(name, layer, shares) for name, layer in layers.items()],
         "arithmetic": arithmetic,
+        "compared": records.compared,
         "environment": [[key, str(value)] for key, value in records.run.get("environment", {}).items()],
     }
 

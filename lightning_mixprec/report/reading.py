@@ -40,6 +40,7 @@ class Records:
         fidelity: Rows of ``FidelityMonitor``.
         decided: Rows of ``AdaptivePrecision`` with a ``decision``.
         problems: Why steps could not be looked at.
+        compared: Comparisons of policies that were made after the run.
         end: How it ended, and after how many steps; empty if nobody wrote that.
         monitors: Who watched: who left rows, and whom ``PrecisionReport`` has seen among the callbacks.
         last_step: The last step of the curve; without one, the largest step of any row.
@@ -58,6 +59,7 @@ class Records:
     fidelity: list[Row] = field(default_factory=list)
     decided: list[Row] = field(default_factory=list)
     problems: list[Row] = field(default_factory=list)
+    compared: list[Row] = field(default_factory=list)
     end: Row = field(default_factory=dict)
     monitors: list[str] = field(default_factory=list)
     last_step: int = 0
@@ -142,9 +144,9 @@ def _of_run(rows: list[Row], asked: str, folder: Path) -> tuple[str, list[Row]]:
 def _take_in(records: Records, row: Row) -> None:
     kind = str(row.get("monitor"))
     name = _MONITORS.get(kind)
-    if name is None:
+    if name is None and kind not in PARTS:
         return
-    if name not in records.monitors:
+    if name is not None and name not in records.monitors:
         records.monitors.append(name)
     records.last_step = max(records.last_step, row["step"])
     if isinstance(row.get("problem"), str):
@@ -205,6 +207,10 @@ def _add_decision(records: Records, row: Row) -> None:
     records.decided.append(row)
 
 
+def _add_comparison(records: Records, row: Row) -> None:
+    records.compared.append(row["compared"])
+
+
 def _end(records: Records, row: Row) -> None:
     records.end = {"step": row["step"], **row["end"]}
 
@@ -216,6 +222,7 @@ _TAKE_IN: dict[str, Callable[[Records, Row], None]] = {
     "sample": _add_sample,
     "end": _end,
     "decision": _add_decision,
+    "compared": _add_comparison,
 }
 
 

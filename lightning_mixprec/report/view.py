@@ -93,6 +93,7 @@ def _run_view(
         "rows": [_row_view(row, run["samples"]["edges"], heats, span) for row in run["rows"]],
         "histograms": _histogram_views(run["histograms"], content),
         "arithmetic": _bar(run["arithmetic"]),
+        "compared": [_compared(each) for each in run.get("compared", ())],
     }
 
 
@@ -188,6 +189,41 @@ def _bar(shares: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         start += share
     return parts
+
+
+def _compared(told: dict[str, Any]) -> dict[str, Any]:
+    """A comparison of policies: a row for each, the reference first, and the columns that some of them have."""
+    rows = [told["reference"], *told["policies"]]
+    columns = list(dict.fromkeys(name for row in rows for name in row["columns"]))
+    zero, bars = charts.gap_bars(rows)
+    return {
+        **told,
+        "milliseconds": charts.digits(1e3 * told["seconds"]),
+        "mebibytes": charts.digits(told["bytes"] / 2**20),
+        "columns": columns,
+        "zero": zero,
+        "rows": [_compared_row(row, columns, bar) for row, bar in zip(rows, bars, strict=True)],
+    }
+
+
+def _compared_row(row: dict[str, Any], columns: Sequence[str], bar: str) -> dict[str, Any]:
+    shares = ("time_ratio", "memory_ratio", "saved_ratio")
+    return {
+        "policy": row["policy"],
+        "loss": _digits(row["loss"], 4),
+        "gap": _digits(row["loss_gap"]),
+        "ends": [_digits(row[f"loss_gap_{end}"]) for end in ("low", "high")],
+        "bar": bar,
+        "sqnr": _digits(row["output_sqnr_db"]),
+        "equal": charts.percent(row["equal_decisions"]) if row["equal_decisions"] is not None else "–",
+        "ratios": [_digits(row[name]) for name in shares],
+        "columns": [_digits(row["columns"].get(name), 4) for name in columns],
+    }
+
+
+def _digits(value: float | None, significant: int = 3) -> str:
+    """A number for people; a dash where there is none, or none that is finite."""
+    return "–" if value is None else charts.digits(value, significant)
 
 
 def _comparison(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
