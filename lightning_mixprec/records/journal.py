@@ -107,7 +107,8 @@ def add_row(folder: str | Path, row: dict[str, Any]) -> Path:
         OSError: It cannot be written; it is as it was.
     """
     path = Path(folder) / FILE_NAME
-    last = next(reversed(list(rows_in(path))), {}) if path.is_file() else {}
+    rows = list(rows_in(path)) if path.is_file() else []
+    last = rows[-1] if rows else {}
     whose = {"run_id": last["run_id"]} if last.get("run_id") else {}
     step = {"step": last.get("step", 0)}
     _append_lines(path, [json.dumps(plain({**row, **step, **whose}), allow_nan=False)])
