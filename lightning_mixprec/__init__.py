@@ -20,10 +20,12 @@ from lightning_mixprec.callbacks.scheduler import PrecisionScheduler
 from lightning_mixprec.callbacks.underflow import UnderflowMonitor
 from lightning_mixprec.deploy.compare import compare
 from lightning_mixprec.deploy.export import export
+from lightning_mixprec.deploy.plan import plan
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.by_hand import diagnose
 from lightning_mixprec.numerics.metrics import SQNR, ExponentHistogram, OverflowRate, UnderflowRate
 from lightning_mixprec.optim.loss_scaling_options import LossScaling
+from lightning_mixprec.planning.plan import PrecisionPlan
 from lightning_mixprec.plugin.fsdp import PerLayerFSDPPrecision
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
@@ -42,6 +44,7 @@ __all__ = [
     "OverflowRate",
     "PerLayerFSDPPrecision",
     "PerLayerPrecision",
+    "PrecisionPlan",
     "PrecisionPolicy",
     "PrecisionReport",
     "PrecisionScheduler",
@@ -51,4 +54,5 @@ __all__ = [
     "compare",
     "diagnose",
     "export",
+    "plan",
 ]

@@ -21,6 +21,7 @@ CLASSES = [
     "OverflowRate",
     "PerLayerFSDPPrecision",
     "PerLayerPrecision",
+    "PrecisionPlan",
     "PrecisionPolicy",
     "PrecisionReport",
     "PrecisionScheduler",
@@ -31,10 +32,12 @@ CLASSES = [
 ]
 COMPARE = "module policies batches reference metric repeats trainer step weights max_batches emulate seed"
 EXPORT = "module path policy example_inputs format dynamic_shapes opset external_data bf16_as ranges"
+PLAN = "module batches formats device budget pin seed trainer max_batches"
 FUNCTIONS = {
     "compare": COMPARE.split(),
     "diagnose": ["module", "batch", "policy", "loss_scale", "batch_idx"],
     "export": EXPORT.split(),
+    "plan": PLAN.split(),
 }
 PUBLIC = [*CLASSES, *FUNCTIONS]
 

@@ -1,11 +1,13 @@
 """Agreement of a step in the run's formats with the same step in fp32, and its limits."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.records import advice
+from lightning_mixprec.records.words import listed
 
 _LARGEST_NOISE = 2.0**-8
 _TINY = 2.0**-12
@@ -168,6 +170,16 @@ class Limits:
         """True if the loss differs too much."""
         return agreement.gap_to_judge > self.max_loss_gap
 
+    def reason(self, agreement: Agreement) -> str:
+        """What is wrong with a step, in part of a line."""
+        if not agreement.is_finite:
+            return "overflow"
+        if starved := self.starved(agreement):
+            return f"gradients of {listed(starved)} vanish"
+        if failing := self.failing(agreement):
+            return f"gradients of {listed(failing)} differ from fp32's"
+        return "loss differs from fp32's"
+
     def accepts(self, agreement: Agreement, tolerance: float = 0.5) -> bool:
         """True if a step agrees so well that its formats may be adopted.
 
@@ -185,6 +197,12 @@ class Limits:
         most = self.max_ratio**tolerance
         off_in_size = not 1 / most <= layer.ratio <= most
         return off_in_size or not layer.cosine >= 1 - (1 - self.min_cosine) * tolerance
+
+
+def limits_for(formats: Iterable[str]) -> Limits:
+    """The limits for a step that computes in these formats: coarse ones cannot agree as well."""
+    is_coarse = any(get_format(format).is_coarse for format in formats)
+    return Limits(min_cosine=advice.min_cosine_to_act(is_coarse=is_coarse))
 
 
 def _plain(value: float) -> float | None:

@@ -12,11 +12,10 @@ from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 from lightning_mixprec.numerics.formats import get_format, is_wider
-from lightning_mixprec.planning.agreement import Agreement, Limits
+from lightning_mixprec.planning.agreement import Agreement, limits_for
 from lightning_mixprec.planning.controller_state import ControllerCounts, ControllerState, Options
 from lightning_mixprec.planning.promotions import Promotion, Promotions, read, written
 from lightning_mixprec.planning.remedies import Candidate, Remedies, Remedy, Try
-from lightning_mixprec.records.advice import min_cosine_to_act
 from lightning_mixprec.records.changes import Decision, Refused
 from lightning_mixprec.records.words import listed
 
@@ -86,13 +85,12 @@ class Controller:
             for name, promotion in self.promoted.items()
             if is_wider(promotion.compute, self.layers[name].format)
         }
-        self.assignments = [dict(self.promoted)]
+        self.assignments = [self.in_force]
         self._settle_in()
 
     def adapt(self, formats: Mapping[str, str]) -> None:
         """Takes over the formats of the user's policy, which also say how well a step can agree with fp32."""
-        is_coarse = any(get_format(format).is_coarse for format in formats.values())
-        self.limits = Limits(min_cosine=min_cosine_to_act(is_coarse=is_coarse))
+        self.limits = limits_for(formats.values())
         self.layers = {name: replace(layer, format=formats[name]) for name, layer in self.layers.items()}
 
     def measured(self, flops: Mapping[str, int]) -> None:
@@ -103,10 +101,19 @@ class Controller:
         """The share of the flops in at most 16 bits; NaN if the layers have no flops."""
         promoted = self.promoted if promoted is None else promoted
         formats = {name: layer.format for name, layer in self.layers.items()}
-        formats |= {name: promotion.compute for name, promotion in promoted.items()}
+        formats |= {name: promotion.compute for name, promotion in self.with_promoted(promoted).items()}
         low = sum(layer.flops for name, layer in self.layers.items() if get_format(formats[name]).is_low_precision)
         total = sum(layer.flops for layer in self.layers.values())
         return low / total if total else math.nan
+
+    @property
+    def in_force(self) -> dict[str, Promotion]:
+        """The formats of layers that compute in others than the user's policy says."""
+        return self.with_promoted(self.promoted)
+
+    def with_promoted(self, promoted: Promotions) -> dict[str, Promotion]:
+        """The same if these were the promotions."""
+        return dict(promoted)
 
     # Told
 
@@ -290,7 +297,7 @@ class Controller:
         if least is not None and share < least * (of_policy if of_policy < least else 1) and share < self.low_share():
             return "min_low_precision_share", least
         known = self.assignments
-        is_known = dict(promoted) in known or len(known) < self.options.max_assignments
+        is_known = self.with_promoted(promoted) in known or len(known) < self.options.max_assignments
         return None if is_known else ("max_assignments", self.options.max_assignments)
 
     def _carried_out(
@@ -302,7 +309,7 @@ class Controller:
         counts, promoted = self.counts, {**self.promoted, **remedy.promotions}
         moves = tuple((name, self._format(name), each.compute) for name, each in remedy.promotions.items())
         if (bound := self._forbidding(promoted)) is not None:
-            self.refused = Refused(moves, self.low_share(promoted), bound, _reason(present, self.limits))
+            self.refused = Refused(moves, self.low_share(promoted), bound, self.limits.reason(present))
             self.give_up_looking()
             return None
         for name in remedy.promotions:
@@ -317,7 +324,7 @@ class Controller:
         self._settle_in()
         told = {**evidence, **present.summary(), "loss_scale": scale}
         kind: Literal["promote", "scale"] = "promote" if moves else "scale"
-        reason = _reason(present, self.limits)
+        reason = self.limits.reason(present)
         return Decision(kind, moves, remedy.scale, restores, reason, told, written(self.promoted))
 
     def _demotion(self, scale: float, attempt: Try, has_room: HasRoom) -> Decision | None:
@@ -366,12 +373,13 @@ class Controller:
         return whole if set(whole) <= set(due) else []
 
     def _format(self, name: str) -> str:
-        return self.promoted[name].compute if name in self.promoted else self.layers[name].format
+        in_force = self.in_force
+        return in_force[name].compute if name in in_force else self.layers[name].format
 
     def _note_assignment(self) -> None:
         self.counts.moves += 1
-        if self.promoted not in self.assignments:
-            self.assignments.append(dict(self.promoted))
+        if self.in_force not in self.assignments:
+            self.assignments.append(self.in_force)
 
     def _settle_in(self) -> None:
         """Makes samples dense from here on, and sparse later."""
@@ -384,15 +392,3 @@ class Controller:
         later: Iterable[int] = (offset for offset in _FIRST_SAMPLES if offset < every and (is_first or offset > passed))
         offset = next(iter(later), (passed // every + 1) * every)
         counts.next_sample = counts.origin + offset
-
-
-def _reason(present: Agreement, limits: Limits) -> str:
-    if not present.is_finite:
-        return "overflow"
-    starved = limits.starved(present)
-    if starved:
-        return f"gradients of {listed(starved)} vanish"
-    failing = limits.failing(present)
-    if failing:
-        return f"gradients of {listed(failing)} differ from fp32's"
-    return "loss differs from fp32's"

@@ -21,7 +21,7 @@ from lightning_mixprec.planning.plan_files import Measured, read_plan, write_pla
 from lightning_mixprec.planning.plan_table import plan_table
 from lightning_mixprec.planning.sensitivity import Sensitivities
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.policy.rule_folding import LayerOutline, folded_policy, outline_of, stand_in_of
+from lightning_mixprec.policy.rule_folding import LayerOutline, folded_policy, layers_off, outline_of, stand_in_of
 
 _FACTOR = 2.0
 """The factor by which what is measured may be worse than what was promised."""
@@ -281,8 +281,8 @@ class PrecisionPlan:
             plan = cls(
                 sensitivities, costs, outline, data["model"], formats, budget, chosen, data["how"], policy, measured
             )
-            is_whole = all(format in plan._choice.offered(place) for place, format in enumerate(chosen)) and _gives(
-                policy, stand_in_of(outline), plan.layer_formats
+            is_whole = not layers_off(policy, stand_in_of(outline), plan.layer_formats) and all(
+                format in plan._choice.offered(place) for place, format in enumerate(chosen)
             )
         except (PlanError, PolicyError, LookupError, ValueError) as error:
             raise PlanError(f"{os.fspath(path)} holds a damaged plan ({error}); write it again") from error
@@ -323,9 +323,3 @@ def _by_layer(sensitivities: Sensitivities, chosen: Sequence[str], outline: Sequ
     known = {first.get(name, name): format for name, format in known.items()}
     own = [each.name for each in outline if each.has_forward and each.name == each.first_name]
     return {name: known.get(name, sensitivities.reference) for name in own}
-
-
-def _gives(policy: PrecisionPolicy, model: nn.Module, formats: Mapping[str, str]) -> bool:
-    """True if a policy gives layers these formats."""
-    assignment = policy.resolve(model)
-    return all(assignment[name].compute == format for name, format in formats.items())

@@ -110,6 +110,39 @@ def folded_policy(model: nn.Module, formats: Mapping[str, str]) -> PrecisionPoli
     {'default': 'bf16', 'rules': [{'types': 'LayerNorm', 'compute': 'fp32'}]}
     """
     inventory = take_inventory(model)
+    wanted = _wanted(inventory, formats)
+    defaults = sorted({each for each in wanted.values() if not is_of_products(each)} or {"bf16"})
+    counts = {each: sum(format == each for format in wanted.values()) for each in defaults}
+    found = [_Folding(inventory, wanted, default).rules() for default in sorted(defaults, key=lambda f: -counts[f])]
+    tried = sorted(found, key=lambda each: each[0])
+    for _, default, rules in [*tried, (0.0, *_one_by_one(inventory, wanted, max(counts, key=lambda f: counts[f])))]:
+        try:
+            policy = PrecisionPolicy(default, rules)
+            off = layers_off(policy, model, formats)
+        except PolicyError as error:
+            problem = str(error)
+            continue
+        if not off:
+            return policy
+        problem = f"layer {off[0]!r} cannot be given {formats[off[0]]}"
+    raise PolicyError(f"no policy gives these formats: {problem}; let the layers concerned have one format")
+
+
+def layers_off(policy: PrecisionPolicy, model: nn.Module, formats: Mapping[str, str]) -> list[str]:
+    """The layers that a policy does not give their formats, as far as these count for :func:`folded_policy`.
+
+    A layer that the model has in fp64 computes in it unless a rule says another format.
+
+    Raises:
+        PolicyError: The policy does not fit the model.
+    """
+    assignment, inventory = policy.resolve(model), take_inventory(model)
+    wanted = {inventory.names[layer][0]: format for layer, format in _wanted(inventory, formats).items()}
+    return [name for name, format in wanted.items() if assignment[name].compute not in (format, "fp64")]
+
+
+def _wanted(inventory: Inventory, formats: Mapping[str, str]) -> dict[int, str]:
+    """The formats that count, by layer."""
     number = dict(zip(inventory.tree.names, inventory.layer_at, strict=True))
     wanted: dict[int, str] = {}
     for name, format in formats.items():
@@ -121,26 +154,7 @@ def folded_policy(model: nn.Module, formats: Mapping[str, str]) -> PrecisionPoli
         if wanted.setdefault(layer, format) != format:
             one = inventory.names[layer][0]
             raise PolicyError(f"layers {one!r} and {name!r} are one, but get {wanted[layer]} and {format}; choose one")
-    defaults = sorted({each for each in wanted.values() if not is_of_products(each)} or {"bf16"})
-    counts = {each: sum(format == each for format in wanted.values()) for each in defaults}
-    found = [_Folding(inventory, wanted, default).rules() for default in sorted(defaults, key=lambda f: -counts[f])]
-    tried = sorted(found, key=lambda each: each[0])
-    for _, default, rules in [*tried, (0.0, *_one_by_one(inventory, wanted, max(counts, key=lambda f: counts[f])))]:
-        try:
-            policy = PrecisionPolicy(default, rules)
-            assignment = policy.resolve(model)
-        except PolicyError as error:
-            problem = str(error)
-            continue
-        off = [
-            inventory.names[layer][0]
-            for layer, format in wanted.items()
-            if assignment[inventory.names[layer][0]].compute not in (format, "fp64")
-        ]
-        if not off:
-            return policy
-        problem = f"layer {off[0]!r} cannot be given {wanted[number[off[0]]]}"
-    raise PolicyError(f"no policy gives these formats: {problem}; let the layers concerned have one format")
+    return wanted
 
 
 def _one_by_one(inventory: Inventory, wanted: Mapping[int, str], default: str) -> tuple[str, list[Rule]]:
