@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lightning_mixprec.deploy.evaluated_steps import GivenBatch
@@ -162,10 +161,16 @@ def _moved(
         limit = most if most is not None or trainer is None else _limit(trainer.limit_val_batches, loader)
         for index, batch in enumerate(islice(loader, limit)):
             for hook in _TRANSFERS[1:2] if is_plain else _TRANSFERS:
-                owner = data if data is not None and is_overridden(hook, data) else module
+                owner = data if _overrides(data, hook) else module
                 on_device = (module.device,) if hook == "transfer_batch_to_device" else ()
                 batch = getattr(owner, hook)(batch, *on_device, place)
             yield GivenBatch(batch, index, place)
+
+
+def _overrides(data: Any, hook: str) -> bool:
+    """Whether a datamodule, if there is one, has a hook of its own."""
+    own = getattr(type(data), hook, None)
+    return own is not None and all(own is not getattr(each, hook) for each in _DATA_MODULES)
 
 
 def _limit(limit: float | int | None, loader: Any) -> int | None:

@@ -27,6 +27,11 @@ from lightning_mixprec.records.words import counted
 
 T = TypeVar("T")
 
+_IN_FORCE = (
+    "compare() got a module on which the formats of a run under PerLayerPrecision are in force; call it when the run "
+    "is over, or without the plugin."
+)
+
 
 def compare(
     module: pl.LightningModule,
@@ -219,6 +224,8 @@ class _Comparing:
         try:
             return run()
         except MixPrecError as error:
+            if "attached already" in str(error):
+                raise MixPrecError(_IN_FORCE) from error
             raise type(error)(f"policy {candidate.name!r}: {error}") from error
         except Exception as error:
             raise MixPrecError(f"policy {candidate.name!r}: {_reason(error)}") from error

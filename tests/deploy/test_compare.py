@@ -229,6 +229,29 @@ def test_with_a_trainer_it_is_what_the_trainer_validates(has_run, limit):
     assert validated.keys() == {"val_loss", "val_accuracy", "own_accuracy", "epoch_mean"}
 
 
+def test_of_several_loaders_names_tell_which_as_the_trainers_do():
+    class Several(Loaded):
+        def val_dataloader(self):
+            return [DataLoader(class_batches(2, seed=seed), batch_size=None) for seed in (1, 2)]
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.log("val_loss", loss)
+            return loss * (1 + dataloader_idx)
+
+        def on_validation_epoch_end(self):
+            pass
+
+    torch.manual_seed(0)
+    model = Several()
+    comparison = compare(model, {"fp32": "fp32"}, trainer=quiet_trainer(), repeats=1)
+    first, second = quiet_trainer().validate(model, verbose=False)
+    (row,) = comparison.rows
+    assert {name: row[name] for name in {**first, **second}} == pytest.approx({**first, **second}, rel=1e-6)
+    losses = [row["val_loss/dataloader_idx_0"], 2 * row["val_loss/dataloader_idx_1"]]
+    assert comparison.batches == 4 and row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
 class Data(pl.LightningDataModule):
     def __init__(self):
         super().__init__()
@@ -410,6 +433,28 @@ def test_within_a_run_it_leaves_the_run_alone():
 
     callback = Comparing()
     assert same(run([callback]), run([])) and callback.found.rows
+
+
+def test_within_a_run_under_the_plugin_it_says_when_to_call_it():
+    class Comparing(pl.Callback):
+        def on_train_end(self, trainer, module):
+            bad("call it when the run is over", module, {"bf16": "bf16"}, class_batches(2))
+            self.was_called = True
+
+    callback, model = Comparing(), Classifier()
+    trainer = quiet_trainer(max_steps=1, callbacks=[callback], plugins=PerLayerPrecision("bf16"))
+    trainer.fit(model, DataLoader(class_batches(2), batch_size=None))
+    assert callback.was_called
+    assert compare(model, {"bf16": "bf16"}, class_batches(2), repeats=1).rows
+
+
+def test_weights_in_16_bits_are_widened_for_the_reference_and_come_back(model):
+    model, batches = model.bfloat16(), [(x.bfloat16(), y) for x, y in class_batches()]
+    comparison = compare(model, {"bf16": "bf16"}, batches, repeats=1, emulate=False)
+    wide = copy.deepcopy(model).float()
+    exact = by_hand(wide, [(x.float(), y) for x, y in batches], None)[0]
+    assert comparison.reference["loss"] == math.fsum(exact) / len(exact)
+    assert model.net[0].weight.dtype == torch.bfloat16 and comparison.rows[0]["loss_gap"] != 0
 
 
 @pytest.mark.gpu
