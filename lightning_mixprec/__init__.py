@@ -39,6 +39,7 @@ __all__ = [
     "ExponentHistogram",
     "FidelityMonitor",
     "LossScaling",
+    "MixPrecCLI",
     "MixPrecError",
     "OverflowMonitor",
     "OverflowRate",
@@ -56,3 +57,12 @@ __all__ = [
     "export",
     "plan",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """``MixPrecCLI`` is imported when it is asked for: it alone needs jsonargparse."""
+    if name == "MixPrecCLI":
+        from lightning_mixprec.cli.lightning_cli import MixPrecCLI
+
+        return MixPrecCLI
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

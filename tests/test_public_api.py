@@ -16,6 +16,7 @@ CLASSES = [
     "ExponentHistogram",
     "FidelityMonitor",
     "LossScaling",
+    "MixPrecCLI",
     "MixPrecError",
     "OverflowMonitor",
     "OverflowRate",
@@ -48,7 +49,7 @@ def test_all_is_the_documented_list():
 
 def test_nothing_else_is_public():
     found = {name for name, value in vars(lightning_mixprec).items() if not isinstance(value, ModuleType)}
-    assert {name for name in found if not name.startswith("_")} == set(PUBLIC)
+    assert {name for name in found if not name.startswith("_")} == set(PUBLIC) - {"MixPrecCLI"}  # when it is asked for
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

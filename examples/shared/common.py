@@ -1,4 +1,4 @@
-"""What the examples share: a LightningCLI that closes a fit with a summary, and errors that are one line."""
+"""What the examples share: a MixPrecCLI that closes a fit with a summary, and errors that are one line."""
 
 import sys
 import warnings
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_mixprec import MixPrecError, PerLayerPrecision
+from lightning_mixprec import MixPrecCLI, MixPrecError, PerLayerPrecision
 
 from .data import DataError
 
@@ -21,8 +21,8 @@ QUIET = (
 )
 
 
-class ExampleCLI(LightningCLI):
-    """LightningCLI that lets the data size the model and closes a fit with a summary.
+class ExampleCLI(MixPrecCLI):
+    """MixPrecCLI that lets the data size the model and closes a fit with a summary.
 
     A model names in ``FROM_DATA`` the arguments that the data of the same name know, in ``EXPECT`` what the default
     config comes to, and in ``HEADLINES`` which logged metrics the summary shows: by key a title and a format.
