@@ -18,6 +18,7 @@ from lightning_mixprec.deploy.evaluated_steps import EvaluatedStep, GivenBatch, 
 from lightning_mixprec.deploy.used_memory import Peak, SavedBytes, bytes_held, peak_of
 from lightning_mixprec.engine.backends import EMULATE, Emulate
 from lightning_mixprec.errors import MixPrecError, one_line
+from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.numerics.devices import native_support
@@ -136,7 +137,7 @@ class _Comparing:
         for row, time, used in zip(told, seconds, memory, strict=True):
             row["time_ratio"] = statistics.median(own / other for own, other in zip(time, seconds[0], strict=True))
             row["memory_ratio"] = used[0] / memory[0][0] if memory[0][0] else 1.0
-            row["saved_ratio"] = used[1] / memory[0][1] if memory[0][1] else None
+            row["saved_ratio"] = used[1] / memory[0][1] if memory[0][1] and used[1] is not None else None
         columns = [{**row, **run.columns} for row, run in zip(told, rows, strict=True)]
         absolute = {"seconds": statistics.median(seconds[0]), "bytes": memory[0][0], "saved_bytes": memory[0][1]}
         return Comparison(
@@ -208,15 +209,23 @@ class _Comparing:
                     seconds[place].append(self._steps[place].see(stand_ins, given, random).seconds)
         return seconds
 
-    def _memory(self, place: int) -> tuple[int, int]:
-        """Bytes at the peak of a step, with the weights, and bytes that it would keep for its backward."""
+    def _memory(self, place: int) -> tuple[int, int | None]:
+        """Bytes at the peak of a step, with the weights, and bytes that it would keep for its backward.
+
+        None for the latter where there is no room for them.
+        """
         see, peak, device = self._steps[place].see, Peak(), self._module.device
         with self._opened(place) as stand_ins:
             held = [*self._module.parameters(), *self._module.buffers()]
             see(stand_ins, self._given[0], self._random[0])
             see(stand_ins, self._given[0], self._random[0], watch=lambda: peak_of(device, peak))
             saved = SavedBytes(held)
-            see(stand_ins, self._given[0], self._random[0], watch=saved.counting, with_gradients=True)
+            try:
+                see(stand_ins, self._given[0], self._random[0], watch=saved.counting, with_gradients=True)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                return bytes_held(held) + peak.bytes, None
             return bytes_held(held) + peak.bytes, saved.bytes
 
     def _of(self, candidate: Candidate, run: Callable[[], T]) -> T:

@@ -1,5 +1,6 @@
 """``Comparison``: what ``compare`` found, as rows, a table, a picture, and a record of a run."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_mixprec.deploy.columns import all_columns
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.policy.table import align
+from lightning_mixprec.records.atomic_files import write_text
 from lightning_mixprec.records.compared import Compared, ComparedPolicy
-from lightning_mixprec.records.journal import add_row
+from lightning_mixprec.records.journal import add_row, plain
 from lightning_mixprec.records.words import counted, printable
 
 if TYPE_CHECKING:
@@ -113,6 +115,22 @@ class Comparison:
         from lightning_mixprec.numerics.plots import draw_gaps
 
         return draw_gaps(self.rows, str(self.reference["policy"]), ax=ax)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain types; numbers that are not finite are None, as JSON has none."""
+        told: dict[str, Any] = plain(vars(self))
+        return told
+
+    def to_file(self, path: str | Path) -> None:
+        """Writes it to a JSON file, all or nothing.
+
+        Raises:
+            MixPrecError: The file cannot be written.
+        """
+        try:
+            write_text(path, json.dumps(self.to_dict(), allow_nan=False, indent=2) + "\n")
+        except OSError as error:
+            raise MixPrecError(f"the comparison cannot be written to {str(path)!r}: {error}") from error
 
     def add_to(self, folder: str | Path) -> Path:
         """Adds the comparison to the rows of a run, so that its report has a section with it.

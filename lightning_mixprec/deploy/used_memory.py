@@ -22,8 +22,8 @@ class Peak:
 def peak_of(device: torch.device, found: Peak) -> Iterator[None]:
     """Measures the peak of what is run within: CUDA's allocator says it, on the CPU tensors are counted.
 
-    On the CPU these are the tensors that torch's operations return, for as long as something holds them. What a kernel
-    takes for itself while it runs is not seen there.
+    On the CPU these are the tensors that torch's operations return, for as long as something holds them, sparse ones
+    apart. What a kernel takes for itself while it runs is not seen there.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -59,8 +59,10 @@ class LiveBytes(TorchDispatchMode):
         taken = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and (key := _key(leaf)) not in taken and key not in self._known:
-                self._count(leaf, key)
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                key = _key(leaf)
+                if key not in taken and key not in self._known:
+                    self._count(leaf, key)
         return result
 
     def _count(self, tensor: Tensor, key: int) -> None:

@@ -117,6 +117,18 @@ def test_the_picture_has_each_gap_at_its_time_with_its_interval():
     matplotlib.pyplot.close(other)
 
 
+def test_its_file_has_all_of_it():
+    told = comparison(row("bf16", 0.25, accuracy=0.5), row("fp16", math.inf), notes=("one",))
+    told.to_file("folder/comparison.json")
+    read = json.loads(Path("folder/comparison.json").read_text())
+    assert read["rows"][0] == told.rows[0] and read["reference"] == REFERENCE and read["notes"] == ["one"]
+    assert read["rows"][1]["loss_gap"] is None and (read["batches"], read["same_weights"]) == (24, True)
+    Path("taken").mkdir()
+    with pytest.raises(MixPrecError, match="cannot be written to 'taken'") as caught:
+        told.to_file("taken")
+    assert one_line(caught)
+
+
 # The report
 
 

@@ -70,6 +70,17 @@ def test_weights_stored_in_16_bits_take_half():
     assert comparison.rows[0]["memory_ratio"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_what_there_is_no_room_for_is_not_told():
+    class Large(Toy):
+        def training_step(self, batch, batch_idx):
+            if torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().training_step(batch, batch_idx)
+
+    comparison = compare(Large(), {"bf16": "bf16"}, [torch.ones(1, 256)] * 2, repeats=1)
+    assert comparison.rows[0]["saved_ratio"] is None and comparison.rows[0]["memory_ratio"] > 0
+
+
 @pytest.mark.gpu
 def test_the_allocator_says_it_on_cuda():
     device, peak = torch.device("cuda"), Peak()
