@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_mixprec.deploy.exporting.aoti import Aoti
 from lightning_mixprec.deploy.exporting.closeness import (
     CLOSE,
+    ROOM,
     are_identical,
     check_same_outputs,
     largest_difference,
@@ -27,8 +28,9 @@ from lightning_mixprec.deploy.exporting.protocol import FileFormat, Job, Opened,
 from lightning_mixprec.deploy.exporting.pt2 import Pt2
 from lightning_mixprec.deploy.exporting.torchscript import TorchScript, warn_of_deprecation
 from lightning_mixprec.deploy.exporting.weights import Weights
-from lightning_mixprec.deploy.exporting.without_bf16 import Ranges, read_ranges, without_bf16
+from lightning_mixprec.deploy.exporting.without_bf16 import Ranges, without_bf16
 from lightning_mixprec.errors import ExportError, MixPrecError, one_line
+from lightning_mixprec.numerics.ranges import read_ranges
 from lightning_mixprec.policy.assignment import LayerPrecision
 from lightning_mixprec.policy.module_names import unwrap
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
@@ -96,7 +98,7 @@ def export(
         external_data: Whether an ONNX file's weights are in a file beside it.
         bf16_as: ``"fp32"`` or ``"fp16"``: what layers in bf16 become, for what runs the file and has no bf16. fp16
             needs ranges.
-        ranges: The largest magnitude seen in each layer's output, by its name, or the ``mixprec.jsonl`` of a run with
+        ranges: The largest magnitude seen in each layer's output, by its name, or the log directory of a run with
             ``UnderflowMonitor``.
 
     Raises:
@@ -118,7 +120,7 @@ def export(
     layers = _assigned(policy, module)
     if bf16_as is not None:
         weighted = [name for name, each in module.named_modules() if any(True for _ in each.parameters(recurse=False))]
-        layers = without_bf16(layers, bf16_as, read_ranges(ranges), weighted)
+        layers = without_bf16(layers, bf16_as, {} if ranges is None else read_ranges(ranges), weighted)
     options = Options(dynamic_shapes, opset, external_data)
     if format == "torchscript":
         warn_of_deprecation()
@@ -166,7 +168,8 @@ def _written(kind: FileFormat, path: Path, job: Job, expected: list[Tensor]) -> 
             f"{str(path)!r} cannot be written: {error.strerror or error}; nothing was, so give a path in a folder that "
             "can be written to"
         ) from error
-    return Export(path, kind.name, read_layers(opened.uses), difference)
+    read = read_layers(opened.uses)
+    return Export(path, kind.name, {name: read[name] for name in job.layers if name in read}, difference)
 
 
 def _checked(kind: FileFormat, opened: Opened, job: Job, expected: list[Tensor]) -> float:
@@ -182,7 +185,7 @@ def _checked(kind: FileFormat, opened: Opened, job: Job, expected: list[Tensor])
             )
         return largest_difference(found, expected)
     relative = relative_difference(found, expected)
-    if relative > CLOSE and relative > (bound := max(CLOSE, 2 * _rounding(job, expected), last_place(expected))):
+    if relative > CLOSE and relative > (bound := max(CLOSE, ROOM * _rounding(job, expected), last_place(expected))):
         raise ExportError(
             f"the {kind.name} file is {relative:.2g} (relative) off the module under this policy, and {bound:.2g} is "
             "what rounding explains; it was not kept: export to 'pt2', which is exact"

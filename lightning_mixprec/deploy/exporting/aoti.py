@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from lightning_mixprec.deploy.exporting.closeness import tensors_of
-from lightning_mixprec.deploy.exporting.programs import uses_in
+from lightning_mixprec.deploy.exporting.package_code import products_in
+from lightning_mixprec.deploy.exporting.programs import layers_of_products, uses_in
 from lightning_mixprec.deploy.exporting.protocol import Job, Opened
 from lightning_mixprec.errors import ExportError, one_line
 
@@ -46,8 +47,8 @@ class Aoti:
             ) from error
 
     def opened(self, path: Path, job: Job) -> Opened:
-        """Loads the compiled code; its layers are those of the program that was compiled."""
+        """Loads the compiled code; its products are read from its source, other operations from the program."""
         model = torch._inductor.aoti_load_package(str(path))
-        return Opened(
-            lambda: tensors_of(model(*job.example.args, **job.example.kwargs)), uses_in(job.program.exported), False
-        )
+        program = job.program.exported
+        uses = [*products_in(path, layers_of_products(program)), *uses_in(program)]
+        return Opened(lambda: tensors_of(model(*job.example.args, **job.example.kwargs)), uses, False)

@@ -11,6 +11,9 @@ from lightning_mixprec.errors import ExportError
 CLOSE = 1e-3
 """How far, of the largest magnitude in an output, a file may be that rounds at other places than torch does."""
 
+ROOM = 4.0
+"""How many times farther from the module than the module is, under its policy, from itself in fp32."""
+
 
 def check_same_outputs(found: Sequence[Tensor], expected: Sequence[Tensor], file: str) -> None:
     """Checks that a file returns as many tensors, of the same shapes.

@@ -75,10 +75,19 @@ def formatted(module: nn.Module, layers: Mapping[str, LayerPrecision], device: t
         stack.enter_context(torch.no_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # tracers warn of what is compared here anyway
-        module.eval()
+        _evaluate(module)
         attachment = attach(module, layers, device.type, emulate=False)
         stack.callback(attachment.detach)
         yield Formatted(module, attachment, layers)
+
+
+def _evaluate(module: nn.Module) -> None:
+    """Eval mode; graphs that were exported and quantized refuse to be asked, and are in the mode that they have."""
+    try:
+        module.eval()
+    except NotImplementedError:
+        for each in module.modules():
+            each.training = False
 
 
 @contextlib.contextmanager

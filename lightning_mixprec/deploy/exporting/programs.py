@@ -200,6 +200,16 @@ def _uses(exported: ExportedProgram) -> Iterator[Use]:
                 yield Use(_layer(stack), operation, is_product, formats_of(chosen))
 
 
+def layers_of_products(exported: ExportedProgram) -> dict[str, str]:
+    """By the name of each node that is a product, the layer that it belongs to."""
+    return {
+        node.name: _layer(stack)
+        for graph in _graphs(exported)
+        for node in graph.graph.nodes
+        if _name_of(node.target) in PRODUCTS and (stack := node.meta.get("nn_module_stack"))
+    }
+
+
 def _dtypes(nodes: list[fx.Node]) -> Iterator[torch.dtype]:
     for node in nodes:
         with contextlib.suppress(AttributeError):

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_mixprec.deploy.exporting.example import Example
 from lightning_mixprec.deploy.exporting.layer_formats import Use
 from lightning_mixprec.deploy.exporting.programs import MOVES, PRODUCTS, formats_of, layer_named
-from lightning_mixprec.errors import ExportError
+from lightning_mixprec.errors import ExportError, one_line
 
 
 class ScriptReader:
@@ -69,16 +69,22 @@ class ScriptReader:
 
     def _operation(self, node: Any, taken: list[Any], path: str) -> Any:
         kind = node.kind()
-        name = kind.rpartition("::")[2]
+        called = kind.rpartition("::")[2]
         dtypes = [each.dtype for each in _tensors(taken)]
-        if name not in MOVES and dtypes:
-            is_product = name in PRODUCTS
-            chosen = dtypes[:2] if "scaled_mm" in name or name == "_int_mm" else dtypes
-            self._uses.append(Use(layer_named(path), name, is_product, formats_of(chosen)))
+        if called not in MOVES and dtypes:
+            is_product = called in PRODUCTS
+            chosen = dtypes[:2] if "scaled_mm" in called or called == "_int_mm" else dtypes
+            self._uses.append(Use(layer_named(path), called, is_product, formats_of(chosen)))
         operation = torch._C._jit_get_operation(kind)[0]
         named = [each.name if each.kwarg_only else None for each in torch._C.parse_schema(node.schema()).arguments]
         by_position = [value for name, value in zip(named, taken, strict=True) if name is None]
-        return operation(*by_position, **{name: value for name, value in zip(named, taken, strict=True) if name})
+        try:
+            return operation(*by_position, **{name: value for name, value in zip(named, taken, strict=True) if name})
+        except RuntimeError as error:
+            raise ExportError(
+                f"layer {layer_named(path)!r} has an operation {called} that does not run as it was traced "
+                f"({one_line(error)[:200]}); give the layer fp32 in the policy of the export, or export to 'pt2'"
+            ) from error
 
 
 def _tensors(values: list[Any]) -> list[Tensor]:

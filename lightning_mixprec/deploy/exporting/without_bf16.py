@@ -1,14 +1,13 @@
 """bf16 replaced, for what runs a file and has no bf16: by fp32 always, by fp16 where recorded ranges allow it."""
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lightning_mixprec.errors import ExportError
-from lightning_mixprec.numerics.formats import FORMATS, get_format
+from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.numerics.ranges import Range
 from lightning_mixprec.policy.assignment import LayerPrecision
 
 Ranges = Mapping[str, float] | str | os.PathLike[str]
@@ -20,14 +19,14 @@ _ROOM = 2.0
 
 
 def without_bf16(
-    layers: Mapping[str, LayerPrecision], instead: str, ranges: Mapping[str, float], weighted: Collection[str]
+    layers: Mapping[str, LayerPrecision], instead: str, ranges: Mapping[str, Range], weighted: Collection[str]
 ) -> dict[str, LayerPrecision]:
     """An assignment with bf16 replaced by another format.
 
     Args:
         layers: The assignment.
         instead: ``"fp32"`` or ``"fp16"``.
-        ranges: The largest magnitude seen in each layer's output.
+        ranges: What was recorded of each layer.
         weighted: The layers that have weights of their own, of which fp16 needs the range.
 
     Raises:
@@ -39,7 +38,7 @@ def without_bf16(
         if _REPLACED not in (layer.compute, layer.region):
             continue
         if instead == "fp16":
-            _check_range(name, ranges.get(name), name in weighted)
+            _check_range(name, ranges[name].amax if name in ranges else None, name in weighted)
         elif layer.has_narrow_products:
             raise ExportError(
                 f"layer {name!r} computes in {layer.compute}, and what its products take and give is in 16 bits, not "
@@ -61,44 +60,10 @@ def _check_range(name: str, largest: float | None, is_needed: bool) -> None:
     if largest is None and is_needed:
         raise ExportError(
             f"layer {name!r} cannot go from bf16 to fp16: no range of its output was recorded; give ranges={{layer: "
-            "largest magnitude}, or the mixprec.jsonl of a run with UnderflowMonitor, or bf16_as='fp32'"
+            "largest magnitude}, or the log directory of a run with UnderflowMonitor, or bf16_as='fp32'"
         )
     if largest is not None and not largest <= most:
         raise ExportError(
             f"layer {name!r} cannot go from bf16 to fp16: its output reached {largest:.3g}, and {most:.3g} is what "
             "fp16 holds with room to spare; give it fp32 in the policy of the export, or use bf16_as='fp32'"
         )
-
-
-def read_ranges(ranges: Ranges | None) -> dict[str, float]:
-    """The largest magnitude in each layer's output, as given or as a run recorded it.
-
-    Raises:
-        ExportError: The file cannot be read.
-    """
-    if ranges is None:
-        return {}
-    if isinstance(ranges, Mapping):
-        return {str(name): float(value) for name, value in ranges.items()}
-    try:
-        lines = Path(ranges).read_text("utf-8").splitlines()
-    except OSError as error:
-        raise ExportError(
-            f"ranges {str(ranges)!r} cannot be read: {error.strerror}; give a run's mixprec.jsonl"
-        ) from error
-    found: dict[str, float] = {}
-    for line in lines:
-        row = _row(line)
-        headroom, format = row.get("output_headroom_bits"), row.get("format")
-        if row.get("monitor") == "underflow" and isinstance(headroom, int | float) and format in FORMATS:
-            largest = get_format(str(format)).forward.max / 2.0 ** float(headroom)
-            found[str(row["layer"])] = max(found.get(str(row["layer"]), 0.0), largest)
-    return found
-
-
-def _row(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:  # a line that a crash cut short
-        return {}
-    return row if isinstance(row, dict) else {}
