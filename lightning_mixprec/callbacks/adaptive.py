@@ -1,6 +1,7 @@
 """``AdaptivePrecision``: moves layers to the formats that the run turns out to need."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, AdaptiveRun, Steered
+from lightning_mixprec.callbacks.adaptive_run import NOT_FINITE, AdaptiveRun
 from lightning_mixprec.callbacks.failure_monitor import FailureMonitor, note
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_patterns, check_share, is_quiet, takes_iterator
 from lightning_mixprec.errors import MixPrecError, SupportError
@@ -22,15 +23,17 @@ from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.planning.controller_state import Options
+from lightning_mixprec.planning.demotions import Steered, targets_of
+from lightning_mixprec.planning.plan import PrecisionPlan, as_plan
 from lightning_mixprec.plugin.arguments import check_choice
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.plugin.state import policy_version
 from lightning_mixprec.plugin.step_errors import Remedy
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.policy import PrecisionPolicy
-from lightning_mixprec.records.changes import Decision, Made, Refused
+from lightning_mixprec.records.changes import Decision, Made, Refused, moves_table
 from lightning_mixprec.records.schema import matches
-from lightning_mixprec.records.words import cell, listed, written
+from lightning_mixprec.records.words import written
 
 LEARNED, ADVISED = "learned_policy.yaml", "advised_policy.yaml"
 
@@ -68,6 +71,9 @@ class AdaptivePrecision(FailureMonitor):
         max_trials: Steps that are tried for one decision, at most, beside the diagnosis of a failed one.
         max_assignments: Different assignments under one base policy, at most: each one costs a compiled model a
             recompilation.
+        plan: A :class:`~lightning_mixprec.PrecisionPlan` of this model, or the path of its file. With it layers also
+            move to formats narrower than your policy's, the safest first: what the plan chose, then others until
+            ``min_low_precision_share`` is reached. Each group is tried before; at the first relapse some go back.
 
     Attributes:
         decisions: One plain dict per decision: ``step``, ``kind`` (``"promote"``, ``"demote"``, ``"scale"`` or
@@ -91,8 +97,9 @@ class AdaptivePrecision(FailureMonitor):
         dwell_steps: int = 1000,
         max_trials: int = 48,
         max_assignments: int = 8,
+        plan: str | os.PathLike[str] | PrecisionPlan | None = None,
     ) -> None:
-        name = type(self).__name__
+        name, self.plan = type(self).__name__, as_plan(plan)
         check_choice("mode", mode, ("act", "advise"))
         self.mode = mode
         self.pin = check_patterns(name, pin)
@@ -137,19 +144,18 @@ class AdaptivePrecision(FailureMonitor):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks the pinned layers.
-
-        Raises:
-            PolicyError: A pattern is malformed or matches nothing.
-        """
+        """Checks the pinned layers and the plan: patterns have to match something, the plan to be of this model."""
         covered_layers(self.pin, pl_module, "AdaptivePrecision(pin=...)")
+        if self.plan is not None:
+            self.plan.check(pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._plugin is not None
         bf16, fp16 = (native_support(format, pl_module.device).native for format in ("bf16", "fp16"))
         options = replace(self._options, has_bf16=bf16 or not fp16)  # where both are emulated, they cost the same
-        self._run = AdaptiveRun(trainer, self._plugin, options, self.pin, self._take_in, acts=self.mode == "act")
+        acts, targets = self.mode == "act", None if self.plan is None else targets_of(self.plan)
+        self._run = AdaptiveRun(trainer, self._plugin, options, self.pin, self._take_in, acts=acts, targets=targets)
         if self._steered:
             self._go_on(self._run)
         self._failures = FailureWatch(
@@ -385,13 +391,7 @@ class AdaptivePrecision(FailureMonitor):
         title = f"{len(moves)} {what}, {share} of the matrix products' flops in at most 16 bits"
         if self._problems:
             title += f"; {self._looks} of {self._looks + self._problems} steps could be looked at"
-        rows = [["layer", "step", "from", "to", "reason"]]
-        alike: dict[tuple[int, str, str, str], list[str]] = {}
-        for step, name, old, new, reason in moves:
-            alike.setdefault((step, old, new, reason), []).append(name)
-        for (step, old, new, reason), names in list(alike.items())[-ROWS:]:
-            rows.append([cell(names[0]) if len(names) == 1 else listed(names), str(step), old, new, reason])
-        return title, rows if moves else []
+        return title, moves_table(moves, ROWS)
 
     @override
     def _draw(self, ax: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import nn
-from typing_extensions import NotRequired, TypedDict
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.border_plan import heights, survey
@@ -18,8 +17,8 @@ from lightning_mixprec.evidence.run_formats import PluginFormats
 from lightning_mixprec.evidence.snapshot import Snapshots
 from lightning_mixprec.evidence.step_window import KeptBatch, Outcome, StepWindow
 from lightning_mixprec.evidence.trials import Trials
-from lightning_mixprec.planning.controller import Controller
-from lightning_mixprec.planning.controller_state import ControllerState, Options
+from lightning_mixprec.planning.controller_state import Options
+from lightning_mixprec.planning.demotions import Target, controller_for
 from lightning_mixprec.planning.promotions import Promotion
 from lightning_mixprec.planning.remedies import Candidate
 from lightning_mixprec.plugin.precision import PerLayerPrecision
@@ -28,7 +27,6 @@ from lightning_mixprec.policy.module_names import is_scripted
 from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.records.changes import Decision
-from lightning_mixprec.records.schema import Count
 from lightning_mixprec.records.words import listed
 
 NOT_FINITE = "not finite in fp32"
@@ -37,22 +35,6 @@ NOT_FINITE = "not finite in fp32"
 _ACCUSED: tuple[Literal["layer", "direction", "op", "value"], ...] = ("layer", "direction", "op", "value")
 
 Report = Callable[..., None]
-
-
-class Steered(TypedDict):
-    """State of a run's controller; ``copy`` holds tensors and is checked where they are taken over.
-
-    ``held`` and ``due`` are there if an outcome was waited for because of the checkpoint: see :meth:`AdaptiveRun.hold`.
-    """
-
-    base: dict[str, Any]
-    in_force: dict[str, Any] | None
-    flops: dict[str, Count]
-    controller: ControllerState
-    pending: Decision | None
-    copy: NotRequired[Any]
-    held: NotRequired[bool]
-    due: NotRequired[bool | None]
 
 
 class AdaptiveRun:
@@ -65,6 +47,7 @@ class AdaptiveRun:
         pin: Patterns of layers that are left alone.
         acts: Whether decisions are carried out; else steps are looked at as if they had been.
         report: Called with a place (step, epoch, batch_idx) and what was seen or decided there.
+        targets: The narrower formats of a plan that layers may move to; None for no such moves.
 
     Attributes:
         controller: Who decides.
@@ -81,6 +64,7 @@ class AdaptiveRun:
         report: Report,
         *,
         acts: bool = True,
+        targets: Sequence[Target] | None = None,
     ) -> None:
         assert plugin.policy is not None
         self._trainer, self._plugin, self._report, self._acts = trainer, plugin, report, acts
@@ -89,7 +73,7 @@ class AdaptiveRun:
         self._base = self._adopted = plugin.policy
         self._flops: dict[str, int] = {}
         self._outputs: dict[str, str | None] = {}
-        self.controller = self._new_controller(options, pin)
+        self.controller = controller_for(self._candidates(pin), options, targets)
         self._adapt()
         self.pending: Decision | None = None
         self.is_held = False
@@ -103,9 +87,9 @@ class AdaptiveRun:
         """Keeps a copy of weights and optimizers that are as they would be in fp32, if it fits."""
         self._snapshots.take(self._trainer, self._module, self._trainer.global_step, is_sound=is_sound)
 
-    def _new_controller(self, options: Options, pin: Sequence[str]) -> Controller:
+    def _candidates(self, pin: Sequence[str]) -> list[Candidate]:
         formats, pinned = self._base_formats(), covered_layers(pin, self._module, "AdaptivePrecision(pin=...)")
-        layers = [
+        return [
             Candidate(
                 site.name,
                 formats[site.name],
@@ -116,7 +100,6 @@ class AdaptiveRun:
             for site in survey(self._module)
             if not is_scripted(site.module)
         ]
-        return Controller(layers, options)
 
     def _base_formats(self) -> dict[str, str]:
         assignment = self._base.resolve(self._module)
@@ -145,6 +128,7 @@ class AdaptiveRun:
             "in_force": None if policy is None else policy.to_dict(),
             "flops": self._flops,
             "controller": self.controller.state_dict(),
+            **self.controller.further_state(),
             "pending": None if pending is None else pending.state_dict(),
             **({"held": True, "due": self._is_due} if self.is_held else {}),
         }
@@ -161,8 +145,9 @@ class AdaptiveRun:
         self.controller.rebase(self._base_formats())
         self._flops = dict(state["flops"])
         self.controller.measured(self._flops)
+        self.controller.load_further_state(state)
         self.controller.load_state_dict(state["controller"])
-        self._policy_with(self.controller.promoted).resolve(self._module)  # fails here rather than in a step
+        self._policy_with(self.controller.in_force).resolve(self._module)  # fails here rather than in a step
         if state["pending"] is not None:
             self.pending = Decision.from_state(state["pending"])
         self.is_held, self._is_due = state.get("held", False), state.get("due")
@@ -213,8 +198,7 @@ class AdaptiveRun:
             self._report(place, problem=trials.problem or NOT_FINITE)
             return
         scale = self._plugin.scaler.get_scale()
-        promoted = self.controller.promoted
-        present = trials.run_as_is(scale) if self._acts else trials.run(promoted, scale)
+        present = trials.run_as_is(scale) if self._acts else trials.run(self.controller.in_force, scale)
         self._report(place, sample=present.summary(), loss_scale=scale)
         self.controller.see_loss(trials.loss_size)
         decision = self.controller.decide_on_sample(present, scale, trials.run, partial(trials.has_room, scale))
@@ -343,7 +327,7 @@ class AdaptiveRun:
         if decision.restores and self._snapshots.step is not None:
             self._snapshots.restore()
         if decision.moves:
-            self._adopted = self._policy_with(self.controller.promoted)
+            self._adopted = self._policy_with(self.controller.in_force)
             self._plugin.set_policy(self._adopted, f"adaptive: {decision.reason}", decision.evidence)
             self._adapt()
         if self._plugin.scaler.is_active and scale != self._plugin.scaler.get_scale():
@@ -359,8 +343,8 @@ class AdaptiveRun:
     @property
     def advised_policy(self) -> PrecisionPolicy | None:
         """The policy with everything that was advised; None if nothing was."""
-        promoted = self.controller.promoted
-        return self._policy_with(promoted) if promoted and not self._acts else None
+        in_force = self.controller.in_force
+        return self._policy_with(in_force) if in_force and not self._acts else None
 
     @property
     def low_share(self) -> float:
@@ -376,7 +360,7 @@ class AdaptiveRun:
         """
         self._base = policy
         self.controller.rebase(self._base_formats())
-        self._adopted = self._policy_with(self.controller.promoted if self._acts else {})
+        self._adopted = self._policy_with(self.controller.in_force if self._acts else {})
         if self._adopted is not self._plugin.policy:
             self._plugin.set_policy(self._adopted, reason)
         self._adapt()

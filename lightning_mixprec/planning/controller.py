@@ -73,6 +73,13 @@ class Controller:
         self.promoted, *self.assignments = (read(promoted) for promoted in (state["promoted"], *state["assignments"]))
         self.counts = ControllerCounts(**deepcopy({each.name: state[each.name] for each in fields(ControllerCounts)}))
 
+    def further_state(self) -> dict[str, Any]:
+        """What a further kind of controller remembers besides, by keys of its own."""
+        return {}
+
+    def load_further_state(self, state: Mapping[str, Any]) -> None:
+        """Reads :meth:`further_state`, before :meth:`load_state_dict`."""
+
     def rebase(self, formats: Mapping[str, str]) -> None:
         """Starts from another policy of the user; promotions that are no wider than it are over.
 
@@ -80,11 +87,7 @@ class Controller:
             formats: The format that the policy has each layer compute in.
         """
         self.adapt(formats)
-        self.promoted = {
-            name: promotion
-            for name, promotion in self.promoted.items()
-            if is_wider(promotion.compute, self.layers[name].format)
-        }
+        self.promoted = {name: each for name, each in self.promoted.items() if is_wider(each.compute, formats[name])}
         self.assignments = [self.in_force]
         self._settle_in()
 

@@ -316,6 +316,19 @@ class PrecisionPlan:
         return replace(self.costs.predicted(formats), loss_gap=gap)
 
 
+def as_plan(plan: object) -> PrecisionPlan | None:
+    """The plan that a user means by a plan, the path of its file, or None.
+
+    Raises:
+        PlanError: It is none of these, or cannot be read.
+    """
+    if plan is None or isinstance(plan, PrecisionPlan):
+        return plan
+    if isinstance(plan, (str, os.PathLike)):
+        return PrecisionPlan.from_file(plan)
+    raise PlanError(f"plan is a {type(plan).__name__}; give a PrecisionPlan, the path of its file, or None")
+
+
 def _by_layer(sensitivities: Sensitivities, chosen: Sequence[str], outline: Sequence[LayerOutline]) -> dict[str, str]:
     """The format of each layer; layers that are in no variable have the reference's."""
     known = {name: chosen[place] for name, place in sensitivities.variable_of.items()}

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from typing_extensions import NotRequired, TypedDict
 
 from lightning_mixprec.records.schema import Count, Place
-from lightning_mixprec.records.words import quoted
+from lightning_mixprec.records.words import cell, listed, quoted
 
 _FEW = 4
 """Moves that a line tells one by one."""
@@ -74,6 +74,21 @@ def moves_in_words(moves: Sequence[tuple[str, str, str]]) -> list[str]:
     """
     told = [f"{quoted(name)} {old} -> {new}" for name, old, new in moves[:_FEW]]
     return [f"{len(moves)} layers: {', '.join(told)}, ..."] if len(moves) > _FEW else told
+
+
+def moves_table(moves: Sequence[tuple[int, str, str, str, str]], most: int) -> list[list[str]]:
+    """Rows of a table, with a head, of moves (step, layer, from, to, reason): the latest; those alike are in one.
+
+    >>> moves_table([(3, "a", "fp16", "fp32", "overflow"), (3, "b", "fp16", "fp32", "overflow")], 5)[1]
+    ["'a', 'b'", '3', 'fp16', 'fp32', 'overflow']
+    """
+    alike: dict[tuple[int, str, str, str], list[str]] = {}
+    for step, name, *rest in moves:
+        alike.setdefault((step, rest[0], rest[1], rest[2]), []).append(name)
+    rows = [["layer", "step", "from", "to", "reason"]] if moves else []
+    for (step, old, new, reason), names in list(alike.items())[-most:]:
+        rows.append([cell(names[0]) if len(names) == 1 else listed(names), str(step), old, new, reason])
+    return rows
 
 
 @dataclass(frozen=True)
