@@ -14,7 +14,7 @@ Three things are looked at, each in steps of the first batch inside the sandbox:
 import contextlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,17 +22,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_mixprec.engine.border_plan import Site, survey
+from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.errors import MixPrecError, PlanError, one_line
 from lightning_mixprec.evidence.instruments.flops import FlopCount
 from lightning_mixprec.evidence.measuring.handed_on import HandedOn
 from lightning_mixprec.evidence.measuring.layer_times import LayerTimes, cast_seconds
 from lightning_mixprec.evidence.measuring.saved_by_layer import SavedByLayer
+from lightning_mixprec.evidence.measuring.weight_bytes import KeptByOptimizer, gradient_bytes
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.numerics.devices import NamedDevice, named_device
 from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format
 from lightning_mixprec.planning.cost import Costs, Handover, LayerCost
-from lightning_mixprec.policy.assignment import EightBits
+from lightning_mixprec.policy.assignment import EightBits, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.policy.rules import Rule, is_of_products
 
@@ -44,9 +46,6 @@ It is the same for all formats, so the order of policies depends little on it.
 
 _BACKWARD = 3.0
 """A step's arithmetic as a multiple of its forward: backward takes two products for each."""
-
-_MOMENTS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "Rprop": 2, "Adadelta": 2}
-_MOMENTS_OF_OTHERS = 2
 
 
 def measure_costs(
@@ -65,7 +64,7 @@ def measure_costs(
         formats: The formats.
         device: A device by name, for which times are told; None for the one that the module is on, where they are
             measured.
-        optimizer: The optimizer, of whose moments the memory is; None for Adam's two.
+        optimizer: The optimizer, of whose moments the memory is; None for torch's AdamW.
 
     Raises:
         MixPrecError: The step cannot be run; or a format or device is unknown.
@@ -99,20 +98,42 @@ class _Measuring:
             times, cast_time = self._measured(flops.flops), cast_seconds(self._module.device)
         else:
             times, cast_time = self._told(named, flops.flops, handed.elements), 1e-9 / _bandwidth(named)
-        layers = {}
-        for site in self._sites:
-            weight_bytes = self._weight_bytes(site, optimizer)
-            layers[site.name] = {
+        handovers = _handovers(handed.handovers, saved[REFERENCE].shared, self._modules)
+        layers = self._layers(times, saved, flops.flops, handed, KeptByOptimizer(optimizer))
+        on = named.name if named else str(self._module.device)
+        return Costs(on, layers, handovers, 0.0, self._fixed_bytes(), cast_time)
+
+    def _layers(
+        self,
+        times: Mapping[tuple[str, str], float],
+        saved: Mapping[str, SavedByLayer],
+        flops: Mapping[str, int],
+        handed: HandedOn,
+        kept: KeptByOptimizer,
+    ) -> dict[str, dict[str, LayerCost]]:
+        """By layer and format its cost, in the order in which layers end."""
+        sites = {site.name: site for site in self._sites}
+        layers: dict[str, dict[str, LayerCost]] = {}
+        for name in (*(each for each in sites if each not in handed.order), *handed.order):
+            params = [param for part in sites[name].parts for param in part.parameters(recurse=False)]
+            gradients = gradient_bytes(params)
+            weights = sum(param.nbytes for param in params) + gradients + sum(map(kept.bytes_of, params))
+            layers[name] = {
                 format: LayerCost(
-                    times[site.name, format],
-                    weight_bytes,
-                    float(saved[format].get(site.name, 0)),
-                    float(flops.flops[site.name]),
+                    seconds=times[name, format],
+                    weight_bytes=float(weights),
+                    saved_bytes=float(saved[format].bytes.get(name, 0)),
+                    flops=float(flops[name]),
+                    gradient_bytes=gradients,
+                    passing_bytes=handed.elements[name] * get_format(LayerPrecision(REFERENCE, format).region).bits / 8,
                 )
-                for format in self._of(site)
+                for format in self._of(sites[name])
             }
-        handovers = tuple(Handover(*pair, float(elements)) for pair, elements in handed.handovers.items())
-        return Costs(named.name if named else str(self._module.device), layers, handovers, 0.0, 0.0, cast_time)
+        return layers
+
+    def _fixed_bytes(self) -> float:
+        """Bytes of buffers and of the batch."""
+        return float(sum(each.nbytes for each in (*self._module.buffers(), *tensors_in(self._batch))))
 
     def _of(self, site: Site) -> list[str]:
         """The formats that a site may have."""
@@ -136,13 +157,12 @@ class _Measuring:
         except Exception as error:
             raise PlanError(f"the step could not be run in {format}: {one_line(error)}") from error
 
-    def _saved(self, format: str) -> Mapping[str, int]:
-        """By layer the bytes that it keeps for backward under a uniform policy."""
-        if is_of_products(format) and not any(isinstance(each, nn.Linear) for each in self._modules.values()):
-            return {}
+    def _saved(self, format: str) -> SavedByLayer:
+        """What layers keep for backward under a uniform policy."""
         saved = SavedByLayer(self._module)
-        self._step(format, saved)
-        return saved.bytes
+        if not is_of_products(format) or any(isinstance(each, nn.Linear) for each in self._modules.values()):
+            self._step(format, saved)
+        return saved
 
     def _measured(self, flops: Mapping[str, int]) -> dict[tuple[str, str], float]:
         """By layer and format the seconds of forward and backward, measured where the module is."""
@@ -179,10 +199,13 @@ class _Measuring:
                 times[site.name, format] = max(arithmetic, memory) / EFFICIENCY
         return times
 
-    def _weight_bytes(self, site: Site, optimizer: Optimizer | None) -> float:
-        """Bytes of a site's own weights, their gradients and the moments that an optimizer keeps of them."""
-        own = [param for part in site.parts for param in part.parameters(recurse=False)]
-        return float(sum(param.nbytes * (2 + _moments(optimizer) if param.requires_grad else 1) for param in own))
+
+def _handovers(
+    elements: Mapping[tuple[str, str], int], kept: Mapping[tuple[str, str], int], layers: Container[str]
+) -> tuple[Handover, ...]:
+    """Pairs of layers of which one takes the other's output, or that keep the same memory for backward."""
+    pairs = [pair for pair in dict.fromkeys((*elements, *kept)) if pair[0] in layers and pair[1] in layers]
+    return tuple(Handover(*pair, float(elements.get(pair, 0)), float(kept.get(pair, 0))) for pair in pairs)
 
 
 def _uniform(format: str) -> PrecisionPolicy:
@@ -190,14 +213,6 @@ def _uniform(format: str) -> PrecisionPolicy:
     if not is_of_products(format):
         return PrecisionPolicy(format)
     return PrecisionPolicy(EightBits().around, [Rule(types="Linear", compute=format)])
-
-
-def _moments(optimizer: Optimizer | None) -> int:
-    """How many numbers of a weight's size an optimizer keeps of each weight."""
-    if optimizer is None:
-        return _MOMENTS_OF_OTHERS
-    known = _MOMENTS.get(type(optimizer).__name__, _MOMENTS_OF_OTHERS)
-    return known + bool(optimizer.defaults.get("momentum")) + bool(optimizer.defaults.get("amsgrad"))
 
 
 def _peak(named: NamedDevice, format: str) -> float:

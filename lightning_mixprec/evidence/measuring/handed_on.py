@@ -24,6 +24,7 @@ class HandedOn:
     Attributes:
         handovers: By the names of two layers, of which the second took what the first gave, how many elements.
         elements: By layer how many elements it took and gave.
+        order: The layers that were called, in the order in which their last calls ended.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -33,6 +34,7 @@ class HandedOn:
         self._inside: list[str] = [""]
         self.handovers: dict[tuple[str, str], int] = {}
         self.elements: dict[str, int] = dict.fromkeys(layers, 0)
+        self.order: dict[str, None] = {}
 
     def __enter__(self) -> "HandedOn":
         for name, module in hookable(self._layers).items():
@@ -53,6 +55,8 @@ class HandedOn:
 
     def _give(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         self._inside.pop()
+        self.order.pop(name, None)
+        self.order[name] = None
         for tensor in tensors_in(output):
             if not tensor.is_floating_point():
                 continue

@@ -17,18 +17,22 @@ class SavedByLayer:
 
     Attributes:
         bytes: By layer, for those that keep anything.
+        shared: By the names of two layers, the elements of floating tensors that the first one keeps first, and the
+            second one, too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._running = CurrentLayer(model)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
-        self._seen: set[int] = set()
+        self._apart: set[int] = set()
+        self._keepers: dict[int, list[str]] = {}
         self._alive: list[Tensor] = []
         self.bytes: dict[str, int] = {}
+        self.shared: dict[tuple[str, str], int] = {}
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Tensors that are there anyway, as weights and buffers are."""
-        self._seen |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._apart |= set(map(_key, tensors))
 
     def __enter__(self) -> "SavedByLayer":
         self._running.attach()
@@ -41,10 +45,21 @@ class SavedByLayer:
         self._alive.clear()
 
     def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        if tensor.layout != torch.strided or (key := _key(tensor)) in self._apart:
+            return tensor
+        keepers, layer = self._keepers.setdefault(key, []), self._running.now()[0] or ""
+        if not keepers:
             self._alive.append(tensor.detach())  # so that its address is given to nobody else
-            layer, _ = self._running.now()
-            self.bytes[layer or ""] = self.bytes.get(layer or "", 0) + storage.nbytes()
+            self.bytes[layer] = self.bytes.get(layer, 0) + tensor.untyped_storage().nbytes()
+        elif layer not in keepers and tensor.is_floating_point():
+            pair = keepers[0], layer
+            elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+            self.shared[pair] = self.shared.get(pair, 0) + elements
+        if layer not in keepers:
+            keepers.append(layer)
         return tensor
+
+
+def _key(tensor: Tensor) -> int:
+    """The memory of a tensor; of a fake one, too, which has no address."""
+    return int(tensor.untyped_storage()._cdata)
