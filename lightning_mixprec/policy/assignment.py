@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lightning_mixprec.numerics.formats import REFERENCE, is_wider
+from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
 from lightning_mixprec.policy.rules import Rule, is_of_products
 from lightning_mixprec.policy.table import Table, shortened
 from lightning_mixprec.policy.table_folding import Row
@@ -24,6 +24,17 @@ class EightBits:
     around: str = "bf16"
     scaling: str = "tensor"
     gradients: str = "all"
+
+    @classmethod
+    def usual(cls, format: str, around: str = "bf16") -> "EightBits":
+        """The manner of a format of products where no rule says another.
+
+        >>> EightBits.usual("int8")
+        EightBits(around='bf16', scaling='row', gradients='none')
+        """
+        found = get_format(format)
+        gradients = {"all": "all", "forward": "none"}[found.use.products]
+        return cls(around, "row" if found.is_integer else "tensor", gradients)
 
 
 @dataclass(frozen=True)

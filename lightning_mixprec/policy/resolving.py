@@ -198,11 +198,9 @@ def _with_surroundings(layers: list[LayerPrecision], inventory: Inventory) -> li
         if not inventory.takes_narrow_products(number):
             found[number] = replace(layer, compute=inherited)
             continue
-        use, rule = get_format(layer.compute).use, layer.rule
-        scaling = "row" if get_format(layer.compute).is_integer else "tensor"
-        gradients = {"all": "all", "forward": "none"}[use.products]
-        if rule is not None:
-            scaling, gradients = rule.scaling or scaling, rule.gradients or gradients
+        usual, rule = EightBits.usual(layer.compute, inherited), layer.rule
+        scaling = (rule.scaling if rule is not None else None) or usual.scaling
+        gradients = (rule.gradients if rule is not None else None) or usual.gradients
         found[number] = replace(layer, eight_bits=EightBits(inherited, scaling, gradients))
     return found
 

@@ -69,8 +69,9 @@ def recurrent(step: Cell) -> Callable[..., Any]:
         else:
             steps = list(data.split(sizes))
         steps, final = _layers(step, steps, states, weights, 2 if bidirectional else 1, dropout if train else 0.0)
-        output = torch.cat(steps) if is_packed else torch.stack(steps, 1 if batch_first else 0)
-        return (output, *final)
+        output = torch.cat(steps) if is_packed else torch.stack(steps)
+        # Laid out as torch's own: what draws random numbers for it, as dropout does, goes by the order in memory.
+        return (output.transpose(0, 1) if batch_first and not is_packed else output, *final)
 
     return run
 

@@ -23,8 +23,6 @@ from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
 from lightning_mixprec.policy.assignment import LayerPrecision
 
-Errors = dict[str, list[Tensor]]
-
 
 class LayerErrors:
     """Takes the errors of some layers while a step runs.
@@ -40,7 +38,8 @@ class LayerErrors:
         emulate: As for :func:`~lightning_mixprec.engine.apply.attach`.
 
     Attributes:
-        scores: By layer and format the sum over elements of (gradient x error)^2, fp64 on the device.
+        squares: By layer and format the sum over elements of (gradient x error)^2, fp64 on the device.
+        sums: By layer and format the sum over elements of gradient x error.
         problems: By layer and format why it could not be called there.
     """
 
@@ -55,9 +54,10 @@ class LayerErrors:
         self._sites = {site.name: site for site in sites}
         self._formats, self._base, self._device, self._emulate = formats, base, device, emulate
         self._handles: list[RemovableHandle] = []
-        self._waiting: dict[str, list[Errors]] = {}
+        self._waiting: dict[str, list[dict[str, list[Tensor]]]] = {}
         self._is_busy = False
-        self.scores: dict[str, dict[str, Tensor]] = {}
+        self.squares: dict[tuple[str, str], Tensor] = {}
+        self.sums: dict[tuple[str, str], Tensor] = {}
         self.problems: dict[tuple[str, str], str] = {}
 
     def __enter__(self) -> "LayerErrors":
@@ -80,8 +80,7 @@ class LayerErrors:
     def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._is_looking:
             tried = {format: self._tried(name, format, args, kwargs) for format in self._formats[name]}
-            errors = {format: result for format, result in tried.items() if result is not None}
-            self._waiting.setdefault(name, []).append(errors)
+            self._waiting.setdefault(name, []).append(tried)
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if not self._is_looking or not self._waiting.get(name):
@@ -97,15 +96,15 @@ class LayerErrors:
 
     def _weigh(self, name: str, errors: Mapping[str, Tensor], gradient: Tensor) -> None:
         with torch.no_grad():
-            scores = self.scores.setdefault(name, {})
             for format, error in errors.items():
-                added = (gradient.double() * error).square().sum()
-                scores[format] = scores[format] + added if format in scores else added
+                changes = gradient.double() * error
+                for kept, added in ((self.squares, changes.square().sum()), (self.sums, changes.sum())):
+                    kept[name, format] = kept[name, format] + added if (name, format) in kept else added
 
-    def _tried(self, name: str, format: str, args: Any, kwargs: Any) -> list[Tensor] | None:
-        """What a layer gives in a format; None if it fails there, which is noted."""
+    def _tried(self, name: str, format: str, args: Any, kwargs: Any) -> list[Tensor]:
+        """What a layer gives in a format; nothing if it fails there, which is noted."""
         if (name, format) in self.problems:
-            return None
+            return []
         site, random = self._sites[name], RandomState(self._device, others=False)
         self._is_busy = True
         try:
@@ -120,7 +119,7 @@ class LayerErrors:
             if is_out_of_memory(error) or isinstance(error, TraceLeftError):
                 raise
             self.problems[name, format] = one_line(error)
-            return None
+            return []
         finally:
             self._is_busy = False
             random.restore()

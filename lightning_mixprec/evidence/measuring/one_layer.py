@@ -10,15 +10,16 @@ from torch import nn
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.engine.backends import Emulate
 from lightning_mixprec.engine.border_plan import Site
-from lightning_mixprec.policy.assignment import LayerPrecision
+from lightning_mixprec.policy.assignment import EightBits, LayerPrecision
 from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.rules import is_of_products
 
 
 @contextlib.contextmanager
 def in_format(
     site: Site, format: str, base: Mapping[str, LayerPrecision], device: torch.device, emulate: Emulate = "auto"
 ) -> Generator[None, None, None]:
-    """A site's own operations compute in a format; the layers inside it compute in fp32 and hand that format on.
+    """A site's own operations compute in a format; the layers inside it compute in fp32.
 
     Args:
         site: The site.
@@ -32,15 +33,19 @@ def in_format(
     assignment = {}
     for node in walk(site.module):
         layer = base[f"{prefix}{node.name}" if node.name else site.name]
-        narrow = replace(layer, compute=format)
-        inner = layer if layer.stays_wide else replace(layer, output=narrow.region)
-        assignment[node.name] = narrow if id(node.module) in own else inner
+        assignment[node.name] = narrowed(layer, format) if id(node.module) in own else layer
     attachment = attach(site.module, assignment, device.type, emulate)
     try:
         with attachment.context():
             yield
     finally:
         attachment.detach()
+
+
+def narrowed(layer: LayerPrecision, format: str) -> LayerPrecision:
+    """What a layer is assigned if it computes in a format, in the manner that is usual for it."""
+    is_of_bits = is_of_products(format)
+    return replace(layer, compute=format, eight_bits=EightBits.usual(format) if is_of_bits else layer.eight_bits)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,15 @@
 """What each layer's computing in a format is expected to do to the loss, measured on batches without a training.
 
 A layer's part in the squared loss gap is estimated to first order: the error that the format makes of each element of
-its output, times the gradient of the loss there, squared and summed (as ``auto_quantize`` of NVIDIA's ModelOpt scores
-formats, and as arXiv:2505.13060 derives it). Errors of different elements and layers are taken to be independent, so
-that squares add up. One fp32 step of each batch gives gradients and errors at once; layers are looked at in as many
-rounds as the errors that wait for their gradients have room. What the LightningModule itself computes, the loss above
-all, has no gradient at its output: its step is run in the format, and the squared gap is the measurement.
+its output, times the gradient of the loss there. If errors are independent, the squares of these changes add up (as
+``auto_quantize`` of NVIDIA's ModelOpt scores formats, and as arXiv:2505.13060 derives it); if they are one error, as
+those of a rounded weight that all samples meet, the changes add up before they are squared. A layer's part is the mean
+of both: on models that are trained for a while the squares alone are a quarter too small and the squared sum alone
+is at the mercy of one batch. Parts of layers add up. Backward has no part: the loss of a step is known before it.
+
+One fp32 step of each batch gives gradients and errors at once; layers are looked at in as many rounds as the errors
+that wait for their gradients have room. Where no gradient arrives (what the LightningModule itself computes, the loss
+above all; a frozen encoder, a teacher) the step is run in the format, and the squared gap is the measurement.
 
 Range is no score. A format is not offered where numbers of a layer are too large for it, or where the gradients that
 arrive there vanish in it at the best loss scale of the model.
@@ -24,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.engine.objects import tensors_in
+from lightning_mixprec.engine.sharding import groups_of
 from lightning_mixprec.errors import MixPrecError, PlanError, one_line
 from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, is_finite
 from lightning_mixprec.evidence.instruments.own_dtypes import hookable
@@ -38,6 +43,7 @@ from lightning_mixprec.numerics.rates import best_scale, overflow_rate, underflo
 from lightning_mixprec.planning.sensitivity import Offer, Sensitivities
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.module_names import walk
+from lightning_mixprec.policy.patterns import literal
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.policy.rules import Rule, is_of_products
 from lightning_mixprec.records.advice import MAX_UNDERFLOW
@@ -112,7 +118,7 @@ class Variable:
 
 
 def variables_of(module: nn.Module, base: Assignment, pinned: Set[str] = frozenset()) -> list[Variable]:
-    """The layers of a model that move together: by a site that they are part of, or by a weight that they share.
+    """The layers of a model that move together: parts of one site, what shares a weight, what FSDP2 gathers together.
 
     Args:
         module: The model.
@@ -120,11 +126,12 @@ def variables_of(module: nn.Module, base: Assignment, pinned: Set[str] = frozens
         pinned: The layers that stay in fp32.
     """
     sites = survey(module)
+    gathered = {name: f"group {place}" for place, group in enumerate(groups_of(sites)) for name in group.layers}
+    bonds = {site.name: _weights_of(site) | {gathered.get(site.name, site.name)} for site in sites}
     groups: list[list[Site]] = []
     for site in sites:
-        weights = {id(param) for part in site.parts for param in part.parameters(recurse=False)}
-        sharing = [group for group in groups if any(weights & _weights_of(other) for other in group)] if weights else []
-        groups = [group for group in groups if group not in sharing] + [sum(sharing, []) + [site]]
+        bound = [group for group in groups if any(bonds[site.name] & bonds[other.name] for other in group)]
+        groups = [group for group in groups if group not in bound] + [sum(bound, []) + [site]]
     site_of = {id(part): site for site in sites for part in site.parts}
     names: dict[int, list[str]] = {id(site): [] for site in sites}
     for node in walk(module):
@@ -138,7 +145,7 @@ def variables_of(module: nn.Module, base: Assignment, pinned: Set[str] = frozens
     return sorted(found, key=lambda each: order[each.layers[0]])
 
 
-def _weights_of(site: Site) -> set[int]:
+def _weights_of(site: Site) -> set[int | str]:
     return {id(param) for part in site.parts for param in part.parameters(recurse=False)}
 
 
@@ -147,16 +154,20 @@ class _Found:
     """What one batch said.
 
     Attributes:
-        scores: By layer and format its part in the squared loss gap.
+        squares: By layer and format the sum of the squared changes that the errors of elements make to the loss.
+        sums: By layer and format the sum of these changes.
         problems: By layer and format why it cannot be used there.
     """
 
-    scores: dict[tuple[str, str], float] = field(default_factory=dict)
+    squares: dict[tuple[str, str], float] = field(default_factory=dict)
+    sums: dict[tuple[str, str], float] = field(default_factory=dict)
     problems: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def score(self, variable: Variable, format: str) -> float:
         """A variable's part in the squared loss gap."""
-        return math.fsum(self.scores.get((site.name, format), 0.0) for site in variable.sites)
+        keys = [(site.name, format) for site in variable.sites]
+        together = math.fsum(self.sums.get(key, 0.0) for key in keys) ** 2
+        return (math.fsum(self.squares.get(key, 0.0) for key in keys) + together) / 2
 
     def problem(self, variable: Variable, format: str) -> str | None:
         """Why a variable cannot have a format."""
@@ -182,9 +193,13 @@ class _Batch:
         wanted = {name: variable.among(formats) for name, (_, variable) in sites.items() if name}
         for names in _rounds(wanted, ranges.elements, max_bytes):
             self._round([sites[name][0] for name in names], wanted)
-        for format in sites[""][1].among(formats):
-            self._own_step(format, reference)
+        for format in formats:
+            able = [name for name, (_, variable) in sites.items() if format in variable.among(formats)]
+            self._without_gradient([name for name in able if self._is_open(name, format)], format, reference)
         return self._found
+
+    def _is_open(self, name: str, format: str) -> bool:
+        return (name, format) not in self._found.squares and (name, format) not in self._found.problems
 
     def _reference(self, sites: Sequence[Site]) -> tuple[Replayed, "_Ranges"]:
         layers = {site.name: site.module for site in sites}
@@ -207,32 +222,47 @@ class _Batch:
         errors = LayerErrors(sites, formats, self._base, self._module.device)
         with self._replay.opened(reference=True) as stand_ins, errors:
             self._run(self._replay, stand_ins)
-        for name, scores in errors.scores.items():
-            for format, score in scores.items():
-                if math.isfinite(found := float(score)):
-                    self._found.scores[name, format] = found
-                else:
-                    self._found.problems.setdefault((name, format), f"its output is not finite in {format}")
+        for key, square in errors.squares.items():
+            if math.isfinite(found := float(square)):
+                self._found.squares[key], self._found.sums[key] = found, float(errors.sums[key])
+            else:
+                self._found.problems.setdefault(key, f"its output is not finite in {key[1]}")
         for (name, format), problem in errors.problems.items():
             self._found.problems.setdefault((name, format), f"it fails in {format}: {problem}")
 
-    def _own_step(self, format: str, reference: Replayed) -> None:
-        """What the module's own operations, the loss among them, do in a format: its step is run in it."""
-        policy = PrecisionPolicy(REFERENCE, [Rule("", compute=format, recurse=False)])
-        replay = self._replay.in_formats(PolicyFormats(self._module, policy, self._module.device, 1.0))
+    def _without_gradient(self, names: Sequence[str], format: str, reference: Replayed) -> None:
+        """Layers at which no gradient arrived: the step is run in the format, of all of them together and of each.
+
+        If together they change nothing, as those that the step does not call, each is taken to change nothing.
+        """
+        if not names:
+            return
         try:
-            with replay.opened() as stand_ins:
-                low = self._run(replay, stand_ins)
+            gap = self._gap(names, format, reference)
         except MixPrecError:
             raise
         except Exception as error:
-            self._found.problems["", format] = f"it fails in {format}: {one_line(error)}"
-            return
-        gap = sum(map(float, low.losses)) - sum(map(float, reference.losses))
-        if math.isfinite(gap):
-            self._found.scores["", format] = gap * gap
+            gap, raised = math.nan, f"it fails in {format}: {one_line(error)}"
         else:
-            self._found.problems["", format] = f"the loss is not finite in {format}"
+            raised = f"the loss is not finite in {format}"
+        if len(names) > 1 and gap != 0:
+            for name in names:
+                self._without_gradient([name], format, reference)
+            return
+        for name in names:
+            if math.isfinite(gap):
+                self._found.squares[name, format], self._found.sums[name, format] = gap * gap, gap
+            else:
+                self._found.problems[name, format] = raised
+
+    def _gap(self, names: Sequence[str], format: str, reference: Replayed) -> float:
+        """The change of the loss if the own operations of some layers are in a format."""
+        rules = [Rule(literal(name), compute=format, recurse=False) for name in names]
+        policy = PrecisionPolicy(REFERENCE, rules)
+        replay = self._replay.in_formats(PolicyFormats(self._module, policy, self._module.device, 1.0))
+        with replay.opened() as stand_ins:
+            low = self._run(replay, stand_ins)
+        return sum(map(float, low.losses)) - sum(map(float, reference.losses))
 
     def _run(self, replay: StepReplay, stand_ins: Sandbox) -> Replayed:
         return replay.run(stand_ins, self._batch, 0, random=self._random)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_mixprec import MixPrecError
+from lightning_mixprec import MixPrecError, PrecisionPolicy, Rule
+from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.evidence.measuring.sensitivities import measure_sensitivities
 
 
@@ -36,19 +37,29 @@ def offers_of(found, layer):
     return found.offers[found.variable_of[layer]]
 
 
-def test_a_layers_part_is_the_sum_of_squares_by_hand():
+@pytest.mark.parametrize("format", ["bf16", "fp8", "int8"])
+def test_a_layers_part_is_what_sums_by_hand_say(format):
     module, (batch,) = Net(), batches(1)
     module.drop.p = 0.0
-    found = measure_sensitivities(module, [batch], ["bf16"])
+    found = measure_sensitivities(module, [batch], [format])
     inputs, labels = batch
     hidden = module.one(inputs)
     normed = module.norm(hidden).relu()
     output = module.two(normed)
     [gradient] = torch.autograd.grad(F.cross_entropy(output, labels), output)
-    with torch.autocast("cpu", torch.bfloat16):
+    attachment = attach(module.two, {"": alone(nn.Linear(1, 1), format)}, "cpu")
+    with attachment.context():
         low = module.two(normed)
-    by_hand = ((low.float() - output).double() * gradient).square().sum().item()
-    assert offers_of(found, "two")["bf16"].sensitivity == pytest.approx(by_hand, rel=0.05)  # emulated on some CPUs
+    attachment.detach()
+    changes = (low.float() - output).double() * gradient
+    by_hand = (changes.square().sum() + changes.sum().square()).item() / 2
+    assert offers_of(found, "two")[format].sensitivity == pytest.approx(by_hand, rel=1e-3)
+
+
+def alone(layer, format):
+    """What a policy assigns to a layer in a format."""
+    rules = [Rule("0", compute=format)]
+    return PrecisionPolicy("fp32", rules).resolve(nn.Sequential(layer))["0"]
 
 
 def test_nothing_of_the_module_or_the_generators_changes():
@@ -110,6 +121,71 @@ def test_gradients_that_vanish_beside_larger_ones_are_a_problem():
     found = measure_sensitivities(Steep(), batches(), ["fp16", "bf16"])
     assert "vanish in fp16, at the best loss scale" in offers_of(found, "one")["fp16"].problem
     assert offers_of(found, "one")["bf16"].problem is None
+
+
+class Taught(Net):
+    """With a frozen encoder and a teacher, at which no gradient arrives, and a layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.teacher, self.idle = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3), nn.Linear(2, 2)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            aim = self.teacher(batch[0]).softmax(1)
+        return F.cross_entropy(self(self.before(batch[0])), aim)
+
+
+def test_where_no_gradient_arrives_the_gap_is_measured():
+    module = Taught()
+    found = measure_sensitivities(module, batches(1), ["bf16"])
+    parts = {
+        layers[0]: offers["bf16"].sensitivity for layers, offers in zip(found.variables, found.offers, strict=True)
+    }
+    assert parts["idle"] == 0
+    assert parts["before"] > 0
+    assert parts["teacher"] == pytest.approx(measured_gap(module, "teacher"), rel=1e-6)
+
+
+def measured_gap(module, layer):
+    losses = []
+    (batch,) = batches(1)
+    for format in ("bf16", "fp32"):
+        torch.manual_seed(0)
+        running = copy.deepcopy(module)
+        policy = PrecisionPolicy("fp32", [Rule(layer, compute=format)] if format == "bf16" else [])
+        attachment = attach(running, policy.resolve(running), "cpu")
+        with attachment.context():
+            losses.append(running.training_step(batch, 0).item())
+        attachment.detach()
+    return (losses[0] - losses[1]) ** 2
+
+
+class Holder(Net):
+    """A layer around others, with an operation of its own; and one without."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.scores = nn.Sequential(nn.Linear(6, 6)), Scores()
+
+    def forward(self, x):
+        return super().forward(self.scores(self.plain(x)))
+
+
+class Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.key = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return (x @ self.key(x).T).softmax(-1) @ x
+
+
+def test_of_a_layer_that_holds_others_its_own_operations_count():
+    found = measure_sensitivities(Holder(), batches(1), ["bf16"])
+    assert offers_of(found, "plain")["bf16"].sensitivity == 0
+    assert offers_of(found, "plain.0")["bf16"].sensitivity > 0
+    assert offers_of(found, "scores")["bf16"].sensitivity > 0
 
 
 class Infinite(Net):
