@@ -17,8 +17,7 @@ from lightning_mixprec.deploy.comparison import Comparison
 from lightning_mixprec.deploy.evaluated_steps import EvaluatedStep, GivenBatch, Seen, Step
 from lightning_mixprec.deploy.used_memory import Peak, SavedBytes, bytes_held, peak_of
 from lightning_mixprec.engine.backends import EMULATE, Emulate
-from lightning_mixprec.errors import MixPrecError, one_line
-from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
+from lightning_mixprec.errors import MixPrecError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.numerics.devices import native_support
@@ -126,6 +125,7 @@ class _Comparing:
         self._random: list[RandomState] = []
         self._expected: list[Told] = []
         self._steps: list[EvaluatedStep] = []
+        self._not_counted: dict[str, str] = {}
 
     def compare(self, repeats: int, emulate: Emulate, seed: int) -> Comparison:
         self._steps = [self._of(each, partial(self._step_of, each, emulate)) for each in self._everyone]
@@ -136,8 +136,7 @@ class _Comparing:
         told = [self._told(row, rows[0], seed) for row in rows]
         for row, time, used in zip(told, seconds, memory, strict=True):
             row["time_ratio"] = statistics.median(own / other for own, other in zip(time, seconds[0], strict=True))
-            row["memory_ratio"] = used[0] / memory[0][0] if memory[0][0] else 1.0
-            row["saved_ratio"] = used[1] / memory[0][1] if memory[0][1] and used[1] is not None else None
+            row["memory_ratio"], row["saved_ratio"] = map(_ratio, used, memory[0])
         columns = [{**row, **run.columns} for row, run in zip(told, rows, strict=True)]
         absolute = {"seconds": statistics.median(seconds[0]), "bytes": memory[0][0], "saved_bytes": memory[0][1]}
         return Comparison(
@@ -209,24 +208,35 @@ class _Comparing:
                     seconds[place].append(self._steps[place].see(stand_ins, given, random).seconds)
         return seconds
 
-    def _memory(self, place: int) -> tuple[int, int | None]:
+    def _memory(self, place: int) -> tuple[int | None, int | None]:
         """Bytes at the peak of a step, with the weights, and bytes that it would keep for its backward.
 
-        None for the latter where there is no room for them.
+        Each None where a step that runs cannot be run so: with the count of tensors, or for want of room.
         """
         see, peak, device = self._steps[place].see, Peak(), self._module.device
+        given, random = self._given[0], self._random[0]
         with self._opened(place) as stand_ins:
             held = [*self._module.parameters(), *self._module.buffers()]
-            see(stand_ins, self._given[0], self._random[0])
-            see(stand_ins, self._given[0], self._random[0], watch=lambda: peak_of(device, peak))
             saved = SavedBytes(held)
-            try:
-                see(stand_ins, self._given[0], self._random[0], watch=saved.counting, with_gradients=True)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                return bytes_held(held) + peak.bytes, None
-            return bytes_held(held) + peak.bytes, saved.bytes
+            see(stand_ins, given, random)
+            counted_peak = self._counting(
+                place, partial(see, stand_ins, given, random, watch=partial(peak_of, device, peak))
+            )
+            with_gradients = partial(see, stand_ins, given, random, watch=saved.counting, with_gradients=True)
+            counted_saved = self._counting(place, with_gradients)
+            return bytes_held(held) + peak.bytes if counted_peak else None, saved.bytes if counted_saved else None
+
+    def _counting(self, place: int, run: Callable[[], Seen]) -> bool:
+        """Runs a step that could be run once more, counted; says if that could be done, and keeps the reason if not."""
+        try:
+            run()
+        except TraceLeftError:
+            raise
+        except Exception as error:
+            name = self._everyone[place].name
+            self._not_counted[name] = f"memory of {name!r} could not be counted ({one_line(error)})"
+            return False
+        return True
 
     def _of(self, candidate: Candidate, run: Callable[[], T]) -> T:
         """Runs something for a policy; an error says for which."""
@@ -241,6 +251,7 @@ class _Comparing:
 
     def _notes(self, emulate: Emulate) -> Iterator[str]:
         """What is to be known before the numbers are believed."""
+        yield from self._not_counted.values()
         if len(self._given) < FEW:
             told = counted(len(self._given), "batch", "batches")
             yield f"{told}: with fewer than {FEW} an interval of 95 % holds less than that"
@@ -250,6 +261,13 @@ class _Comparing:
             if not support.native:
                 how = "is slow" if emulate is False else "is emulated"
                 yield f"{format} {how} here ({support.reason}): time and memory are not those of hardware that has it"
+
+
+def _ratio(own: int | None, other: int | None) -> float | None:
+    """A ratio of bytes; 1 of equally many, none included."""
+    if own is None or other is None:
+        return None
+    return own / other if other else 1.0 if own == other else None
 
 
 def _loss_of(seen: Seen, step: EvaluatedStep) -> float:

@@ -49,7 +49,7 @@ class Comparison:
               without outputs;
             - ``equal_decisions``: the share of equal argmax, where outputs are logits; None otherwise;
             - ``time_ratio``: the median of ratios to the reference's time, both warm and in turns;
-            - ``memory_ratio``: of a step's peak, weights included, to the reference's;
+            - ``memory_ratio``: of a step's peak, weights included, to the reference's; None if it could not be counted;
             - ``saved_ratio``: of the bytes that a step with gradients keeps for its backward; None if it keeps none;
             - the metrics, and what ``validation_step`` logs.
 
@@ -83,7 +83,7 @@ class Comparison:
         if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
             raise MixPrecError(f"tolerance is {tolerance!r}; it has to be a number that is not negative.")
         within = [row for row in self.rows if self._is_within(row, tolerance)]
-        cheapest = min(within, key=lambda row: (row["time_ratio"], row["memory_ratio"]), default=None)
+        cheapest = min(within, key=_cost, default=None)
         return None if cheapest is None else str(cheapest["policy"])
 
     def _is_within(self, row: Mapping[str, Any], tolerance: float) -> bool:
@@ -100,7 +100,9 @@ class Comparison:
         titles = [_TITLES.get(name, name) for name in names]
         lines = align([titles, *cells], right=titles[1:])
         about = f"{self.step} on {counted(self.batches, 'batch', 'batches')}; of the reference "
-        about += f"{self.reference['seconds'] * 1e3:.3g} ms and {self.reference['bytes'] / 2**20:.3g} MiB at the peak"
+        about += f"{self.reference['seconds'] * 1e3:.3g} ms"
+        if self.reference["bytes"] is not None:
+            about += f" and {self.reference['bytes'] / 2**20:.3g} MiB at the peak"
         return "\n".join([*map(str.rstrip, lines), about, *self.notes])
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[FigureBase | None, Axes]":
@@ -161,6 +163,10 @@ class Comparison:
             return add_row(folder, {"monitor": "compare", "compared": told})
         except OSError as error:
             raise MixPrecError(f"the comparison cannot be added to {str(folder)!r}: {error}") from error
+
+
+def _cost(row: Mapping[str, Any]) -> tuple[float, float]:
+    return row["time_ratio"], math.inf if row["memory_ratio"] is None else row["memory_ratio"]
 
 
 def _recorded(row: Mapping[str, Any]) -> ComparedPolicy:

@@ -23,7 +23,7 @@ def peak_of(device: torch.device, found: Peak) -> Iterator[None]:
     """Measures the peak of what is run within: CUDA's allocator says it, on the CPU tensors are counted.
 
     On the CPU these are the tensors that torch's operations return, for as long as something holds them, sparse ones
-    apart. What a kernel takes for itself while it runs is not seen there.
+    apart, and without the fused attention of inference. What a kernel takes for itself while it runs is not seen there.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -31,8 +31,13 @@ def peak_of(device: torch.device, found: Peak) -> Iterator[None]:
         yield
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    with LiveBytes() as live:
-        yield
+    was_on = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # within a count, fused attention knows nothing of autocast
+    try:
+        with LiveBytes() as live:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_on)
     found.bytes = live.peak
 
 

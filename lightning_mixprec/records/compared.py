@@ -20,7 +20,7 @@ class ComparedPolicy(TypedDict):
     output_sqnr_db: float | None
     equal_decisions: float | None
     time_ratio: float
-    memory_ratio: float
+    memory_ratio: float | None
     saved_ratio: float | None
     columns: dict[str, float]
 
@@ -45,7 +45,7 @@ class Compared(TypedDict):
     batches: Count
     same_weights: bool
     seconds: float
-    bytes: Count
+    bytes: Count | None
     reference: ComparedPolicy
     policies: list[ComparedPolicy]
     notes: list[str]

@@ -199,7 +199,7 @@ def _compared(told: dict[str, Any]) -> dict[str, Any]:
     return {
         **told,
         "milliseconds": charts.digits(1e3 * told["seconds"]),
-        "mebibytes": charts.digits(told["bytes"] / 2**20),
+        "mebibytes": charts.digits(told["bytes"] / 2**20) if told["bytes"] is not None else None,
         "columns": columns,
         "zero": zero,
         "rows": [_compared_row(row, columns, bar) for row, bar in zip(rows, bars, strict=True)],

@@ -79,6 +79,28 @@ def test_what_there_is_no_room_for_is_not_told():
 
     comparison = compare(Large(), {"bf16": "bf16"}, [torch.ones(1, 256)] * 2, repeats=1)
     assert comparison.rows[0]["saved_ratio"] is None and comparison.rows[0]["memory_ratio"] > 0
+    assert "memory of 'bf16' could not be counted (OutOfMemoryError" in str(comparison)
+
+
+class Attending(pl.LightningModule):
+    """In eval mode its encoder is one fused operation, whose inside no count of tensors sees."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def training_step(self, batch, batch_idx):
+        return self.encoder(batch).float().square().mean()
+
+
+def test_fused_attention_is_counted_part_by_part_and_stays_fused_elsewhere():
+    policies = {"bf16": "bf16", "stored": {"default": "bf16", "encoder": "p=bf16"}}
+    comparison = compare(Attending(), policies, [torch.randn(2, 5, 16) for _ in range(2)], repeats=1, emulate=False)
+    assert comparison.rows[0]["memory_ratio"] > 0 and torch.backends.mha.get_fastpath_enabled()
+    # Not fused, torch has no layer norm with weights in bf16 and an input in fp32.
+    assert comparison.rows[1]["memory_ratio"] is None and "memory of 'stored' could not be counted" in str(comparison)
+    assert comparison.best(1e9) in policies
 
 
 @pytest.mark.gpu
