@@ -86,6 +86,10 @@ class MaskedLM(Bert):
         self.head = nn.Linear(width, BYTES)
         self.val_acc = MulticlassAccuracy(BYTES, average="micro", ignore_index=NO_ANSWER)
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of every byte."""
+        return self.head(self.encoder(tokens.long()))
+
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of a batch of windows."""
         seen, answers = mask(tokens, torch.rand(tokens.shape, device=tokens.device) < 0.15)

@@ -220,6 +220,10 @@ class Contrastive(LightningModule):
         self.learning_rate = learning_rate
         self.val_acc = MulticlassAccuracy(len(candidates), average="micro")
 
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Return the similarity of each image to each text."""
+        return self.similarity(self.image_encoder(images), self.text_encoder(texts))
+
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of choosing an image's text and a text's image; all that mean the same are right."""
         images, texts, numbers = batch

@@ -68,6 +68,10 @@ class GPT(LightningModule):
         self.model = Decoder(width, depth, heads, is_tied)
         self.unigram_bits, self.learning_rate, self.weight_decay = unigram_bits, learning_rate, weight_decay
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of each next byte."""
+        return self.model(tokens.long())
+
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the mean cross entropy of each byte that has one before it, in nats."""
         tokens = tokens.long()

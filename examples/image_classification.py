@@ -84,6 +84,10 @@ class ImageClassifier(LightningModule):
         self.learning_rate, self.weight_decay, self.label_smoothing = learning_rate, weight_decay, label_smoothing
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of a batch of images."""
+        return self.model(images)
+
     def setup(self, stage: str) -> None:
         """Check the size of the images.
 

@@ -130,6 +130,10 @@ class HeatConduction(LightningModule):
         """Return u at local coordinates (n, 2): the network's output times a bump that is zero on the border."""
         return (16 * local * (1 - local)).prod(-1) * self.network(2 * local - 1).squeeze(-1)
 
+    def forward(self, points: Tensor) -> Tensor:
+        """Return u at map coordinates (n, 2)."""
+        return self.solution(self.frame(points))
+
     def residual(self, local: Tensor) -> Tensor:
         """Return -laplace u - f at local coordinates (n, 2)."""
         local = local.detach().requires_grad_()

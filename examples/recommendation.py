@@ -168,6 +168,10 @@ class ClickModel(LightningModule):
         self.learning_rate = learning_rate
         self.val_auroc = BinaryAUROC()
 
+    def forward(self, counts: Tensor, places: Tensor) -> Tensor:
+        """Return the logit of a click."""
+        return self.model(counts, places)
+
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of counts, places in the table, and clicks."""
         counts, places, clicks = batch

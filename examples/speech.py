@@ -198,6 +198,10 @@ class SpeechRecognizer(LightningModule):
         # zero_infinity: a text with more letters than its recording has frames teaches nothing.
         return nn.functional.ctc_loss(log_probs, labels, self.model.frames(samples), label_counts, zero_infinity=True)
 
+    def forward(self, waves: Tensor) -> Tensor:
+        """Return the logits of each label at each time."""
+        return self.model(waves)
+
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         loss = self.loss(self.model(batch[0]), batch)

@@ -17,9 +17,11 @@ from lightning_mixprec.deploy.export import export
 from lightning_mixprec.deploy.plan import plan
 from lightning_mixprec.deploy.prepared import Data, prepared
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.plugin.lightnings import both
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 from lightning_mixprec.records.atomic_files import write_text
 
+_NO_FORWARD = {each.forward for each in both("core", "LightningModule")}
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "torchscript": ".pt", "weights": ".safetensors"}
 
 
@@ -169,8 +171,10 @@ def example_inputs(module: pl.LightningModule, batch: Any) -> tuple[Any, ...] | 
     """What ``forward`` takes: the module's ``example_input_array``, or the first parts of a batch.
 
     Raises:
-        MixPrecError: Neither fits ``forward``.
+        MixPrecError: The module has no ``forward``, or neither fits it.
     """
+    if type(module).forward in _NO_FORWARD:
+        raise MixPrecError(f"{type(module).__name__} has no forward, which is what is exported; give it one.")
     given = getattr(module, "example_input_array", None)
     if given is not None:
         return _as_inputs(module.transfer_batch_to_device(given, module.device, 0))

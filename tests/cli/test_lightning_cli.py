@@ -178,7 +178,18 @@ class Odd(Net):
         return self.net(batch[0]).sum()
 
 
+class Headless(pl.LightningModule):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, width)
+
+    training_step = validation_step = Odd.training_step
+    configure_optimizers = Net.configure_optimizers
+
+
 def test_mistakes_are_one_line(run):
+    with pytest.raises(MixPrecError, match="Headless has no forward, which is what is exported"):
+        run("export", "--config=config.yaml", model=Headless)
     with pytest.raises(MixPrecError, match=r"forward of Odd takes \(one, two, three\)") as told:
         run("export", "--config=config.yaml", model=Odd)
     assert "\n" not in str(told.value)
