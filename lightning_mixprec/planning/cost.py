@@ -4,12 +4,13 @@ Costs of layers add up; where one layer hands its output to another that compute
 top.
 """
 
+import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from lightning_mixprec.errors import PlanError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format
@@ -84,6 +85,7 @@ class _Written(TypedDict):
     fixed_seconds: float
     fixed_bytes: float
     seconds_per_cast_byte: float
+    note: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Costs:
         fixed_seconds: The time that does not depend on formats.
         fixed_bytes: The memory that does not depend on formats.
         seconds_per_cast_byte: The time that a cast takes for each byte it reads and writes.
+        note: Where the numbers come from, if not from where they were asked for.
     """
 
     device: str
@@ -105,6 +108,7 @@ class Costs:
     fixed_seconds: float
     fixed_bytes: float
     seconds_per_cast_byte: float
+    note: str = ""
 
     def handover_cost(self, handover: Handover, first_format: str, second_format: str) -> Mapping[str, float]:
         """What a handover costs: ``time`` in seconds, ``memory`` in bytes; nothing where formats agree.
@@ -226,6 +230,23 @@ class Costs:
         moved = 2 * handover.elements * (widths[first] + widths[second])  # there, and the gradient back
         return {"time": moved * self.seconds_per_cast_byte, "memory": handover.kept * widths[second]}
 
+    def calibrated(self, reference_seconds: float) -> "Costs":
+        """The same with all times scaled so that a step in fp32 takes what one was measured to take.
+
+        Args:
+            reference_seconds: The seconds of forward and backward in fp32, on this device.
+        """
+        predicted = self.predicted(dict.fromkeys(self.layers, REFERENCE)).seconds
+        if not 0 < reference_seconds < math.inf:
+            raise PlanError(f"a step was measured to take {reference_seconds} seconds; give a positive number")
+        factor = reference_seconds / predicted if predicted else 1.0
+        layers = {
+            name: {format: replace(cost, seconds=cost.seconds * factor) for format, cost in by_format.items()}
+            for name, by_format in self.layers.items()
+        }
+        fixed, cast = self.fixed_seconds * factor, self.seconds_per_cast_byte * factor
+        return replace(self, layers=layers, fixed_seconds=fixed, seconds_per_cast_byte=cast)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file."""
         plain = asdict(self)
@@ -248,7 +269,7 @@ class Costs:
         }
         handovers = tuple(Handover(**each) for each in data["handovers"])
         kept = {key: data[key] for key in ("device", "fixed_seconds", "fixed_bytes", "seconds_per_cast_byte")}
-        return cls(layers=layers, handovers=handovers, **kept)
+        return cls(layers=layers, handovers=handovers, note=data.get("note", ""), **kept)
 
 
 def _peak(

@@ -5,16 +5,20 @@ Three things are looked at, each in steps of the first batch inside the sandbox:
 - what a step in fp32 computes and hands on: the matrix products of each layer, and which layer takes whose output;
 - what a step keeps for its backward, under the uniform policy of each format: each memory once, at the layer that keeps
   it first, weights apart;
+  For a device by name both are traced on fake tensors on ``cuda``, forward alone, and nothing is run;
 - on the device at hand, the time of each layer's forward and backward in each format, in turns, once for each distinct
   class, weights and inputs. What a module that calls others computes itself takes the time of its matrix products at
   the rate of the other layers. For a device by name, the time of a layer is that of its products at the peak of the
-  format or that of its numbers at the memory's bandwidth, whichever is longer.
+  format or that of its numbers at the memory's bandwidth, whichever is longer, and that of launching its operations.
+  What a step takes beyond its layers does not depend on formats.
 """
 
 import contextlib
 import math
 import statistics
+import time
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,11 +27,13 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.engine.objects import tensors_in
-from lightning_mixprec.errors import MixPrecError, PlanError, one_line
+from lightning_mixprec.errors import MixPrecError, PlanError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.flops import FlopCount
+from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.handed_on import HandedOn
-from lightning_mixprec.evidence.measuring.layer_times import LayerTimes, cast_seconds
+from lightning_mixprec.evidence.measuring.layer_times import TRIES, LayerTimes, cast_seconds, wait
 from lightning_mixprec.evidence.measuring.saved_by_layer import SavedByLayer
+from lightning_mixprec.evidence.measuring.traced import Launches, trace
 from lightning_mixprec.evidence.measuring.weight_bytes import KeptByOptimizer, gradient_bytes
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
@@ -44,6 +50,13 @@ EFFICIENCY = 0.6
 It is the same for all formats, so the order of policies depends little on it.
 """
 
+LAUNCH_SECONDS = 2e-6
+"""The least time that an operation takes on a GPU, however small: that of launching a kernel, about two microseconds.
+
+It is counted of the step in fp32 for all formats: what low precision launches beside that are casts, which are counted
+as bandwidth.
+"""
+
 _BACKWARD = 3.0
 """A step's arithmetic as a multiple of its forward: backward takes two products for each."""
 
@@ -55,6 +68,7 @@ def measure_costs(
     *,
     device: str | None = None,
     optimizer: Optimizer | None = None,
+    step_seconds: float | None = None,
 ) -> Costs:
     """Measures what each layer of a module takes in fp32 and in some formats; nothing of the module changes.
 
@@ -65,6 +79,8 @@ def measure_costs(
         device: A device by name, for which times are told; None for the one that the module is on, where they are
             measured.
         optimizer: The optimizer, of whose moments the memory is; None for torch's AdamW.
+        step_seconds: The seconds of forward and backward of a step in fp32 on that device, if one was measured: all
+            times are scaled to it.
 
     Raises:
         MixPrecError: The step cannot be run; or a format or device is unknown.
@@ -77,7 +93,27 @@ def measure_costs(
     for format in formats:
         if not get_format(format).use.is_computed_in:
             raise PlanError(f"layers do not compute in {format!r}; they do in {', '.join(compute_formats())}.")
-    return _Measuring(module, batches[0], [REFERENCE, *formats]).costs(named, optimizer)
+    costs = _Measuring(module, batches[0], [REFERENCE, *formats]).costs(named, optimizer)
+    return costs if step_seconds is None else costs.calibrated(step_seconds)
+
+
+@dataclass
+class _Shapes:
+    """What a step computes, hands on and keeps, in the formats that were looked at.
+
+    Attributes:
+        flops: By layer its products' operations.
+        handed: Which layer takes whose output.
+        saved: By format what is kept for backward.
+        launches: By layer how many operations it launches.
+        note: Where all this comes from, if not from a trace for the device.
+    """
+
+    flops: Mapping[str, int]
+    handed: HandedOn
+    saved: Mapping[str, SavedByLayer]
+    launches: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
 
 
 class _Measuring:
@@ -91,28 +127,67 @@ class _Measuring:
         self._formats = list(dict.fromkeys(formats))
 
     def costs(self, named: NamedDevice | None, optimizer: Optimizer | None) -> Costs:
+        shapes = self._ran() if named is None else self._traced(named)
+        if named is None:
+            times, cast_time = self._measured(shapes.flops), cast_seconds(self._module.device)
+            fixed = max(self._step_seconds() - sum(times[site.name, REFERENCE] for site in self._sites), 0.0)
+        else:
+            times, cast_time, fixed = self._told(named, shapes), 1e-9 / _bandwidth(named), 0.0
+        handovers = _handovers(shapes.handed.handovers, shapes.saved[REFERENCE].shared, self._modules)
+        layers = self._layers(times, shapes, KeptByOptimizer(optimizer))
+        on = named.name if named else str(self._module.device)
+        return Costs(on, layers, handovers, fixed, self._fixed_bytes(), cast_time, shapes.note)
+
+    def _ran(self) -> _Shapes:
+        """The shapes of steps that were run where the module is."""
         flops, handed = FlopCount(self._modules), HandedOn(self._modules)
         self._step(REFERENCE, flops, handed)
-        saved = {format: self._saved(format) for format in self._formats}
-        if named is None:
-            times, cast_time = self._measured(flops.flops), cast_seconds(self._module.device)
-        else:
-            times, cast_time = self._told(named, flops.flops, handed.elements), 1e-9 / _bandwidth(named)
-        handovers = _handovers(handed.handovers, saved[REFERENCE].shared, self._modules)
-        layers = self._layers(times, saved, flops.flops, handed, KeptByOptimizer(optimizer))
-        on = named.name if named else str(self._module.device)
-        return Costs(on, layers, handovers, 0.0, self._fixed_bytes(), cast_time)
+        return _Shapes(flops.flops, handed, {format: self._saved(format) for format in self._formats})
+
+    def _traced(self, named: NamedDevice) -> _Shapes:
+        """The shapes of steps on a GPU, traced on fake tensors; where they cannot be, those of steps that were run."""
+        flops, handed, launches = FlopCount(self._modules), HandedOn(self._modules), Launches(self._module)
+        saved = {format: SavedByLayer(self._module) for format in self._formats}
+        try:
+            trace(self._module, self._batch, _uniform(REFERENCE), flops, handed, launches, saved[REFERENCE])
+            for format in self._formats:
+                if format != REFERENCE and self._has_layers_for(format):
+                    trace(self._module, self._batch, _uniform(format), saved[format])
+        except TraceLeftError:
+            raise
+        except Exception as error:
+            shapes = self._ran()
+            why = one_line(error)
+            shapes.note = f"shapes and memory are those of a step on {self._module.device}, for on {named.name} {why}"
+            return shapes
+        return _Shapes(flops.flops, handed, saved, launches.counts)
+
+    def _step_seconds(self) -> float:
+        """The seconds of forward and backward in fp32, the shortest of some tries."""
+        device, taken = self._module.device, list[float]()
+        replay = StepReplay(self._module, PolicyFormats(self._module, REFERENCE, device, 1.0), device)
+        with replay.opened(reference=True) as stand_ins:
+            random = RandomState(device)
+            for _ in range(TRIES + 1):
+                own = replay.own_batch(stand_ins, self._batch)
+                wait(device)
+                start = time.perf_counter()
+                replay.run_on_own(stand_ins, own, 0, random=random)
+                wait(device)
+                taken.append(time.perf_counter() - start)
+        return min(taken[1:])
+
+    def _has_layers_for(self, format: str) -> bool:
+        return not is_of_products(format) or any(isinstance(each, nn.Linear) for each in self._modules.values())
 
     def _layers(
         self,
         times: Mapping[tuple[str, str], float],
-        saved: Mapping[str, SavedByLayer],
-        flops: Mapping[str, int],
-        handed: HandedOn,
+        shapes: _Shapes,
         kept: KeptByOptimizer,
     ) -> dict[str, dict[str, LayerCost]]:
         """By layer and format its cost, in the order in which layers end."""
-        sites = {site.name: site for site in self._sites}
+        sites, handed = {site.name: site for site in self._sites}, shapes.handed
         layers: dict[str, dict[str, LayerCost]] = {}
         for name in (*(each for each in sites if each not in handed.order), *handed.order):
             params = [param for part in sites[name].parts for param in part.parameters(recurse=False)]
@@ -122,8 +197,8 @@ class _Measuring:
                 format: LayerCost(
                     seconds=times[name, format],
                     weight_bytes=float(weights),
-                    saved_bytes=float(saved[format].bytes.get(name, 0)),
-                    flops=float(flops[name]),
+                    saved_bytes=float(shapes.saved[format].bytes.get(name, 0)),
+                    flops=float(shapes.flops[name]),
                     gradient_bytes=gradients,
                     passing_bytes=handed.elements[name] * get_format(LayerPrecision(REFERENCE, format).region).bits / 8,
                 )
@@ -160,7 +235,7 @@ class _Measuring:
     def _saved(self, format: str) -> SavedByLayer:
         """What layers keep for backward under a uniform policy."""
         saved = SavedByLayer(self._module)
-        if not is_of_products(format) or any(isinstance(each, nn.Linear) for each in self._modules.values()):
+        if self._has_layers_for(format):
             self._step(format, saved)
         return saved
 
@@ -185,18 +260,17 @@ class _Measuring:
             for format in formats[site.name]
         }
 
-    def _told(
-        self, named: NamedDevice, flops: Mapping[str, int], elements: Mapping[str, int]
-    ) -> dict[tuple[str, str], float]:
+    def _told(self, named: NamedDevice, shapes: _Shapes) -> dict[tuple[str, str], float]:
         """The same for a device that need not be there."""
         times = {}
         for site in self._sites:
             weights = sum(param.numel() for part in site.parts for param in part.parameters(recurse=False))
             for format in self._of(site):
                 width = get_format(format).bits / 8
-                arithmetic = _BACKWARD * flops[site.name] / (_peak(named, format) * 1e12)
-                memory = _BACKWARD * (elements[site.name] + weights) * width / (_bandwidth(named) * 1e9)
-                times[site.name, format] = max(arithmetic, memory) / EFFICIENCY
+                arithmetic = _BACKWARD * shapes.flops[site.name] / (_peak(named, format) * 1e12)
+                memory = _BACKWARD * (shapes.handed.elements[site.name] + weights) * width / (_bandwidth(named) * 1e9)
+                launched = _BACKWARD * shapes.launches.get(site.name, 0) * LAUNCH_SECONDS
+                times[site.name, format] = max(arithmetic, memory) / EFFICIENCY + launched
         return times
 
 

@@ -20,7 +20,9 @@ from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.policy.assignment import LayerPrecision
 
-_TRIES = 3
+TRIES = 3
+"""How often a thing is timed; the shortest counts."""
+
 _CAST_ELEMENTS = 2**20
 
 _known: dict[tuple[Any, ...], float] = {}
@@ -80,7 +82,7 @@ class LayerTimes:
         site, best = self._sites[name], dict[str, float]()
         failed = set[str]()
         random = RandomState(self._device, others=False)
-        for _ in range(_TRIES + 1):  # the first is for kernels to be made
+        for _ in range(TRIES + 1):  # the first is for kernels to be made
             for format in self._formats[name]:
                 if format in failed:
                     continue
@@ -108,13 +110,13 @@ class LayerTimes:
         inputs = [each for each in inputs if each.is_leaf] + [
             each for each in module.parameters() if each.requires_grad
         ]
-        _wait(self._device)
+        wait(self._device)
         start = time.perf_counter()
         output = [each for each in tensors_in(module.forward(*args, **kwargs)) if each.requires_grad]
         if output and inputs:
             with torch.autocast(self._device.type, enabled=False):
                 torch.autograd.grad(output, inputs, [torch.ones_like(each) for each in output], allow_unused=True)
-        _wait(self._device)
+        wait(self._device)
         return time.perf_counter() - start
 
 
@@ -124,11 +126,11 @@ def cast_seconds(device: torch.device) -> float:
     if key not in _known:
         numbers = torch.ones(_CAST_ELEMENTS, device=device)
         taken = []
-        for _ in range(_TRIES + 1):
-            _wait(device)
+        for _ in range(TRIES + 1):
+            wait(device)
             start = time.perf_counter()
             numbers.to(torch.bfloat16)
-            _wait(device)
+            wait(device)
             taken.append(time.perf_counter() - start)
         _known[key] = min(taken[1:]) / (_CAST_ELEMENTS * 6)
     return _known[key]
@@ -141,6 +143,7 @@ def _signature(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
     return type(module), module.training, module.extra_repr(), weights, given
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Waits for what a device has been given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
