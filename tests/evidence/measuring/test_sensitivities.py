@@ -5,12 +5,15 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_mixprec import MixPrecError, PrecisionPolicy, Rule
 from lightning_mixprec.engine.apply import attach
-from lightning_mixprec.evidence.measuring.sensitivities import measure_sensitivities
+from lightning_mixprec.evidence.measuring.sensitivities import measure_sensitivities, variables_of
 
 
 class Net(pl.LightningModule):
@@ -104,6 +107,23 @@ def test_layers_that_share_a_weight_are_one_variable():
     )
 
 
+@pytest.fixture
+def _world_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_world_of_one")
+def test_what_is_gathered_together_is_one_variable():
+    module = Holder()
+    fully_shard(module.scores)
+    fully_shard([module.one, module.norm])
+    found = variables_of(module, PrecisionPolicy("fp32").resolve(module))
+    together = [each.layers for each in found if len(each.layers) > 1]
+    assert together == [("one", "norm")]
+
+
 def test_numbers_too_large_for_a_format_are_a_problem_and_no_score():
     module = Net()
     with torch.no_grad():
@@ -111,6 +131,16 @@ def test_numbers_too_large_for_a_format_are_a_problem_and_no_score():
     found = measure_sensitivities(module, batches(), ["fp16", "bf16"])
     assert "overflow fp16" in offers_of(found, "one")["fp16"].problem
     assert offers_of(found, "one")["bf16"].problem is None
+
+
+def test_a_batch_too_large_for_a_format_is_a_problem_of_the_layer_that_takes_it():
+    ((inputs, labels),) = batches(1)
+    module = Net()
+    module.again = nn.Linear(8, 8)
+    found = measure_sensitivities(module, [(inputs * 1e6, labels)], ["fp16", "bf16"])
+    assert offers_of(found, "one")["fp16"].problem is not None
+    assert offers_of(found, "one")["bf16"].problem is None
+    assert offers_of(found, "two")["fp16"].problem is None
 
 
 def test_gradients_that_vanish_beside_larger_ones_are_a_problem():
@@ -159,6 +189,48 @@ def measured_gap(module, layer):
             losses.append(running.training_step(batch, 0).item())
         attachment.detach()
     return (losses[0] - losses[1]) ** 2
+
+
+class Twice(pl.LightningModule):
+    """A layer that is called twice in a step, the second time as checkpointing does."""
+
+    def __init__(self, uses_reentrant=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.uses_reentrant = nn.Linear(6, 6), uses_reentrant
+
+    def training_step(self, batch, batch_idx):
+        middle = self.layer(batch[0]).tanh()
+        if self.uses_reentrant is None:
+            last = self.layer(middle)
+        else:
+            last = checkpoint(self.layer, middle, use_reentrant=self.uses_reentrant)
+        return F.cross_entropy(last, batch[1])
+
+
+def test_changes_of_a_layers_calls_add_up():
+    module, (batch,) = Twice(), batches(1)
+    first = module.layer(batch[0])
+    second = module.layer(first.tanh())
+    gradients = torch.autograd.grad(F.cross_entropy(second, batch[1]), [first, second])
+    attachment = attach(module.layer, {"": alone(nn.Linear(1, 1), "bf16")}, "cpu")
+    with attachment.context():
+        low = module.layer(batch[0]), module.layer(first.tanh())
+    attachment.detach()
+    outputs = (first, second)
+    changes = torch.stack([(a.float() - b).double() * g for a, b, g in zip(low, outputs, gradients, strict=True)])
+    by_hand = (changes.square().sum() + changes.sum().square()).item() / 2
+    found = measure_sensitivities(module, [batch], ["bf16"])
+    assert offers_of(found, "layer")["bf16"].sensitivity == pytest.approx(by_hand, rel=1e-3)
+
+
+@pytest.mark.parametrize("uses_reentrant", [True, False])
+def test_checkpointing_changes_nothing(uses_reentrant):
+    found = measure_sensitivities(Twice(uses_reentrant), batches(), ["bf16"])
+    expected = measure_sensitivities(Twice(), batches(), ["bf16"])
+    assert offers_of(found, "layer")["bf16"].sensitivity == pytest.approx(
+        offers_of(expected, "layer")["bf16"].sensitivity, rel=1e-6
+    )
 
 
 class Holder(Net):
