@@ -31,7 +31,7 @@ from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
 from lightning_mixprec.policy.rules import Rule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SQNR",
