@@ -90,7 +90,11 @@ def _compensated(stored: Tensor, kept: Sequence[Tensor]) -> Tensor:
 
 def _and_compensation(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
     stored, lost = narrowed(wide, dtype)
-    return stored, (lost.to(dtype),)
+    # What was lost is rounded, too, maybe to half a step, and then another number may be the one to store: that which a
+    # run finds that goes on from the sum of both.
+    again, rest = narrowed(stored.to(torch.float32) + nearest(lost, dtype), dtype)
+    is_sound = again.isfinite() | ~stored.isfinite()
+    return torch.where(is_sound, again, stored), (torch.where(is_sound, rest, 0.0).to(dtype),)
 
 
 def _joined(stored: Tensor, kept: Sequence[Tensor]) -> Tensor:
