@@ -13,7 +13,7 @@ from lightning_mixprec.callbacks.sampling import SamplingMonitor
 from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
 from lightning_mixprec.evidence.findings import Findings, describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
-from lightning_mixprec.evidence.instruments.stagnation import StagnationCheck
+from lightning_mixprec.evidence.instruments.stagnation import StagnationCheck, StillWeights
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records import advice
@@ -39,6 +39,9 @@ class UnderflowMonitor(SamplingMonitor):
     ``latest`` has, with ``loss_scale``; ``stagnation_rate`` in a row of its own, once the optimizer has stepped. A step
     that could not be replayed has ``problem``, and ``is_sampled`` says whether half of the batch could.
 
+    Warns, too, of layers that are stored in 16 bits and most of whose weights have not moved for three sampled steps
+    although their gradient is not zero (``still_rate`` in the row).
+
     ``plot()`` draws the underflow rate of each layer, the worst first.
 
     Args:
@@ -61,7 +64,8 @@ class UnderflowMonitor(SamplingMonitor):
             - ``output_headroom_bits``: the same of its output;
             - ``stagnation_rate``: of its weights with a gradient, the share that the latest sampled optimizer step did
               not change, because the update is smaller than the weights' last bit; None before it is known. Steps
-              that were skipped are not counted;
+              that were skipped are not counted, bits that an optimizer keeps are, and weights that are rounded at
+              random are passed over;
             - ``operands``: of a layer whose products are in 8 bits: ``format``, ``scaling``, and of its ``input``, its
               ``weight`` and the ``gradient`` at its output the share that rounds to zero after it was scaled, as far as
               it is cast. They overflow nothing, as each is scaled by its own maximum. All other numbers of the layer
@@ -94,12 +98,14 @@ class UnderflowMonitor(SamplingMonitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._stagnation_check: StagnationCheck | None = None
+        self._still = StillWeights()
         self._watched: tuple[StagnationCheck, dict[str, int]] | None = None
 
     @override
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
         if self._stagnation_check is None:
-            self._stagnation_check = StagnationCheck(own_parameters(pl_module, layers_of(pl_module)), self.max_elements)
+            owned = own_parameters(pl_module, layers_of(pl_module))
+            self._stagnation_check = StagnationCheck(owned, self.max_elements, self._still)
         return Wanted(statistics=True, max_elements=self.max_elements)
 
     @override
@@ -128,9 +134,16 @@ class UnderflowMonitor(SamplingMonitor):
         """Takes in what is known of the latest sampled optimizer step, if that is still on its way."""
         if self._watched is not None:
             (watch, place), self._watched = self._watched, None
-            for layer, rate in watch.rates().items():
+            found = watch.rates()
+            for layer, (rate, still) in found.items():
                 self.latest.setdefault(layer, {})["stagnation_rate"] = rate
-                self._write(place, **StagnationRow(layer=layer, stagnation_rate=rate))
+                row = StagnationRow(layer=layer, stagnation_rate=rate)
+                if still is not None:
+                    row["still_rate"] = still
+                self._write(place, **row)
+            stand = {layer: still for layer, (_, still) in found.items() if (still or 0.0) > advice.MAX_STAGNATION}
+            for worst, others in self._not_warned_of("still", sorted(stand, key=lambda layer: -stand[layer])):
+                rank_zero_warn(f"step {place['step']}: {advice.still(worst, stand[worst], others)}.")
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:

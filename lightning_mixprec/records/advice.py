@@ -261,3 +261,26 @@ def stagnation(layer: str, rate: float) -> Advice:
     return Advice(
         seen, "its updates are smaller than the weights' last bit: store them in fp32, or raise the learning rate"
     )
+
+
+STILL_SAMPLES = 3
+"""At how many sampled steps in a row a weight in 16 bits has to have a gradient, and not to move, to count as still."""
+
+
+def still(layer: str, rate: float, others: Sequence[str] = ()) -> Advice:
+    """A layer whose weights are stored in 16 bits and have not moved for several sampled steps.
+
+    Args:
+        layer: The layer.
+        rate: Of its weights that had a gradient at each of them, the share that did not move.
+        others: Layers of which the same is to be said.
+    """
+    seen = (
+        f"{rate:.0%} of the weights of layer {quoted(layer)}{also(others)} have not moved for {STILL_SAMPLES} sampled "
+        "steps although their gradient is not zero"
+    )
+    return Advice(
+        seen,
+        "16 bits cannot hold their updates: store it in fp32, or train it with lightning_mixprec.optim.AdamW or SGD, "
+        "which keep what is lost (weights='exact')",
+    )

@@ -66,9 +66,15 @@ class UnderflowRow(Losses):
 
 
 class StagnationRow(Stagnation):
-    """A layer after a sampled step."""
+    """A layer after a sampled step.
+
+    ``still_rate``, where weights are stored in 16 bits and it was the last of
+    :data:`~lightning_mixprec.records.advice.STILL_SAMPLES` sampled steps: of those with a gradient at each, the share
+    that has not moved.
+    """
 
     layer: str
+    still_rate: NotRequired[float]
 
 
 class NotObservedRow(TypedDict):

@@ -344,11 +344,22 @@ def _room(records: Records, layers: Lives) -> dict[str, tuple[int, float]]:
 
 
 def _stagnation(records: Records) -> Iterator[Alert]:
-    known = {row["layer"]: row for row in records.underflow if row.get("stagnation_rate") is not None}
-    latest = {name: (row["step"], row["stagnation_rate"]) for name, row in known.items()}
-    latest = {name: told for name, told in latest.items() if told[1] > advice.MAX_STAGNATION}
+    still = _latest_of(records, "still_rate")
+    if still:
+        worst, *others = _worst_first(still, largest=True)
+        step, rate = still[worst]
+        told = advice.still(worst, rate, others)
+        yield Alert.of_layers("warning", "Weights in 16 bits stand still", told, worst, step, len(still))
+    latest = _latest_of(records, "stagnation_rate")
+    latest = {name: seen for name, seen in latest.items() if name not in still}
     if latest:
         worst = _worst_first(latest, largest=True)[0]
         step, rate = latest[worst]
         told = advice.stagnation(worst, rate)
         yield Alert.of_layers("warning", "Weights do not move", told, worst, step, len(latest))
+
+
+def _latest_of(records: Records, key: str) -> dict[str, tuple[int, float]]:
+    """By layer the step and the rate of the latest row that has one, where that is too much."""
+    known = {row["layer"]: (row["step"], row[key]) for row in records.underflow if row.get(key) is not None}
+    return {name: seen for name, seen in known.items() if seen[1] > advice.MAX_STAGNATION}

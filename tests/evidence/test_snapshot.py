@@ -9,7 +9,7 @@ from plugin_models import Batches, Call, Task, fit, same, trainer
 from torch import nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW
 
-from lightning_mixprec import PerLayerPrecision
+from lightning_mixprec import PerLayerPrecision, optim
 from lightning_mixprec.evidence import snapshot
 from lightning_mixprec.evidence.snapshot import Snapshots
 
@@ -63,6 +63,22 @@ def spoil_all(run, model):
         spoil(run, model)
 
 
+def wide_net():
+    """Large enough for moments in 8 bits."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 700), nn.BatchNorm1d(700), nn.Tanh(), nn.Linear(700, 2))
+
+
+def spoil_all_kinds(run, model):
+    """As spoil_all, and integers, which hold no NaN."""
+    spoil_weights(run, model)
+    spoil_statistics(run, model)
+    for optimizer in run.optimizers:
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.fill_(NAN if value.is_floating_point() else 77)
+
+
 def trained(make_optimizer, batches, *callbacks, policy="bf16", make=net, **options):
     model = Task(make(), make_optimizer)
     run = trainer(PerLayerPrecision(policy), callbacks=[*callbacks], **options)
@@ -103,6 +119,16 @@ def test_weights_that_are_stored_in_16_bits(dtype):
     options = {"make": lambda: net().to(dtype), "policy": "bf16" if dtype == torch.bfloat16 else "fp16"}
     adam = partial(Adam, lr=0.01, eps=1e-3)
     assert same(rescued(adam, spoil_all, **options), trained(adam, range(4), **options))
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["exact", "kahan", "stochastic"])
+@pytest.mark.parametrize("param", ["bf16", "fp16"])
+def test_what_an_optimizer_keeps_of_weights_in_16_bits_comes_back(param, weights, states):
+    """Remainders, compensation, masters, counters (which rounding at random is keyed by), moments and their scales."""
+    options = {"policy": {"default": "fp32", "net.0": f"p={param}"}, "make": wide_net}
+    ours = partial(optim.AdamW, lr=0.01, weights=weights, states=states)
+    assert same(rescued(ours, spoil_all_kinds, **options), trained(ours, range(4), **options))
 
 
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -257,6 +257,17 @@ def test_weights_that_do_not_move(tmp_path):
     assert found["text"] == "An optimizer step left 80% of the weights of 'a' as they were."
 
 
+def test_weights_in_16_bits_that_stand_still(tmp_path):
+    row = {"monitor": "underflow", "step": 4, "epoch": 0, "batch_idx": 4, "layer": "a", "stagnation_rate": 0.8}
+    rows = [row | {"still_rate": 0.75}, row | {"layer": "b", "still_rate": 0.5, "stagnation_rate": 0.1}]
+    found = alerts_of(tmp_path, began(layer("a"), layer("b")), curve(range(9)), *rows)
+    assert "Weights do not move" not in found
+    told = found["Weights in 16 bits stand still"]
+    assert (told["layer"], told["count"]) == ("a", 1)
+    assert told["text"].startswith("75% of the weights of layer 'a' have not moved for 3 sampled steps")
+    assert "lightning_mixprec.optim" in told["advice"]
+
+
 @pytest.mark.parametrize(("skipped", "level"), [(1, "note"), (0, "error")])
 def test_a_loss_that_is_not_finite(tmp_path, skipped, level):
     row = curve(range(3), loss=[1.0, "inf", 1.0], skipped=[0, skipped, 0])
