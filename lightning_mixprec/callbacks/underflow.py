@@ -141,7 +141,8 @@ class UnderflowMonitor(SamplingMonitor):
                 if still is not None:
                     row["still_rate"] = still
                 self._write(place, **row)
-            stand = {layer: still for layer, (_, still) in found.items() if (still or 0.0) > advice.MAX_STAGNATION}
+            rates = {layer: still for layer, (_, still) in found.items() if still is not None}
+            stand = {layer: rate for layer, rate in rates.items() if rate > advice.MAX_STAGNATION}
             for worst, others in self._not_warned_of("still", sorted(stand, key=lambda layer: -stand[layer])):
                 rank_zero_warn(f"step {place['step']}: {advice.still(worst, stand[worst], others)}.")
 
