@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share
 from lightning_mixprec.callbacks.sampling import SamplingMonitor
+from lightning_mixprec.callbacks.stagnation import StagnationCheck, StillWeights
 from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
 from lightning_mixprec.evidence.findings import Findings, describe
 from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
-from lightning_mixprec.evidence.instruments.stagnation import StagnationCheck, StillWeights
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records import advice
