@@ -48,6 +48,9 @@ class GPT(LightningModule):
         is_tied: whether the head's weight is the embedding.
         learning_rate: peak of the cycle.
         weight_decay: of AdamW, on matrices.
+        weights: what keeps the bits of weights that the policy stores in 16 bits: exact, kahan, stochastic or nearest,
+            by lightning_mixprec.optim.AdamW; null for torch.optim.AdamW.
+        states: what that AdamW stores its moments in: fp32, bf16 or int8.
     """
 
     FROM_DATA = ("unigram_bits",)
@@ -63,10 +66,13 @@ class GPT(LightningModule):
         is_tied: bool = True,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
+        weights: str | None = None,
+        states: str = "fp32",
     ) -> None:
         super().__init__()
         self.model = Decoder(width, depth, heads, is_tied)
         self.unigram_bits, self.learning_rate, self.weight_decay = unigram_bits, learning_rate, weight_decay
+        self.weights, self.states = weights, states
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of each next byte."""
@@ -93,7 +99,7 @@ class GPT(LightningModule):
 
     def configure_optimizers(self) -> dict:
         """Return AdamW and a schedule that moves with every optimizer step."""
-        return adamw(self, self.learning_rate, self.weight_decay)
+        return adamw(self, self.learning_rate, self.weight_decay, self.weights, self.states)
 
 
 def main(args: Sequence[str] | None = None) -> ExampleCLI:

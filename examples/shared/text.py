@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from lightning_mixprec.optim import AdamW
+
 from .common import one_cycle
 from .data import DataError, TwoSets
 
@@ -252,10 +254,20 @@ class Transformer(nn.Module):
         return self.norm(self.blocks(self.embedding(tokens)))
 
 
-def adamw(module: LightningModule, learning_rate: float, weight_decay: float) -> dict:
-    """Return AdamW, which decays only matrices, and one cycle of the learning rate over the whole training."""
+def adamw(
+    module: LightningModule, learning_rate: float, weight_decay: float, weights: str | None = None, states: str = "fp32"
+) -> dict:
+    """Return AdamW, which decays only matrices, and one cycle of the learning rate over the whole training.
+
+    It is torch's, or, if ``weights`` says how 16-bit weights keep their bits, that of ``lightning_mixprec.optim``.
+    """
     matrices = [weight for weight in module.parameters() if weight.ndim > 1]
     vectors = [weight for weight in module.parameters() if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95))
+    betas = (0.9, 0.95)
+    optimizer = (
+        torch.optim.AdamW(groups, learning_rate, betas)
+        if weights is None
+        else AdamW(groups, learning_rate, betas, weights=weights, states=states)
+    )
     return one_cycle(module, optimizer, learning_rate, pct_start=0.1, cycle_momentum=False)

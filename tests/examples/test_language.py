@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 
 from lightning_mixprec import MixPrecError, PrecisionPolicy
+from lightning_mixprec.optim import AdamW
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "examples" / "configs"
@@ -186,6 +187,24 @@ def test_the_configs_give_the_formats_that_they_say(name: str, config: str, atte
     assert found[f"{stem}.blocks.1.norm1"] == ("fp32", "input")
     assert cli.trainer.global_step == 1
     assert set(cli.model.HEADLINES) <= set(cli.trainer.callback_metrics)
+
+
+def test_the_blocks_are_stored_in_bf16_where_the_config_says_so_and_their_bits_kept() -> None:
+    cli = fit("gpt", *SMALL["gpt"], "--model.heads=2", "--trainer.fast_dev_run=1", configs=("gpt_bf16_weights",))
+    stored = {name: each.param for name, each in cli.trainer.precision_plugin.assignment.items()}
+    assert stored["model.transformer.blocks.1.attention.qkv"] == "bf16"
+    assert stored["model.transformer.embedding.table"] == stored["model.transformer.blocks.0.norm1"] == "fp32"
+    (optimizer,) = cli.trainer.optimizers
+    assert type(optimizer) is AdamW
+    assert {group["weights"] for group in optimizer.param_groups} == {"exact"}
+    kept = cli.model.model.transformer.blocks[1].attention.qkv.weight
+    assert kept.dtype == torch.float32  # given back with all its bits
+    assert not torch.equal(kept, kept.bfloat16().float())
+
+
+def test_without_a_word_on_weights_the_optimizer_is_torch_s() -> None:
+    cli = fit("gpt", *SMALL["gpt"], "--model.heads=2", "--trainer.fast_dev_run=1", configs=("gpt",))
+    assert [type(optimizer) for optimizer in cli.trainer.optimizers] == [torch.optim.AdamW]
 
 
 def test_the_gpu_config_has_the_size_that_it_says() -> None:
