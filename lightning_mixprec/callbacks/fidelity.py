@@ -1,7 +1,7 @@
 """``FidelityMonitor``: how far the run's steps are from what they would be in fp32."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share
-from lightning_mixprec.callbacks.sampling import SamplingMonitor
+from lightning_mixprec.callbacks.sampling import MAX_LAYERS, SamplingMonitor
 from lightning_mixprec.engine.border_plan import survey
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import MAX_BYTES, Wanted
@@ -56,6 +56,8 @@ class FidelityMonitor(SamplingMonitor):
         max_loss_gap: Warn when the loss differs by more than this share in two samples in a row. Healthy runs stay
             below 0.02.
         max_bytes: Memory for the inputs and outputs of the layers that are compared; larger ones are left out.
+        max_layers: How many layers a sample compares by their gradients; where a model has more, each sample
+            compares the next ones. None for all.
 
     Attributes:
         latest: ``{"loss_gap": float, "layers": {name: {"sqnr_db": float | None, "grad_cosine": float | None}}}``, the
@@ -82,6 +84,7 @@ class FidelityMonitor(SamplingMonitor):
         min_cosine: float | None = None,
         max_loss_gap: float = advice.MAX_LOSS_GAP,
         max_bytes: int = MAX_BYTES,
+        max_layers: int | None = MAX_LAYERS,
     ) -> None:
         name = type(self).__name__
         self.layers_per_sample = check_count(name, "layers_per_sample", layers_per_sample)
@@ -95,7 +98,7 @@ class FidelityMonitor(SamplingMonitor):
         self._turn = 0
         self._off: list[str] = []
         self._gap_is_large = False
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, max_layers)
 
     @override
     def _forget_run(self) -> None:
@@ -109,7 +112,9 @@ class FidelityMonitor(SamplingMonitor):
         count = min(self.layers_per_sample, len(names))
         chosen = [names[(self._turn + offset) % len(names)] for offset in range(count)]
         self._turn = (self._turn + len(chosen)) % max(len(names), 1)
-        return Wanted(agreement=True, layers=tuple(chosen), max_bytes=self.max_bytes)
+        only = self._only(pl_module)
+        only = None if only is None else tuple(dict.fromkeys((*only, *chosen)))
+        return Wanted(agreement=True, layers=tuple(chosen), max_bytes=self.max_bytes, only=only)
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:
@@ -139,7 +144,7 @@ class FidelityMonitor(SamplingMonitor):
         for layer in compared:
             closeness: Closeness = {"grad_cosine": cosines.get(layer), "sqnr_db": found.sqnr_db.get(layer)}
             self._write(found.place, layer=layer, **closeness)
-        self._warn(f"step {found.place['step']}", cosines)
+        self._warn(f"step {found.place['step']}", cosines, set(found.layers))
 
     def _row(self, found: Findings, gap: float) -> LossRow:
         row: LossRow = {"loss_gap": gap, "loss_scale": found.scale, "too_large": found.too_large}
@@ -155,11 +160,11 @@ class FidelityMonitor(SamplingMonitor):
             row["max_loss_gap"] = self.max_loss_gap
         return row
 
-    def _warn(self, at: str, cosines: Mapping[str, float]) -> None:
+    def _warn(self, at: str, cosines: Mapping[str, float], looked_at: Set[str]) -> None:
         limit = self._limit()
         off = {layer: cosine for layer, cosine in cosines.items() if cosine < limit}
         again = sorted(off.keys() & self._off, key=lambda layer: off[layer])
-        self._off = list(off) if cosines else self._off
+        self._off = [*(layer for layer in self._off if layer not in looked_at), *off] if cosines else self._off
         for layer, others in self._not_warned_of("cosine", again):
             rank_zero_warn(f"{at}: {advice.gradient(layer, off[layer], limit, others, self._noise())}.")
         gap, was_large = self.latest["loss_gap"], self._gap_is_large
@@ -190,6 +195,8 @@ class FidelityMonitor(SamplingMonitor):
             return self._no_sample, []
         ranked = sorted(layers.items(), key=lambda item: _closeness(item[1]))
         title = f"loss gap to fp32 {self.latest['loss_gap']:.2e}; the {min(len(ranked), ROWS)} layers farthest off"
+        if len(ranked) > ROWS:
+            title += f" ({len(ranked) - ROWS:,} more are not shown)"
         if self._not_compared:
             title += f"; outputs that could not be compared: {listed([*self._not_compared])}"
         rows = [["layer", "gradient cosine", "SQNR (dB)"]]

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_mixprec.callbacks.loss_curve import LossCurve, loss_in
 from lightning_mixprec.callbacks.monitor import is_quiet, monitors
 from lightning_mixprec.callbacks.report_rows import described, environment, sampled, short
-from lightning_mixprec.callbacks.sampling import SamplingMonitor
+from lightning_mixprec.callbacks.sampling import MAX_LAYERS, SamplingMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
 from lightning_mixprec.evidence.findings import Findings
@@ -47,6 +47,8 @@ class PrecisionReport(SamplingMonitor):
         histograms: A pattern of layers, or several, whose exponent histograms are kept; by default the eight layers
             whose gradients fit their formats worst at the sample; an empty list for none.
         filename: Name of the HTML file; the JSON file has the same name with ``.json``.
+        max_layers: How many layers a sample looks at; where a model has more, each sample looks at the next ones. None
+            for all.
 
     Raises:
         MixPrecError: An argument is malformed.
@@ -61,6 +63,7 @@ class PrecisionReport(SamplingMonitor):
         every_n_steps: int = 1000,
         histograms: str | Sequence[str] | None = None,
         filename: str = "precision_report.html",
+        max_layers: int | None = MAX_LAYERS,
     ) -> None:
         if not isinstance(filename, str) or not filename.endswith(".html") or Path(filename).name != filename:
             raise MixPrecError(
@@ -72,7 +75,7 @@ class PrecisionReport(SamplingMonitor):
             raise MixPrecError(
                 f"PrecisionReport(histograms=...) is {histograms!r}; it has to be a pattern of layers or a list."
             )
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, max_layers)
 
     @override
     def _forget_run(self) -> None:
@@ -221,7 +224,8 @@ class PrecisionReport(SamplingMonitor):
 
     @override
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
-        return Wanted(statistics=True, max_elements=MAX_ELEMENTS, flops=not self._has_flops)
+        only = self._only(pl_module)
+        return Wanted(statistics=True, max_elements=MAX_ELEMENTS, flops=not self._has_flops, only=only)
 
     @override
     def _take_in(self, trainer: pl.Trainer, found: Findings) -> None:

@@ -9,9 +9,13 @@ from typing_extensions import override
 from lightning_mixprec.callbacks.monitor import Monitor, RunCallback, check_count, monitors, monitors_of, takes_iterator
 from lightning_mixprec.evidence.comparison import Wanted
 from lightning_mixprec.evidence.findings import Findings
+from lightning_mixprec.evidence.instruments.probe import layers_of
 from lightning_mixprec.evidence.instruments.sandbox import is_stopped
 from lightning_mixprec.evidence.sampled_step import SampledStep
 from lightning_mixprec.records.schema import Count, Shapes
+
+MAX_LAYERS = 1000
+"""Layers that a sample looks at, unless a user says how many."""
 
 _MOST_RETRIES = 16
 _EXPLAINED = ("ReplayError", "SupportError", "TraceLeftError", "memory")
@@ -25,12 +29,14 @@ class SamplingMonitor(Monitor):
 
     Args:
         every_n_steps: n, in batches.
+        max_layers: How many layers a sample looks at, in rotation where a model has more; None for all.
     """
 
     _SAMPLING: ClassVar[Shapes] = {"_batches_seen": Count, "_retries_left": Count, "_is_asked_again": bool}
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, max_layers: int | None = MAX_LAYERS) -> None:
         self.every_n_steps = check_count(type(self).__name__, "every_n_steps", every_n_steps)
+        self.max_layers = None if max_layers is None else check_count(type(self).__name__, "max_layers", max_layers)
         self._batches_seen = 0
         self._retries_left = 0
         self._is_asked_again = False
@@ -58,6 +64,14 @@ class SamplingMonitor(Monitor):
         self._is_asked_again = self._retries_left > 0
         self._retries_left -= self._is_asked_again
         return self._is_asked_again
+
+    def _only(self, pl_module: pl.LightningModule) -> tuple[str, ...] | None:
+        """The layers whose turn it is at this sample, in the order of the model; None for all."""
+        names = list(layers_of(pl_module))
+        if self.max_layers is None or len(names) <= self.max_layers:
+            return None
+        begin = (self._batches_seen - 1) // self.every_n_steps * self.max_layers
+        return tuple(names[(begin + place) % len(names)] for place in range(self.max_layers))
 
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
         """The questions of this monitor to the coming step."""

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_mixprec.callbacks.monitor import ROWS, check_count, check_share
-from lightning_mixprec.callbacks.sampling import SamplingMonitor
+from lightning_mixprec.callbacks.sampling import MAX_LAYERS, SamplingMonitor
 from lightning_mixprec.callbacks.stagnation import StagnationCheck, StillWeights
 from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
 from lightning_mixprec.evidence.findings import Findings, describe
@@ -49,6 +49,8 @@ class UnderflowMonitor(SamplingMonitor):
         threshold: Warn when a layer loses more than this share of its gradient.
         max_elements: How many elements of a tensor are looked at; the standard error of a rate is at most 0.4 % at the
             default. None for all. Largest values are always of all elements.
+        max_layers: How many layers a sample looks at; where a model has more, each sample looks at the next ones. None
+            for all.
 
     Attributes:
         latest: By layer a dict with
@@ -87,12 +89,13 @@ class UnderflowMonitor(SamplingMonitor):
         every_n_steps: int = 1000,
         threshold: float = advice.MAX_UNDERFLOW,
         max_elements: int | None = MAX_ELEMENTS,
+        max_layers: int | None = MAX_LAYERS,
     ) -> None:
         name = type(self).__name__
         self.threshold = check_share(name, "threshold", threshold)
         self.max_elements = None if max_elements is None else check_count(name, "max_elements", max_elements)
         self.latest: dict[str, Any] = {}
-        super().__init__(every_n_steps)
+        super().__init__(every_n_steps, max_layers)
 
     @override
     def _forget_run(self) -> None:
@@ -103,10 +106,12 @@ class UnderflowMonitor(SamplingMonitor):
 
     @override
     def _wanted(self, pl_module: pl.LightningModule) -> Wanted:
+        wanted = Wanted(statistics=True, max_elements=self.max_elements, only=self._only(pl_module))
         if self._stagnation_check is None:
-            owned = own_parameters(pl_module, layers_of(pl_module))
+            owned, looked_at = own_parameters(pl_module, layers_of(pl_module)), wanted.looked_at(pl_module)
+            owned = {name: params for name, params in owned.items() if name in looked_at}
             self._stagnation_check = StagnationCheck(owned, self.max_elements, self._still)
-        return Wanted(statistics=True, max_elements=self.max_elements)
+        return wanted
 
     @override
     def on_before_optimizer_step(
@@ -202,6 +207,8 @@ class UnderflowMonitor(SamplingMonitor):
                 ]
             )
         title = f"gradients of the {len(rows) - 1} layers that lose most, at their latest sample"
+        if len(measured) > ROWS:
+            title += f" ({len(measured) - ROWS:,} more layers are not shown)"
         return title + self._share_sampled, rows
 
     @override

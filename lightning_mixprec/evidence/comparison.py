@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mixprec.errors import TraceLeftError
 from lightning_mixprec.evidence.findings import Gathered, Measured
@@ -55,6 +55,7 @@ class Wanted:
         max_elements: How many elements of a tensor statistics look at; None for all.
         max_bytes: Memory for the inputs and outputs of ``layers``.
         flops: The arithmetic of each layer's own matrix products. Counting may take as long as the step.
+        only: The layers that statistics and agreement are of; None for all.
     """
 
     statistics: bool = False
@@ -63,10 +64,14 @@ class Wanted:
     max_elements: int | None = None
     max_bytes: int = 0
     flops: bool = False
+    only: tuple[str, ...] | None = None
 
     def __or__(self, other: "Wanted") -> "Wanted":
         """All that either asks."""
-        unbounded = None in [each.max_elements for each in (self, other) if each.statistics]
+        looking = [each for each in (self, other) if each.statistics or each.agreement]
+        unbounded = None in [each.max_elements for each in looking if each.statistics]
+        some = [each.only for each in looking if each.only is not None]
+        only = tuple(dict.fromkeys(name for names in some for name in names))
         return Wanted(
             self.statistics or other.statistics,
             self.agreement or other.agreement,
@@ -74,7 +79,14 @@ class Wanted:
             None if unbounded else max(self.max_elements or 0, other.max_elements or 0),
             max(self.max_bytes, other.max_bytes),
             self.flops or other.flops,
+            only if some and len(some) == len(looking) else None,
         )
+
+    def looked_at(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The layers of a model that statistics and agreement are of, in the model's order."""
+        every = layers_of(module)
+        chosen = every.keys() if self.only is None else set(self.only)
+        return {name: layer for name, layer in every.items() if name in chosen}
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class Comparison:
 
     Attributes:
         module: The module.
-        layers: The modules by name, in the model's order.
+        layers: The modules by name, in the model's order, as far as they are looked at.
         device: The device they are on.
         reference: The step in fp32, once it was run.
         flops: By layer what its own matrix products take in forward; empty until they were counted.
@@ -123,12 +135,14 @@ class Comparison:
         own: OwnDtypes | None = None,
         replay: StepReplay | None = None,
     ) -> None:
-        self.layers, self.device = layers_of(module), module.device
+        self.layers, self.device = wanted.looked_at(module), module.device
+        self._every = layers_of(module)
         self.reference: Replayed | None = None
         self.flops: dict[str, int] = {}
         self.not_compared: dict[str, str] = {}
         self.module, self._formats, self._kept, self._wanted = module, formats, kept, wanted
-        self._owned = own_parameters(module, self.layers)
+        self._all_owned = own_parameters(module, self._every)
+        self._owned = {name: self._all_owned[name] for name in self.layers}
         self._replay = replay or StepReplay(module, formats, module.device)
         self._own = own
         self._observer: OperandObserver | None = None
@@ -143,9 +157,9 @@ class Comparison:
             compared: The layers whose first call is recorded, as far as ``max_bytes`` reach.
         """
         replay = self._replay if formats is None else self._replay.in_formats(formats)
-        recorder = CallRecorder({name: self.layers[name] for name in compared}, self.device, self._wanted.max_bytes)
+        recorder = CallRecorder({name: self._every[name] for name in compared}, self.device, self._wanted.max_bytes)
         own = self._own if formats is None else None
-        dtypes = contextlib.nullcontext() if own is None else DtypeRecorder(self.layers, own)
+        dtypes = contextlib.nullcontext() if own is None else DtypeRecorder(self._every, own)
         with replay.opened() as stand_ins, recorder, dtypes:
             kept = self._kept
             replayed = replay.run(stand_ins, kept.batch, kept.batch_idx, scale=scale, random=kept.random)
@@ -183,11 +197,11 @@ class Comparison:
         wanted, scale = self._wanted, self._reference_scale if run == self._run else 1.0
         if wanted.statistics:
             assigned = {name: self._formats.precision_of(name) for name in self.layers}
-            self._observer = OperandObserver(self.layers, assigned, wanted.max_elements, self._own, scale)
-        count = FlopCount(self.layers) if wanted.flops else None
+            self._observer = OperandObserver(self.layers, assigned, wanted.max_elements, self._own, scale, self._every)
+        count = FlopCount(self._every) if wanted.flops else None
         with self._observer or contextlib.nullcontext(), count or contextlib.nullcontext():
             replayed = run(stand_ins)
-        self._size_of_terms = size_of_terms(self._owned, stand_ins.parameters, replayed.gradients)
+        self._size_of_terms = size_of_terms(self._all_owned, stand_ins.parameters, replayed.gradients)
         self.flops = count.flops if count is not None else {}
         return replayed
 

@@ -9,7 +9,6 @@ from lightning_mixprec import ranks
 from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Recorded, Wanted
 from lightning_mixprec.evidence.findings import Findings, Gathered, Measured, is_at_stake
-from lightning_mixprec.evidence.instruments.probe import layers_of
 from lightning_mixprec.evidence.replay import Halving
 from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.evidence.step_window import KeptBatch
@@ -33,7 +32,7 @@ class SampledStep:
         self, module: pl.LightningModule, formats: RunFormats, batch: Any, place: dict[str, int], wanted: Wanted
     ) -> None:
         self._module, self._formats, self._wanted = module, formats, wanted
-        self._findings = Findings(list(layers_of(module)), place, own=formats.own)
+        self._findings = Findings(list(wanted.looked_at(module)), place, own=formats.own)
         self._kept = KeptBatch(batch, place["batch_idx"], None)
         self._gathered = Gathered(self._measured(batch), module.device, formats.scale)
         self._is_read = False
@@ -55,7 +54,7 @@ class SampledStep:
         found, agreement = self._findings, self._findings.agreement
         if agreement is None or not agreement.is_doubtful:
             return
-        again = Comparison(self._module, self._formats, self._kept, Wanted())
+        again = Comparison(self._module, self._formats, self._kept, Wanted(only=self._wanted.only))
         found.agreement = self._formats.noise.taken_out_of(agreement, again.self_agreement)
         found.noise = [layer for layer in agreement.layers if layer not in found.agreement.layers]
 

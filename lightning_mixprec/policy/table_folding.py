@@ -124,7 +124,8 @@ def _merge_siblings(visited: list[tuple[_Branch, int]], belongs: Callable[[int, 
     for branch, signature in visited:
         stem, number = _stem_and_number(branch)
         run = latest.get((signature, stem))
-        if run and number is not None and belongs(_numbers(run)[-1], number):
+        last = _stem_and_number(run[-1])[1] if run else None
+        if run and last is not None and number is not None and belongs(last, number):
             run.append(branch)
         else:
             runs.append([branch])

@@ -1,5 +1,6 @@
 """Shapes of plain values, written as types, and the one check of a value that was read against its shape."""
 
+import functools
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
@@ -74,6 +75,7 @@ def matches(value: object, shape: Any, *, in_json: bool = False) -> bool:
     return _is_scalar(value, shape) or (in_json and shape is float and value is None)
 
 
+@functools.cache
 def _hints(shape: Any) -> dict[str, Any]:
     hints = get_type_hints(shape, include_extras=True)
     optional: Any = NotRequired

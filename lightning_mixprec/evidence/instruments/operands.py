@@ -29,6 +29,7 @@ class OperandObserver(Observer):
         max_elements: How many elements of a tensor are looked at; None for all.
         own: As for any observer.
         scale: As for any observer.
+        among: As for any observer.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class OperandObserver(Observer):
         max_elements: int | None,
         own: OwnDtypes | None = None,
         scale: float | Tensor = 1.0,
+        among: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        super().__init__(layers, max_elements, own, scale)
+        super().__init__(layers, max_elements, own, scale, among)
         self._narrow = {name: layer for name, layer in precisions.items() if layer.has_narrow_products}
         self._counts: dict[tuple[str, str], Tensor] = {}
 

@@ -52,6 +52,7 @@ class Observer:
         max_elements: How many elements of a tensor are looked at; None for all.
         own: The dtypes that a layer's output has in low precision; of parts with different ones the wider are left out.
         scale: What losses are multiplied by before backward; gradients are seen without.
+        among: All modules by name, if ``layers`` are a part: what others compute is theirs, and not looked at.
 
     Attributes:
         left_out: By layer the reason that something of it could not be looked at.
@@ -63,10 +64,12 @@ class Observer:
         max_elements: int | None,
         own: OwnDtypes | None = None,
         scale: float | Tensor = 1.0,
+        among: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self._scale = scale
         self.left_out: dict[str, str] = {}
         self._layers, self._own = layers, own or OwnDtypes()
+        self._among = layers if among is None else among
         self._max_elements = max_elements
         self._handles: list[RemovableHandle] = []
         self._tensors = OwnTensors()
@@ -74,7 +77,7 @@ class Observer:
         self._gradients: dict[str, list[_Sample]] = {}
 
     def __enter__(self) -> "Observer":
-        for name, module in hookable(self._layers).items():
+        for name, module in hookable(self._among).items():
             self._handles.append(module.register_forward_hook(partial(self._on_output, name)))
         return self
 
@@ -101,7 +104,7 @@ class Observer:
         is_recomputed = torch._C._current_graph_task_id() != -1
         with leaving_out(name, self.left_out):
             for place, tensor in self._tensors.among(output):
-                if self._own.is_wider_than_others(name, place):
+                if name not in self._layers or self._own.is_wider_than_others(name, place):
                     continue
                 if not is_recomputed:
                     self._outputs.setdefault(name, []).append(_sampled(tensor, self._max_elements))
