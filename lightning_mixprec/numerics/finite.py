@@ -63,17 +63,15 @@ def dense(tensor: Tensor) -> Tensor:
 def finite_flags(tensors: list[Tensor]) -> Tensor:
     """Which of some tensors are finite, by one pass that only reads: bools on their device.
 
-    On a CPU the largest of all takes ten times as long as the sum of squares, which is infinite for some finite
-    tensors, too: those are then looked at again.
+    On a CPU the largest of all takes ten times as long as the sum of squares, which in fp64 no number of fewer bits
+    overflows.
 
     Args:
         tensors: Not empty, dense and real, each with elements, of one dtype of at least 16 bits and one device.
     """
-    if tensors[0].device.type != "cpu":
-        return torch.isfinite(torch.stack(list(torch._foreach_norm(tensors, float("inf")))))
-    dtype = None if tensors[0].dtype.itemsize > 2 else torch.float32
-    finite = torch.isfinite(torch.stack(list(torch._foreach_norm(tensors, 2, dtype=dtype))))
-    if not bool(finite.all()):
-        for place in (~finite).nonzero().flatten().tolist():
-            finite[place] = torch.isfinite(tensors[place].abs().amax())
-    return finite
+    is_on_cpu, dtype = tensors[0].device.type == "cpu", tensors[0].dtype
+    if is_on_cpu and dtype != torch.float64:
+        norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
+    else:
+        norms = torch._foreach_norm(tensors, float("inf"))
+    return torch.isfinite(torch.stack(list(norms)))
