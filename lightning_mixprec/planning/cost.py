@@ -208,14 +208,30 @@ class Costs:
             around = name.rpartition(".")[0]
             while around and around not in self.layers:
                 around = around.rpartition(".")[0]
-            callers[name] = around
+            if around in self.layers:
+                callers[name] = around
         return callers
 
     def _arriving(self, handover: Handover, formats: Mapping[str, str]) -> str:
-        """The format in which a layer is handed something: a caller that computes in a wide one casts in between."""
-        caller = self._callers.get(handover.second, handover.second)
-        wide = formats.get(caller, REFERENCE)
-        return wide if _is_narrowed(wide, formats[handover.first]) else formats[handover.first]
+        """The format in which a layer is handed something: a wide layer that hands it on in between casts it."""
+        first = formats[handover.first]
+        between = self._path(handover.first, handover.second)
+        return next((formats[name] for name in between if _is_narrowed(formats[name], first)), first)
+
+    def _path(self, first: str, second: str) -> list[str]:
+        """The layers around two, up to the innermost one that is around both."""
+        above, around = self._around(first), self._around(second)
+        common = next((name for name in around if name in above or name == first), None)
+        if common is None or common == first:
+            return around[: around.index(first)] if first in around else around
+        return [*around[: around.index(common) + 1], *above[: above.index(common)]]
+
+    def _around(self, name: str) -> list[str]:
+        found = []
+        while name in self._callers:
+            name = self._callers[name]
+            found.append(name)
+        return found
 
     def _casts_of(self, handover: Handover, formats: Mapping[str, str]) -> list[Mapping[str, float]]:
         """What a handover costs between formats in effect: into a wide caller's, and out of it."""

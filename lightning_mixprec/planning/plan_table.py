@@ -133,6 +133,8 @@ def _remarks(plan: _Plan) -> list[str]:
     lines = [printable(each) for each in problems]
     if plan.how == "greedy":
         lines.append("found by a greedy search: scipy is not installed (pip install scipy), or found nothing better")
+    if plan.costs.note:
+        lines.append(printable(f"Costs: {plan.costs.note}."))
     for each in plan.promise:
         lines.append(f"The promise was not kept: {each}.")
     if (wider := plan.wider) is not None:

@@ -265,3 +265,10 @@ def test_greedy_alone_is_told(monkeypatch):
     plan = plan_of(budget={"time": 0.8})
     assert plan.how == "greedy"
     assert "found by a greedy search: scipy is not installed" in str(plan)
+
+
+def test_where_costs_come_from_is_said_if_not_from_a_trace() -> None:
+    plan = plan_of(budget={"time": 0.7})
+    told = replace(plan, costs=replace(plan.costs, note="shapes are those of a step on cpu"))
+    assert "Costs:" not in str(plan)
+    assert "Costs: shapes are those of a step on cpu." in str(told).splitlines()
