@@ -126,6 +126,7 @@ benchmark low_bits-compiled 50 "" low_bits.py \
 benchmark rescue 50 "" rescue.py \
     "--cases rotary rms-norm outlier offset dice prices tasks mask alignment covariance clock fourier --controls \
     --seeds 1 --rounds 0" "--cases offset --controls --seeds 1 --rounds 0"
+benchmark optimizers 90 "" optimizers.py "--rounds 5 --length 20" "--quick --models gpt"
 
 printf '\nwritten: %s\n' "$out"
 cat "$out/steps.jsonl"

@@ -22,6 +22,7 @@ STEPS += [
     "low_bits",
     "low_bits-compiled",
     "rescue",
+    "optimizers",
 ]
 
 
