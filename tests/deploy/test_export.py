@@ -188,7 +188,26 @@ class Tied(nn.Module):
         return self.head(self.embedding(tokens))
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)))
+
+
 class TestTiedWeights:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_a_layer_with_two_names_keeps_its_own(self, tmp_path, format):
+        model = Twice()
+        before = {name: (each, each.clone()) for name, each in model.named_parameters()}
+        exported(tmp_path, model, "bf16", torch.randn(2, 6), format)
+        for name, each in model.named_parameters():
+            assert each is before[name][0] and torch.equal(each, before[name][1]) and each.requires_grad, name
+
     def test_are_one_in_a_file_of_torch(self, tmp_path):
         model = Tied()
         tokens = torch.randint(32, (2, 5))

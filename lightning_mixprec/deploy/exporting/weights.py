@@ -70,10 +70,12 @@ class Weights:
             for name, parameter in job.model.module.named_parameters(remove_duplicate=False)
             if parameter.is_floating_point() and isinstance(state.get(name), Tensor)
         ]
+        # A layer with two names has one place for a tensor, which functional_call would put back from the second name.
+        once = {name for name, _ in job.model.module.named_modules()}
         lent = {
             f"module.{name}": state[name].to(value.device, value.dtype)
             for name, value in own.items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and _holder(name) in once
         }
         return Opened(lambda: _run(job, lent), uses, False)
 
@@ -115,6 +117,11 @@ def _both(one: str, two: str) -> str:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _holder(name: str) -> str:
+    """The name of the module that holds a tensor of a ``state_dict``."""
+    return name.rpartition(".")[0]
 
 
 def _run(job: Job, tensors: dict[str, Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.border_plan import Site
@@ -102,7 +102,10 @@ class LayerTimes:
         return best
 
     def _once(self, module: nn.Module, format: str, args: Any, kwargs: Any) -> float:
-        """Forward and backward with inputs in the format, as neighbours in it would give them."""
+        """Forward and backward with inputs in the format, as neighbours in it would give them.
+
+        What it keeps for backward is its own: activation checkpointing around the layer counts what it is to recompute.
+        """
         region = LayerPrecision("fp32", format).region
         narrow = {torch.float32: get_format(region).dtype} if get_format(region).is_half else {}
         args, kwargs = cast(copied((args, kwargs)), narrow)
@@ -112,7 +115,8 @@ class LayerTimes:
         ]
         wait(self._device)
         start = time.perf_counter()
-        output = [each for each in tensors_in(module.forward(*args, **kwargs)) if each.requires_grad]
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            output = [each for each in tensors_in(module.forward(*args, **kwargs)) if each.requires_grad]
         if output and inputs:
             with torch.autocast(self._device.type, enabled=False):
                 torch.autograd.grad(output, inputs, [torch.ones_like(each) for each in output], allow_unused=True)
@@ -134,6 +138,10 @@ def cast_seconds(device: torch.device) -> float:
             taken.append(time.perf_counter() - start)
         _known[key] = min(taken[1:]) / (_CAST_ELEMENTS * 6)
     return _known[key]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _signature(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_mixprec import MixPrecError, PrecisionPolicy
 from lightning_mixprec.engine.apply import attach
@@ -78,6 +79,23 @@ def test_each_layer_has_a_time_in_each_format_it_may_have():
     assert list(found.layers["one"]) == ["fp32", "bf16", "fp8"] and list(found.layers["body.0"]) == ["fp32", "bf16"]
     assert all(cost.seconds > 0 for name in ("body.0", "one") for cost in found.layers[name].values())
     assert found.seconds_per_cast_byte > 0
+
+
+class Checkpointed(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.ReLU(), nn.Linear(16, 6))
+        self.head = nn.Linear(6, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(checkpoint(self.body, batch, use_reentrant=False)).square().mean()
+
+
+def test_layers_inside_checkpointing_are_timed_as_well():
+    given = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
+    found = measure_costs(Checkpointed(), [given], ["bf16"])
+    assert all(found.layers[name][format].seconds > 0 for name in ("body.0", "body.3") for format in ("fp32", "bf16"))
 
 
 def test_a_device_that_is_not_here_is_told_by_its_peaks():
