@@ -112,7 +112,7 @@ def shard(
 
 def groups_of(sites: Sequence[Site]) -> list[Group]:
     """The groups of weights that FSDP2 gathers in a model."""
-    leaders = _leaders(sites[0].module)
+    leaders = leaders_of(sites[0].module)
     leader_of = {id(each): leader for leader in leaders for each in _own_modules(leader)}
     found: dict[int, list[tuple[Any, str, nn.Module]]] = {}
     for site in sites:
@@ -148,15 +148,14 @@ def release(groups: Iterable[Group]) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Lets go of weights that are still gathered, as those of the outermost module are after an evaluation."""
-    for leader in _leaders(model):
+    for leader in leaders_of(model):
         leader.reshard()
 
 
 @contextlib.contextmanager
-def bypassed(model: nn.Module) -> Iterator[None]:
+def without_hooks(model: nn.Module) -> Iterator[None]:
     """FSDP2 stands aside: modules run on whatever weights they hold, and nothing is gathered or freed."""
-    reshard(model)
-    both = [hooks for leader in _leaders(model) for hooks in (leader._forward_pre_hooks, leader._forward_hooks)]
+    both = [hooks for leader in leaders_of(model) for hooks in (leader._forward_pre_hooks, leader._forward_hooks)]
     kept = [(hooks, dict(hooks)) for hooks in both]
     for hooks, before in kept:
         for key, hook in before.items():
@@ -180,7 +179,7 @@ def is_any_sharded(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters()))
 
 
-def _leaders(model: nn.Module) -> list[Any]:
+def leaders_of(model: nn.Module) -> list[Any]:
     """The modules that were sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_available else []
 
@@ -262,7 +261,7 @@ def _replace(leader: Any, policy: Any) -> None:
     leader.reshard()
     state = leader._get_fsdp_state()
     state._mp_policy = policy
-    for group in _param_groups(state):
+    for group in param_groups(state):
         group.mp_policy = policy
         for param in group.fsdp_params:
             param.mp_policy = policy
@@ -274,7 +273,7 @@ def _replace(leader: Any, policy: Any) -> None:
             group._init_mp_dtypes()
 
 
-def _param_groups(state: Any) -> list[Any]:
+def param_groups(state: Any) -> list[Any]:
     """One in older torch, any number in newer."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)

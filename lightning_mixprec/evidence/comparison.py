@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_mixprec.engine.lent_shards import gathered
 from lightning_mixprec.errors import TraceLeftError
 from lightning_mixprec.evidence.findings import Gathered, Measured
 from lightning_mixprec.evidence.half_only import in_fp32
@@ -293,13 +294,13 @@ class Comparison:
 
     def _take_energies(self, energies: Tensor, calls: dict[str, LayerCall], compared: Sequence[str]) -> None:
         for row, name in enumerate(compared):
-            if (call := calls.pop(name, None)) is None:  # and lets go of it
-                continue
+            call = calls.pop(name, None)  # and lets go of it
             if name in self._formats.not_in_fp32:
                 self.not_compared[name] = self._formats.not_in_fp32[name]
                 continue
-            with leaving_out(name, self.not_compared):
-                energies[row] = computed_again(call)
+            with leaving_out(name, self.not_compared), gathered(self.module, self.layers[name]):
+                if call is not None:
+                    energies[row] = computed_again(call)
 
 
 def is_finite(replayed: Replayed) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mixprec import ranks
+from lightning_mixprec.engine.sharding import is_any_sharded
 from lightning_mixprec.errors import OtherRankError, TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Wanted, is_finite
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
@@ -163,11 +164,14 @@ class Judge:
         is_doubtful = cause is not None and bool(cause["fits"]) and _holds(cause["format"], cause["value"])
         if not self._on_any_rank(is_doubtful):
             return found
-        replay, layer, format = self._replay, cause and cause["layer"], cause and cause["fits"]
-        formats = with_layer_in(replay.formats, replay.module, layer or "", format) if is_doubtful else replay.formats
+        replay, is_sharded = self._replay, is_any_sharded(self._replay.module)
+        tried = (cause["layer"] or "", cause["fits"]) if cause is not None and is_doubtful else None
+        tried = ranks.first_found(tried)[1] if is_sharded else tried  # where gradients are those of all ranks
+        formats = replay.formats if tried is None else with_layer_in(replay.formats, replay.module, *tried)
         is_enough = formats is not None
         if is_enough or ranks.are_many():  # if one rank replays all do
             is_enough &= bool(self._replayed(partial(self._is_finite_at, self._scale, formats or replay.formats)))
+        is_enough = not self._on_any_rank(not is_enough) if is_sharded else is_enough
         if found is None or not is_doubtful or is_enough:
             return found
         return replace(found, cause={**found.cause, "fits": None if formats is None else "fp32"})._in_words()
@@ -209,15 +213,16 @@ class Judge:
             try:
                 with Trace(replay.module) as trace:
                     replayed = replay.run_on_own(stand_ins, batch, self._batch_idx, scale=scale, random=self._random)
-                    gradients = [_values(gradient) for gradient in replayed.gradients.values()]
-                    origin = trace.origin(replayed.losses) or trace.origin(gradients)
+                    gradients = replayed.gradients.values()
+                    origin = trace.origin(replayed.losses) or trace.origin_in_gradients(gradients)
             except Exception as error:
                 if reference or not self._tells(error):
                     raise
                 where = origin_of(error, trace), layer_of(error, replay.module)
                 seen.append(_Traced(Replayed(), trace, where[0], False, scale, _shortened(one_line(error)), where[1]))
                 return Replayed()
-            seen.append(_Traced(replayed, trace, origin, bool(is_finite(replayed)), scale))
+            is_own_finite = origin is None if is_any_sharded(replay.module) else bool(is_finite(replayed))
+            seen.append(_Traced(replayed, trace, origin, is_own_finite, scale))
             return replayed
 
         def run() -> None:
@@ -227,7 +232,7 @@ class Judge:
                 comparison.run_reference(run=traced)
                 self.comparison = None if self._is_halved else comparison
             else:
-                with replay.opened() as stand_ins:
+                with replay.opened(as_stored=True) as stand_ins:  # so that each layer casts its own weights
                     traced(stand_ins)
 
         self._replayed(run)
@@ -385,10 +390,6 @@ class Judge:
 def _shortened(message: str) -> str:
     message = message.rstrip(" :;,.")
     return message if len(message) <= _MOST_CHARACTERS else f"{message[:_MOST_CHARACTERS]}..."
-
-
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _holds(format: str | None, value: float | None) -> bool:

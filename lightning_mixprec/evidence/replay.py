@@ -27,13 +27,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import Self
 
-from lightning_mixprec import ranks
 from lightning_mixprec.engine.objects import copied, mapped, tensors_in
-from lightning_mixprec.engine.sharding import is_any_sharded, is_sharded
 from lightning_mixprec.errors import OtherRankError, SupportError, one_line
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
-from lightning_mixprec.evidence.instruments.lockstep import Lockstep
-from lightning_mixprec.evidence.instruments.memory import free_cuda_bytes, free_host_bytes, is_out_of_memory
+from lightning_mixprec.evidence.instruments.lockstep import Lockstep, together
+from lightning_mixprec.evidence.instruments.memory import agree_on_room, is_out_of_memory
 from lightning_mixprec.evidence.instruments.optimizer_copies import Copies
 from lightning_mixprec.evidence.instruments.probe import cast_to_fp32
 from lightning_mixprec.evidence.instruments.restoring.attributes import replaced
@@ -76,19 +74,27 @@ class StepReplay:
         self.module, self.formats, self.device = module, formats, device
 
     @contextlib.contextmanager
-    def opened(self, *, reference: bool = False) -> Generator[Sandbox, None, None]:
+    def opened(self, *, reference: bool = False, as_stored: bool = False) -> Generator[Sandbox, None, None]:
         """Formats and sandbox for one or several runs and what else is to be computed under the same conditions.
+
+        Where weights are sharded all ranks open it together and run the same in it, to the end or none of them.
+
+        Args:
+            reference: Whether all is computed in fp32.
+            as_stored: Whether sharded weights are gathered as they are stored, where the run has them in 16 bits.
 
         Raises:
             ReplayError: The step left a trace, which was put back, or one of this run did before.
         """
-        _agree_on_room(self.module, self.device)
+        agree_on_room(self.module, self.device)
         context = self.formats.reference() if reference else self.formats.low()
         exact = without_tf32(self.device) if reference else contextlib.nullcontext()
-        run = self.module._trainer
+        run, as_stored = self.module._trainer, as_stored or self.formats.is_trial
         optimizers = run.optimizers if run is not None else ()
-        opening = sandbox(self.module, self.device, widen=reference, optimizers=optimizers, run=run)
-        with torch.enable_grad(), context, exact, opening as stand_ins:
+        opening = sandbox(
+            self.module, self.device, widen=reference, optimizers=optimizers, run=run, as_stored=as_stored
+        )
+        with together(self.module), torch.enable_grad(), context, exact, opening as stand_ins:
             yield stand_ins
 
     def run(
@@ -129,12 +135,10 @@ class StepReplay:
         """As :meth:`run`, on an :meth:`own_batch`, which is written to if the step writes to its batch."""
         if random is not None:
             random.restore()
-        replayed = Replayed()
-        step = _Step(self.module, stand_ins, replayed, scale)
+        step = _Step(self.module, stand_ins, scale)
         with _stand_ins_for_the_trainer(self.module, step):
             self._take(step, batch, batch_idx)
-        step.finish()
-        return replayed
+        return step.finish()
 
     def in_formats(self, formats: Formats) -> Self:
         """The same in other formats."""
@@ -161,10 +165,8 @@ class StepReplay:
 class _Step:
     """Collects what goes backward, optimizer by optimizer."""
 
-    def __init__(
-        self, module: pl.LightningModule, stand_ins: Sandbox, replayed: Replayed, scale: float | Tensor
-    ) -> None:
-        self.module, self.replayed = module, replayed
+    def __init__(self, module: pl.LightningModule, stand_ins: Sandbox, scale: float | Tensor) -> None:
+        self.module, self.replayed = module, Replayed()
         self._stand_ins, self._scale = stand_ins, scale
         self._name_of = {id(stand_in): name for name, stand_in in stand_ins.parameters.items()}
         self._zeroed: dict[str, Tensor] = {}
@@ -210,14 +212,17 @@ class _Step:
                 "let it take the optimizer from self.optimizers()"
             )
 
-    def finish(self) -> None:
-        """Keeps the gradients that no optimizer has stepped with."""
+    def finish(self) -> Replayed:
+        """What there is, with the gradients that no optimizer has stepped with; what knows this lets go of them."""
         for name, stand_in in self._stand_ins.parameters.items():
             if stand_in.grad is not None:
                 self.replayed.gradients.setdefault(name, stand_in.grad.detach())
                 stand_in.grad = None
         for name, gradient in self._zeroed.items():
             self.replayed.gradients.setdefault(name, gradient)
+        self._zeroed.clear()
+        replayed, self.replayed = self.replayed, Replayed()
+        return replayed
 
     def _gradients(self, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
         for stand_in in params_of(optimizer):
@@ -321,20 +326,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _agree_on_room(module: pl.LightningModule, device: torch.device) -> None:
-    """Raises on all ranks if one has no room for the whole of weights that are sharded."""
-    sharded = [param for param in module.parameters() if is_sharded(param)]
-    if not sharded:
-        return
-    needed = sum(param.numel() * param.element_size() for param in sharded)
-    free = free_cuda_bytes(device) if device.type == "cuda" else free_host_bytes() // ranks.count()
-    if ranks.is_any(needed > free, device):
-        raise SupportError(
-            f"the weights are sharded, and to replay a step each rank needs the whole of them ({needed / 2**30:.1f} "
-            "GiB), which do not fit beside the run"
-        )
-
-
 def halved(batch: Any) -> Any:
     """The first half of a batch: of every tensor as long as its first one; itself if there is none to halve."""
     lengths = [len(tensor) for tensor in tensors_in(batch) if _has_rows(tensor)]
@@ -381,7 +372,7 @@ class Halving:
                 return run(self.batch)
         except Exception as error:
             is_short = error.is_out_of_memory if isinstance(error, OtherRankError) else is_out_of_memory(error)
-            if self.shortage is not None or is_any_sharded(self._module) or not is_short:
+            if self.shortage is not None or not is_short:
                 self.lockstep.call_off(once_more, error)
                 raise
             self.shortage = one_line(error)

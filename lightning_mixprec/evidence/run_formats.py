@@ -46,6 +46,10 @@ class Formats(Protocol):
         """Everything within computes in fp32, but for :attr:`not_in_fp32`; fp64 stays."""
 
     @property
+    def is_trial(self) -> bool:
+        """True where :meth:`low` is not how the run computes, so that weights are not gathered as it gathers them."""
+
+    @property
     def not_in_fp32(self) -> dict[str, str]:
         """By layer the error that it raises in fp32; its own operations compute in the run's format all the same."""
 
@@ -60,6 +64,8 @@ class Formats(Protocol):
 
 class PluginFormats:
     """The formats of a run under :class:`PerLayerPrecision`."""
+
+    is_trial = False
 
     def __init__(self, plugin: PerLayerPrecision) -> None:
         self._plugin = plugin
@@ -138,6 +144,8 @@ class TrialFormats(PluginFormats):
         policy: The policy.
     """
 
+    is_trial = True
+
     def __init__(self, plugin: PerLayerPrecision, policy: PrecisionPolicy) -> None:
         super().__init__(plugin)
         self._policy = policy
@@ -178,6 +186,7 @@ class StockFormats:
     """
 
     searches_scale = True
+    is_trial = False
 
     def __init__(self, plugin: Precision, model: torch.nn.Module, device: torch.device) -> None:
         self._plugin, self._model, self._device = plugin, model, device
@@ -252,6 +261,7 @@ class PolicyFormats:
     """
 
     searches_scale = False
+    is_trial = True
 
     def __init__(
         self, model: torch.nn.Module, policy: Any, device: torch.device, scale: float, emulate: Emulate = "auto"

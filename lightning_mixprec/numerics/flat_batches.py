@@ -73,6 +73,17 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def counted_part(tensor: Tensor) -> Tensor:
+    """Of a tensor that is spread over ranks (a DTensor) what this rank counts of it, so that each number counts once.
+
+    That is this rank's part, or nothing where an earlier rank holds the same. Any other tensor is counted whole.
+    """
+    local, spread = local_part(tensor), getattr(tensor, "placements", ())
+    at = tensor.device_mesh.get_coordinate() if spread else None  # type: ignore[attr-defined]
+    is_copy = at is not None and any(each.is_replicate() and place for each, place in zip(spread, at, strict=True))
+    return local.reshape(-1)[:0] if is_copy else local
+
+
 def _real(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())

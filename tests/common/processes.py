@@ -41,22 +41,29 @@ def started(arguments, folder, **environment):
 
 def saved_by_two(script, folder):
     """What both processes of a script, which is told the folder, saved there as ``rank0.pt`` and ``rank1.pt``."""
+    return saved_by(2, script, folder)
+
+
+def saved_by(count, script, folder):
+    """The same of any number of processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    outcomes([started([script, folder], folder, **_launched(rank, port, script.parent)) for rank in range(2)])
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    outcomes(
+        [started([script, folder], folder, **_launched(rank, count, port, script.parent)) for rank in range(count)]
+    )
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-def _launched(rank, port, own_folder):
+def _launched(rank, count, port, own_folder):
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
-        "LOCAL_WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": str(count),
         "TORCHELASTIC_RUN_ID": "tests",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": python_path(own_folder),

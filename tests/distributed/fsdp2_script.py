@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from plugin_models import Batches
-from sharded_models import ByHand, Hot, Recomputing, Sharded, Split, SplitAndSharded, Steep
+from sharded_models import ByHand, Recomputing, Sharded, Split, SplitAndSharded
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -173,8 +173,6 @@ def main(folder):
             strategy(), PerLayerPrecision("fp16"), [Spoiled()], model=lambda: Sharded(optimizer=fused)
         )
         results[f"{name} recomputed"] = outcome(strategy(), PerLayerPrecision(NORMS), [Moves()], model=Recomputing)
-        results[f"{name} watched"] = watched(folder / f"{name}{RANK}", strategy(), Hot)
-        results[f"{name} searched"] = watched(folder / f"{name} searched{RANK}", strategy(), Steep)
     for policy in ("bf16", "fp16"):
         results[f"spoiled shard {policy}"] = outcome(sharded(), PerLayerPrecision(policy), [SpoiledShard()])
     results["resume"] = resumed(folder)

@@ -5,8 +5,12 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_mixprec import ranks
+from lightning_mixprec.engine.lent_shards import largest_group_bytes
+from lightning_mixprec.engine.sharding import is_sharded
+from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.flat_batches import local_part
 
 
@@ -37,3 +41,18 @@ def free_host_bytes() -> int:
     names = getattr(os, "sysconf_names", {})
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in names else 0
+
+
+def agree_on_room(module: nn.Module, device: torch.device) -> None:
+    """Raises on all ranks if one has no room for what a replay takes of weights that are sharded."""
+    sharded = [param for param in module.parameters() if is_sharded(param)]
+    if not sharded:
+        return
+    needed = 2 * 4 * sum(local_part(param.detach()).numel() for param in sharded) + largest_group_bytes(module)
+    free = free_cuda_bytes(device) if device.type == "cuda" else free_host_bytes() // ranks.count()
+    if ranks.is_any(needed > free, device):
+        raise SupportError(
+            "the weights are sharded, and to replay a step each rank needs its part of two sets of gradients and the "
+            f"largest group of weights in fp32 ({needed / 2**30:.1f} GiB), which do not fit beside the run; shard the "
+            "model in smaller groups (fully_shard of each block)"
+        )

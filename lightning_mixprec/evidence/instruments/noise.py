@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_mixprec import ranks
+from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.evidence.instruments.probe import gradient_dots
 
 NO_LOSS = -1.0
@@ -39,6 +41,8 @@ def size_of_terms(
 ) -> Tensor:
     """A tenth of what a loss would change if its weights changed by as much as they are; on the device.
 
+    Where gradients are sharded, all ranks ask together.
+
     That is ``|g| |w|``, added up over layers: about the size of the terms that a loss is made of, also where these
     cancel (an advantage that is normalized, the difference of two scores).
 
@@ -48,8 +52,10 @@ def size_of_terms(
         gradients: Gradients by name.
     """
     trained = {name: weights[name].detach() for name in gradients}
-    weight, gradient = (gradient_dots(owned, each, each)[:, 0].sqrt() for each in (trained, gradients))
-    return _SHARE_OF_TERMS * (weight * gradient).sum()
+    squares = torch.stack([gradient_dots(owned, each, each)[:, 0] for each in (trained, gradients)])
+    if any(map(is_sharded, gradients.values())):
+        ranks.add_up([squares])
+    return _SHARE_OF_TERMS * squares.sqrt().prod(0).sum()
 
 
 def loss_gap(low: Sequence[Tensor], reference: Sequence[Tensor], least: float | Tensor = 0.0) -> Tensor:

@@ -48,7 +48,7 @@ class OperandObserver(Observer):
     def __enter__(self) -> "OperandObserver":
         super().__enter__()
         for name in self._narrow:
-            hook = self._layers[name].register_forward_hook(partial(self._on_call, name))
+            hook = self._layers[name].register_forward_pre_hook(partial(self._on_call, name))
             self._handles.append(hook)
         return self
 
@@ -63,7 +63,7 @@ class OperandObserver(Observer):
         rows = [[self._counts.get((name, each), nothing) for each in OPERANDS] for name in self._layers]
         return torch.stack([torch.stack(row) for row in rows])
 
-    def _on_call(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _on_call(self, name: str, module: nn.Module, args: Any) -> None:
         with leaving_out(name, self.left_out):
             if args and isinstance(args[0], Tensor):
                 self._count(name, "input", args[0])

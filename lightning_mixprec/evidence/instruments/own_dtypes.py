@@ -86,9 +86,9 @@ class DtypeRecorder:
         self._layer_of: dict[int, str] = {}
         self._maker_of: dict[Any, tuple[str, int]] = {}
         for name, module in hookable(self._layers).items():
+            self._handles.append(module.register_forward_pre_hook(partial(self._note_weights, name)))
             self._handles.append(module.register_forward_hook(partial(self._on_output, name)))
-            for param in module._parameters.values():
-                self._layer_of.setdefault(id(param), name)
+            self._note_weights(name, module)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -96,6 +96,11 @@ class DtypeRecorder:
             handle.remove()
         self._seen.clear()
         self._maker_of.clear()
+
+    def _note_weights(self, name: str, module: nn.Module, args: Any = ()) -> None:
+        """Notes whose the weights are; when a layer is called they may be others, gathered from all ranks."""
+        for param in module._parameters.values():
+            self._layer_of.setdefault(id(param), name)
 
     def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         for place, tensor in self._tensors.among(output):

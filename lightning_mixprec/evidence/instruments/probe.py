@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.casting import cast
 from lightning_mixprec.engine.objects import rebuilt, tensors_in
+from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import OtherRankError, SupportError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import bytes_of, is_out_of_memory
 from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes, OwnTensors, hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
 from lightning_mixprec.numerics.exponents import Histogram, histograms
-from lightning_mixprec.numerics.flat_batches import flatten, on_device, sample
+from lightning_mixprec.numerics.flat_batches import counted_part, flatten, on_device, sample
 from lightning_mixprec.numerics.formats import half_dtypes
 from lightning_mixprec.numerics.similarity import dots
 from lightning_mixprec.policy.module_names import walk
@@ -164,9 +165,9 @@ class _Before:
         self._attributes = [(module, dict(vars(module))) for module in layer.modules()]
 
     def has_own_weights(self) -> bool:
-        """True unless the layer is lent other weights. A cast is the weight as a region sees it."""
+        """True unless the layer is lent other weights. A cast is the weight as a region sees it, as a gathered one."""
         weights = zip(self._layer.parameters(), self._weights, strict=False)
-        return all(now is own or now.dtype != own.dtype for now, own in weights)
+        return all(now is own or now.dtype != own.dtype or is_sharded(own) for now, own in weights)
 
     def given(self) -> list[tuple[nn.Module, dict[str, Any]]]:
         """The attributes that the step has set since, by module."""
@@ -256,7 +257,7 @@ def computed_again(call: LayerCall) -> Tensor:
     layer nor in the random numbers. Input that came in 16 bits is cast to fp32.
 
     Args:
-        call: The recorded call.
+        call: The recorded call, of a layer whose sharded weights, if any, are gathered.
 
     Returns:
         Energy of what is computed now, and of the difference to what was recorded: fp64 [2] on the device. Their ratio
@@ -265,7 +266,7 @@ def computed_again(call: LayerCall) -> Tensor:
     Raises:
         SupportError: The call cannot be compared. Whatever the layer raises is raised, too.
     """
-    with sandbox(call.module, call.device), call.conditions.restored():
+    with sandbox(call.module, call.device, is_gathered=True), call.conditions.restored():
         args, kwargs = cast_to_fp32((call.args, call.kwargs))
         reference = _comparable(call.module(*args, **kwargs))
     if [tensor.shape for tensor in reference] != [tensor.shape for tensor in call.output]:
@@ -309,7 +310,7 @@ def own_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
 def gradient_dots(
     owned: Mapping[str, Sequence[str]], low: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> Tensor:
-    """Dot products of two gradients of each layer's weights, of which cosines are made.
+    """Dot products of two gradients of each layer's weights, of which cosines are made; of sharded ones a rank's share.
 
     Args:
         owned: Names of parameters by layer.
@@ -320,7 +321,7 @@ def gradient_dots(
         fp64 [layers, 3] of (low x reference, low x low, reference x reference); zeros where there is no gradient.
     """
     compared = [[name for name in names if name in low and name in reference] for names in owned.values()]
-    pairs = [(_dense(low[name]), _dense(reference[name])) for names in compared for name in names]
+    pairs = [(_counted(low[name]), _counted(reference[name])) for names in compared for name in names]
     if not pairs:
         return torch.zeros(len(owned), 3, dtype=torch.float64)
     parts = dots([each for each, _ in pairs], [each for _, each in pairs])
@@ -332,8 +333,8 @@ def gradient_dots(
 def weight_gradients(
     owned: Mapping[str, Sequence[str]], gradients: Mapping[str, Tensor], max_elements: int | None
 ) -> Histogram:
-    """Statistics of the gradients of each layer's own weights, a row per layer, on the device."""
-    groups = [[gradients[name] for name in names if name in gradients] for names in owned.values()]
+    """Statistics of the gradients of each layer's own weights, a row per layer; of sharded ones a rank's share."""
+    groups = [[counted_part(gradients[name]) for name in names if name in gradients] for names in owned.values()]
     return histograms(groups, max_elements)
 
 
@@ -382,5 +383,5 @@ def _copy_of(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_(tensor.requires_grad).clone()
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
+def _counted(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else counted_part(gradient)

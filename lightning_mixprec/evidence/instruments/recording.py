@@ -18,6 +18,7 @@ from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer, D
 CAST = "_to_copy"
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+_OF_SHARDING = ("fsdp", "c10d", "_c10d_functional")
 _ONLY_WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "exponential_", "random_"}
 
 
@@ -75,15 +76,23 @@ class Recorder(TorchDispatchMode):
 
     A value is known by the address of its memory: the latest writer made what is there. No tensor of the model is kept.
 
+    Args:
+        running: tells which layer computes.
+        is_sharded: whether ranks gather weights and reduce gradients while it runs, which is no layer's operation: what
+            is gathered was there before, and what is reduced is of all ranks.
+
     Attributes:
         calls: what ran, in order; views and operations without floating-point results are left out.
         values: what was read and written, in order.
+        sent: this rank's own gradients that were reduced, as indices.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, running: CurrentLayer) -> None:
+    def __init__(self, running: CurrentLayer, *, is_sharded: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: list[int] = []
+        self._is_sharded = is_sharded
         self.calls: list[Call] = []
         self.values: list[Value] = []
         self._running = running
@@ -97,6 +106,8 @@ class Recorder(TorchDispatchMode):
         if self._is_paused:
             return func(*args, **kwargs)
         op, leaves = _name(func), tree_leaves((args, kwargs))
+        if self._is_sharded and getattr(func, "namespace", "") in _OF_SHARDING:
+            return self._carry(op, func, args, kwargs)
         taken = [memory for leaf in leaves if (memory := _memory(leaf)) is not None]
         if getattr(func, "is_view", False):
             self._place(op, taken)
@@ -112,6 +123,21 @@ class Recorder(TorchDispatchMode):
             layer = self._layer_of(inputs) if layer is None else layer
             scalars = tuple(leaf for leaf in leaves if isinstance(leaf, float | complex) and not cmath.isfinite(leaf))
             self._record(Call(len(self.calls), op, layer, direction, inputs, scalars), made)
+        return result
+
+    def _carry(self, op: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operation of those that gather and reduce; what messages bring has yet to arrive when it returns."""
+        written = _written(func, args, kwargs)
+        is_output = set() if "allreduce" in op else set(map(id, written))
+        is_read = "reduce" in op or "chunk_cat" in op
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) not in is_output] if is_read else []
+        inputs, is_message = self.sources(read), func.namespace != "fsdp"
+        if is_message:
+            self.sent += inputs
+        result = func(*args, **kwargs)
+        for address, memory in _made([], written, tree_leaves(result)).items():
+            stats = None if is_message else _stats(memory)
+            self._writers[address] = self._add(Value(memory.dtype, inputs=inputs, stats=stats))
         return result
 
     def _place(self, op: str, taken: Sequence[Tensor]) -> tuple[str | None, Direction]:

@@ -25,10 +25,12 @@ from torch.optim import Optimizer
 from lightning_mixprec import ranks
 from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.compiling import uncompiled
+from lightning_mixprec.engine.lent_shards import LentShards, with_local_part
 from lightning_mixprec.errors import MixPrecError, ReplayError, SupportError, TraceLeftError
 from lightning_mixprec.evidence.instruments.restoring.attributes import Attributes
 from lightning_mixprec.evidence.instruments.restoring.contents import version_of
 from lightning_mixprec.evidence.instruments.restoring.guard import Guard
+from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.numerics.formats import half_dtypes
 
 
@@ -91,14 +93,23 @@ class Sandbox:
         is_wide: Whether 16-bit weights and buffers have fp32 stand-ins.
     """
 
-    def __init__(self, model: nn.Module, widen: bool, device: torch.device, optimizers: Iterable[Optimizer]) -> None:
-        self._model, self.is_wide = model, widen
+    def __init__(
+        self,
+        model: nn.Module,
+        widen: bool,
+        device: torch.device,
+        optimizers: Iterable[Optimizer],
+        shards: LentShards | None = None,
+    ) -> None:
+        self._model, self.is_wide, self._shards = model, widen, shards
         self._refused: list[str] = []
         self._attributes = Attributes(model, self._refuse)
         _refuse_lazy(self._attributes.modules)
         originals = dict(model.named_parameters())
         self._guard = Guard(self._attributes.modules, self._attributes.leaves, optimizers)
-        self._copies = {id(each.tensor): _copy(each.tensor, widen, device) for each in self._guard.own}
+        sharded = [local_part(each.tensor) for each in self._guard.own if sharding.is_sharded(each.tensor)]
+        self._attributes.contents.watch(sharded)
+        self._copies = {id(each.tensor): _copy(each.tensor, widen) for each in self._guard.own}
         self.trained = {name for name, param in originals.items() if param.requires_grad}
         self.parameters = {name: self._copies[id(param)] for name, param in originals.items()}
         self._versions = {key: version_of(stand_in) for key, stand_in in self._copies.items()}
@@ -107,9 +118,11 @@ class Sandbox:
         """The stand-in of one of the model's own tensors."""
         return self._copies.get(id(original))
 
-    def open(self) -> None:
-        """Puts the stand-ins in place."""
+    def open(self, *, as_stored: bool = False) -> None:
+        """Puts the stand-ins in place; FSDP2 gathers them as they are stored, or in the run's formats."""
         self._attributes.open(self._copies)
+        if self._shards is not None:
+            self._shards.open(self._copies, as_stored=as_stored)
         self._guard.open()
 
     def close(self, random: RandomState, error: BaseException | None) -> MixPrecError | None:
@@ -123,7 +136,9 @@ class Sandbox:
             The error that says what could not be put back, or what the step did that no replay may do.
         """
         failed: list[BaseException] = []
-        for step in (*self._guard.put_back(), random.restore, *self._attributes.put_back(), torch.clear_autocast_cache):
+        shards = () if self._shards is None else (self._shards.put_back,)
+        attributes = (*self._attributes.put_back(), *shards)
+        for step in (*self._guard.put_back(), random.restore, *attributes, torch.clear_autocast_cache):
             try:
                 step()
             except BaseException as problem:  # a second Ctrl-C, too, waits until all is in its place
@@ -131,8 +146,9 @@ class Sandbox:
         for interruption in failed:
             if not isinstance(interruption, Exception):
                 raise interruption
-        written, lost = self._guard.check(self._model, self._pristine)
+        written, lost = self._guard.check(self._model, self._pristine, self._attributes.contents.was_written_back)
         locked = list(self._attributes.contents.locked)
+        del self._attributes, self._guard  # which know this: the stand-ins go at once
         if failed or lost:
             reason = f"it wrote to {_some(lost)}" if lost else f"{type(failed[0]).__name__}: {failed[0]}"
             return TraceLeftError(_LOST.format(reason.splitlines()[0]))
@@ -159,11 +175,14 @@ def sandbox(
     widen: bool = False,
     optimizers: Iterable[Optimizer] = (),
     run: object = None,
+    as_stored: bool = False,
+    is_gathered: bool = False,
 ) -> Iterator[Sandbox]:
     """Opens a sandbox around a model: whatever is run inside leaves the model and the random numbers as they were.
 
-    Compiled modules run eagerly inside. Takes a copy of the weights and buffers in memory for as long as it is open; of
-    weights that are sharded over ranks the whole, so all ranks have to open it together.
+    Compiled modules run eagerly inside. Takes a copy of the weights and buffers in memory for as long as it is open.
+    Weights that are sharded over ranks are not copied, unless they are widened: what the step is about to write to is.
+    FSDP2 gathers them as ever, so all ranks have to open it together and run the same inside.
 
     Args:
         model: The model.
@@ -171,6 +190,8 @@ def sandbox(
         widen: Whether stand-ins of 16-bit weights and buffers are fp32.
         optimizers: The optimizers of the run, whose states are put back or checked as well.
         run: What stands for the run; after the first ReplayError none of its steps is run in a sandbox any more.
+        as_stored: Whether sharded weights are gathered as they are stored, and not in the run's formats.
+        is_gathered: Whether the model is a layer whose sharded weights are whole (:func:`~.lent_shards.gathered`).
 
     Raises:
         SupportError: The model has lazy parameters that are not initialised yet.
@@ -180,13 +201,13 @@ def sandbox(
     _refuse_if_stopped(run, model, device)
     state = RandomState(device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sharding.bypassed(model))
-        opened = Sandbox(model, widen, device, optimizers)
+        shards = None if is_gathered or not sharding.leaders_of(model) else LentShards(model)
+        opened = Sandbox(model, widen, device, optimizers, shards)
         stack.enter_context(uncompiled())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
-            opened.open()
+            opened.open(as_stored=widen or as_stored)
             yield opened
         except BaseException as error:
             found = opened.close(state, error)
@@ -243,10 +264,13 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _copy(tensor: Tensor, widen: bool, device: torch.device) -> Tensor:
-    whole: Tensor = tensor.to(device).full_tensor() if sharding.is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    copied = whole.detach().clone()
-    if widen and copied.dtype in half_dtypes():
+def _copy(tensor: Tensor, widen: bool) -> Tensor:
+    is_widened = widen and tensor.dtype in half_dtypes()
+    if sharding.is_sharded(tensor):
+        copied = with_local_part(tensor, local_part(tensor.detach()).data)
+    else:
+        copied = tensor.detach().clone()
+    if is_widened:
         copied = copied.float()
     if isinstance(tensor, nn.Parameter):
         copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_mixprec.engine.backends.products import as_operations
+from lightning_mixprec.engine.sharding import is_any_sharded, is_sharded
 from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer, Direction
 from lightning_mixprec.evidence.instruments.origins import find_origin, is_given
 from lightning_mixprec.evidence.instruments.recording import CAST, Call, Recorder, Value
+from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.numerics.formats import format_of
 from lightning_mixprec.policy.module_names import walk
 from lightning_mixprec.records.events import Frame
@@ -74,7 +76,7 @@ class Trace:
 
     def __init__(self, model: nn.Module) -> None:
         self._running = CurrentLayer(model)
-        self._recorder = Recorder(self._running)
+        self._recorder = Recorder(self._running, is_sharded=is_any_sharded(model))
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Trace":
@@ -100,6 +102,17 @@ class Trace:
         """
         with self._recorder.paused():
             ends = self._recorder.sources(targets)
+        return self._origin(ends)
+
+    def origin_in_gradients(self, gradients: Iterable[Tensor]) -> Origin | None:
+        """As :meth:`origin`; of gradients that are sharded, as this rank alone has computed them."""
+        own = [each.coalesce().values() if each.is_sparse else each for each in gradients]
+        with self._recorder.paused():
+            sent = self._recorder.sent
+            ends = self._recorder.sources(local_part(each) for each in own if not (sent and is_sharded(each)))
+        return self._origin((*ends, *sent))
+
+    def _origin(self, ends: Sequence[int]) -> Origin | None:
         values = self._recorder.settle()
         found = find_origin(values, ends)
         return None if found is None else self._describe(found, values)

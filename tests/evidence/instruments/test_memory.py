@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_mixprec.errors import SupportError
-from lightning_mixprec.evidence import replay
+from lightning_mixprec.evidence.instruments import memory
 from lightning_mixprec.evidence.instruments.memory import free_cuda_bytes
 from lightning_mixprec.evidence.snapshot import Snapshots
 
@@ -26,15 +26,19 @@ def test_what_torch_holds_and_does_not_use_is_free(gpu):
     assert free_cuda_bytes(CUDA) == 50 * MIB
 
 
-@pytest.mark.parametrize(("needed", "fits"), [(49, True), (51, False)])
-def test_sharded_weights_are_gathered_where_they_fit_into_it(gpu, monkeypatch, needed, fits):
-    module = torch.nn.Linear(needed * MIB // 4, 1, bias=False, device="meta")
-    monkeypatch.setattr(replay, "is_sharded", lambda param: True)
+@pytest.mark.parametrize(("gradients", "fits"), [(24, True), (26, False)])
+@pytest.mark.parametrize("group", [0, 1])
+def test_sharded_weights_are_replayed_where_two_sets_of_gradients_and_a_group_fit_into_it(
+    gpu, monkeypatch, gradients, group, fits
+):
+    module = torch.nn.Linear(gradients * MIB // 4, 1, bias=False, device="meta")
+    monkeypatch.setattr(memory, "is_sharded", lambda param: True)
+    monkeypatch.setattr(memory, "largest_group_bytes", lambda module: group * MIB)
     if fits:
-        replay._agree_on_room(module, CUDA)
+        memory.agree_on_room(module, CUDA)
     else:
         with pytest.raises(SupportError, match="do not fit beside the run"):
-            replay._agree_on_room(module, CUDA)
+            memory.agree_on_room(module, CUDA)
 
 
 @pytest.mark.parametrize(("needed", "on_host"), [(49, False), (51, True)])

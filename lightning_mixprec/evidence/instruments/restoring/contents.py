@@ -7,7 +7,7 @@ write to is copied just before it does; larger arrays of NumPy are read-only for
 import io
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -35,6 +35,17 @@ class Contents:
         self._storages: set[int] = set()
         self._journaled: dict[int, Any] = {}
         self._journal: _Journal | None = None
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Takes in tensors of which what an operation is about to write to is copied just before it does."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._storages.add(storage._cdata)
+            self._journaled[storage._cdata] = storage
+
+    def was_written_back(self, tensor: Tensor) -> bool:
+        """True for a tensor that was written to, and of which what was overwritten was written back."""
+        return self._journal is not None and _storage_of(tensor) in self._journal.undone
 
     def add_tensor(self, tensor: Tensor) -> None:
         """Takes in a tensor with all that its storage holds."""
@@ -95,8 +106,11 @@ class _Journal(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._storages = storages
         self._before: list[tuple[Tensor, Tensor]] = []
+        self.undone: set[int | None] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(each, "full_tensor") for each in types):
+            return NotImplemented  # of sharded tensors the operations on a rank's own parts follow
         kwargs = kwargs or {}
         for place, name in _written(func):
             value = kwargs.get(name, args[place] if place < len(args) else None)
@@ -116,7 +130,9 @@ class _Journal(TorchDispatchMode):
     def undo(self) -> None:
         """Writes back what was overwritten, the latest first."""
         while self._before:
-            _write(*self._before.pop())
+            tensor, before = self._before.pop()
+            _write(tensor, before)
+            self.undone.add(_storage_of(tensor))
 
 
 def version_of(tensor: Tensor) -> int:

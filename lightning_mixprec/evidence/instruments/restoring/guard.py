@@ -16,6 +16,7 @@ from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.evidence.instruments.restoring import containers
 from lightning_mixprec.evidence.instruments.restoring.containers import Kind
 from lightning_mixprec.evidence.instruments.restoring.contents import PutBack, reshape, version_of
+from lightning_mixprec.numerics.flat_batches import local_part
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -94,12 +95,18 @@ class Guard:
             if getattr(param, name) is not None:
                 yield getattr(param, name).clear
 
-    def check(self, model: nn.Module, copy_of: Callable[[Tensor], Tensor | None]) -> tuple[list[str], list[str]]:
+    def check(
+        self,
+        model: nn.Module,
+        copy_of: Callable[[Tensor], Tensor | None],
+        was_written_back: Callable[[Tensor], bool] = lambda local: False,
+    ) -> tuple[list[str], list[str]]:
         """Looks for tensors that were written to.
 
         Args:
             model: The model, for the names.
             copy_of: Gives a copy of one of the model's own tensors that is as the tensor was, where there is one.
+            was_written_back: Whether a rank's own part of a sharded tensor was.
 
         Returns:
             The names of those that were written back, and of those that could not be.
@@ -111,10 +118,11 @@ class Guard:
         lost = [each.name for each in self._others if each.is_written]
         for each in self.own:
             if each.is_written:
-                copy = None if is_sharded(each.tensor) else copy_of(each.tensor)
-                if copy is not None:
+                if is_sharded(each.tensor):
+                    is_back = was_written_back(local_part(each.tensor))
+                elif is_back := (copy := copy_of(each.tensor)) is not None:
                     each.tensor.data.copy_(copy)
-                (lost if copy is None else written).append(each.name)
+                (written if is_back else lost).append(each.name)
         return written, lost
 
     def _take(self, optimizer: Optimizer) -> None:
