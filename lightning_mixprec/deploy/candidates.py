@@ -131,9 +131,10 @@ def batches_of(
 
 def _loaders(module: pl.LightningModule, batches: Any, data: Any, trainer: pl.Trainer | None) -> list[Any]:
     if data is None and batches is not None:
-        if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        if isinstance(batches, (str, bytes, Mapping, torch.Tensor)) or not isinstance(batches, Iterable):
             raise MixPrecError(
-                f"batches is a {type(batches).__name__}; give an iterable of batches, a DataLoader or a datamodule."
+                f"batches is a {type(batches).__name__}; give an iterable of batches ([batch] for a single one), a "
+                "DataLoader or a datamodule."
             )
         return [batches]
     if data is not None:

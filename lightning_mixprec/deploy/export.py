@@ -30,6 +30,7 @@ from lightning_mixprec.deploy.exporting.torchscript import TorchScript, warn_of_
 from lightning_mixprec.deploy.exporting.weights import Weights
 from lightning_mixprec.deploy.exporting.without_bf16 import Ranges, without_bf16
 from lightning_mixprec.errors import ExportError, MixPrecError, one_line
+from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.numerics.ranges import read_ranges
 from lightning_mixprec.policy.assignment import LayerPrecision
 from lightning_mixprec.policy.module_names import unwrap
@@ -128,7 +129,7 @@ def export(
     with formatted(module, layers, device) as model:
         job = Job(model, example, layers, options)
         kind.check(Path(path), job)
-        expected = _outputs(model, example)
+        expected = _expected(model, example, device)
         return _written(kind, Path(path), job, expected)
 
 
@@ -141,6 +142,21 @@ def _kind_of(format: object) -> FileFormat:
 def _assigned(policy: Any, module: nn.Module) -> dict[str, LayerPrecision]:
     assignment = as_policy(policy).resolve(module)
     return {name: replace(layer, output=assignment.hands_on(name)) for name, layer in assignment.items()}
+
+
+def _expected(model: Formatted, example: Example, device: torch.device) -> list[Tensor]:
+    """The module's outputs, which are those of another call, too: else no file could be compared with them."""
+    random = RandomState(device)
+    expected = _outputs(model, example)
+    random.restore()
+    again = _outputs(model, example)
+    shapes = [[each.shape for each in outputs] for outputs in (expected, again)]
+    if shapes[0] != shapes[1] or relative_difference(again, expected) > CLOSE:
+        raise ExportError(
+            f"{type(model.module).__name__}.forward returns something else when it is called again, so no file can be "
+            "held against it; let what it keeps from call to call (a state, a counter) be an argument and an output"
+        )
+    return expected
 
 
 def _outputs(model: Formatted, example: Example) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """``plan``: which formats a module is to train in, measured on a few batches, solved for, and checked by running it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -18,10 +18,12 @@ from lightning_mixprec.numerics.devices.named import named_device
 from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, is_wider
 from lightning_mixprec.planning.budgets import check_budget
 from lightning_mixprec.planning.plan import PrecisionPlan
-from lightning_mixprec.plugin.lightnings import is_lightning_module
+from lightning_mixprec.plugin.lightnings import both, is_lightning_module
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.policy.module_names import unwrap
 from lightning_mixprec.policy.rules import did_you_mean
+
+_TRAINERS = both("trainer.trainer", "Trainer")
 
 
 def plan(
@@ -68,11 +70,13 @@ def plan(
             nothing is within the budget; one line that says what is to be done.
     """
     module = _checked(module)
-    offered, asked, pinned = _offered(formats), check_budget(budget), (pin,) if isinstance(pin, str) else tuple(pin)
+    offered, asked, pinned = _offered(formats), check_budget(budget), _strings("pin", pin)
     if isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1:
         raise PlanError(f"max_batches is {max_batches!r}; it has to be a positive integer")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise PlanError(f"seed is {seed!r}; it has to be a whole number")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise PlanError(f"seed is {seed!r}; it has to be a whole number, as torch.manual_seed takes it")
+    if trainer is not None and not isinstance(trainer, _TRAINERS):
+        raise PlanError(f"trainer is a {type(trainer).__name__}; give the Trainer of a run, or leave it out")
     if device is not None:
         named_device(device)
     covered_layers(pinned, module, "plan(pin=...)")
@@ -102,7 +106,7 @@ def _checked(module: object) -> pl.LightningModule:
 
 def _offered(formats: Sequence[str]) -> tuple[str, ...]:
     """The formats, the reference included, each once."""
-    given = (formats,) if isinstance(formats, str) else tuple(formats)
+    given = _strings("formats", formats)
     known = [each for each in compute_formats() if not is_wider(each, REFERENCE)]
     for each in given:
         if each not in known:
@@ -110,6 +114,14 @@ def _offered(formats: Sequence[str]) -> tuple[str, ...]:
     if not set(given) - {REFERENCE}:
         raise PlanError("formats offers nothing but fp32, so there is nothing to choose; give ('bf16', 'fp32'), say")
     return tuple(dict.fromkeys((*given, REFERENCE)))
+
+
+def _strings(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable):
+        raise PlanError(f"{argument} is {given!r}; give a string or a list of strings")
+    return tuple(given)
 
 
 def _batches(batches: Any, most: int) -> list[Any]:

@@ -57,10 +57,19 @@ class WrittenPlan(TypedDict):
 
 
 def write_plan(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
-    """Writes a plan's content, all or nothing: YAML where the file's name ends so, else JSON."""
+    """Writes a plan's content, all or nothing: YAML where the file's name ends so, else JSON.
+
+    Raises:
+        PlanError: There is no such place to write to.
+    """
     content = {"kind": _KIND, "version": _VERSION, **data}
     is_yaml = Path(path).suffix in (".yaml", ".yml")
-    write_text(path, yaml.safe_dump(content, sort_keys=False) if is_yaml else json.dumps(content, indent=1) + "\n")
+    text = yaml.safe_dump(content, sort_keys=False) if is_yaml else json.dumps(content, indent=1) + "\n"
+    try:
+        write_text(path, text)
+    except OSError as error:
+        told = f"{os.fspath(path)!r} cannot be written: {error.strerror or error}"
+        raise PlanError(f"{told}; give the path of a file in a folder that can be written to") from error
 
 
 def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:

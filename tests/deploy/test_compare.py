@@ -344,6 +344,7 @@ def bad(match, *arguments, **options):
         ("there are no batches; give batches", {"batches": None}),
         ("there are no batches to compare on", {"batches": []}),
         ("batches is a dict", {"batches": {}}),
+        (r"batches is a Tensor; .*\[batch\] for a single one", {"batches": torch.ones(4, 8)}),
         ("repeats is 0", {"repeats": 0}),
         ("max_batches is 'all'", {"max_batches": "all"}),
         ("step is 'test'", {"step": "test"}),

@@ -44,6 +44,19 @@ class Flow(nn.Module):
         return self.layer(x) if x.sum() > 0 else x
 
 
+class Remembering(nn.Module):
+    """Goes on from the state that its last call left."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.state = nn.GRUCell(2, 2), None
+
+    def forward(self, x):
+        self.state = self.cell(x, torch.zeros_like(x) if self.state is None else self.state)
+        return self.state
+
+
 LINEAR = {"module": nn.Linear(2, 2), "policy": "bf16", "example_inputs": torch.ones(1, 2)}
 WRONG = {
     "module without forward": ({"module": WithoutForward()}, "WithoutForward has no forward to be exported"),
@@ -62,6 +75,14 @@ WRONG = {
     "unknown format": ({"format": "tflite"}, "format 'tflite'; it is one of 'pt2', 'aoti', 'onnx'"),
     "format that is none": ({"format": None}, "format None; it is one of"),
     "strange result": ({"module": Strange()}, "forward returns a object, which a file cannot hold"),
+    "state from call to call, onnx": (
+        {"module": Remembering(), "format": "onnx", "policy": "fp32", "path": "m.onnx"},
+        "Remembering.forward returns something else when it is called again",
+    ),
+    "state from call to call, weights": (
+        {"module": Remembering(), "format": "weights", "path": "m.pt"},
+        "Remembering.forward returns something else when it is called again",
+    ),
     "branch by value": ({"module": Flow()}, "torch.export cannot trace Flow.forward"),
     "suffix of weights": ({"format": "weights", "path": "m.onnx"}, "end it in .safetensors, or in .pt"),
     "suffix of a package": ({"format": "aoti", "path": "m.so"}, "an aoti package is called '\\*.pt2', here 'm.so'"),

@@ -152,6 +152,10 @@ def test_the_same_seed_gives_the_same_plan(model, batches):
         ({"max_batches": 0}, "max_batches is 0; it has to be a positive integer"),
         ({"module": nn.Linear(1, 1)}, "got a Linear; it takes a LightningModule"),
         ({"seed": "one"}, "seed is 'one'; it has to be a whole number"),
+        ({"seed": 2**70}, r"seed is \d+; it has to be a whole number, as torch.manual_seed takes it"),
+        ({"formats": None}, "formats is None; give a string or a list of strings"),
+        ({"pin": 3}, "pin is 3; give a string or a list of strings"),
+        ({"batches": None, "trainer": "cpu"}, "trainer is a str; give the Trainer"),
     ],
 )
 def test_bad_input_is_one_line(model, batches, arguments, said):

@@ -150,6 +150,15 @@ def test_a_file_gives_the_plan_back(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place, reason in ((tmp_path, "Is a directory"), (tmp_path / "file" / "plan.json", ".*; give the path")):
+        with pytest.raises(PlanError, match=f"cannot be written: {reason}") as raised:
+            plan_of().to_file(place)
+        assert "\n" not in str(raised.value)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 def test_files_that_are_no_plans_are_one_line(tmp_path):
     path = tmp_path / "plan.json"
     with pytest.raises(PlanError, match="cannot read .*plan.json: No such file"):
