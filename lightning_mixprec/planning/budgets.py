@@ -80,7 +80,8 @@ class Choice:
         wide = costs.predicted(dict.fromkeys(costs.layers, reference) | everywhere)
         self.reference = wide
         self._seconds, self._bytes = wide.seconds or 1.0, wide.memory_bytes or 1.0
-        self._flops = sum(by_format[reference].flops for by_format in costs.layers.values()) or 1.0
+        flops = sum(by_format[reference].flops for by_format in costs.layers.values())
+        self._flops, self._has_products = flops or 1.0, flops > 0
         self._variables = [self._options(place) for place in range(len(sensitivities.variables))]
         self._meetings = list(self._made_meetings())
         fixed = {"time": costs.fixed_seconds / self._seconds, "memory": costs.fixed_bytes / self._bytes}
@@ -111,6 +112,11 @@ class Choice:
         Raises:
             PlanError: Nothing is within the budget; one line that says what is least reachable.
         """
+        if budget and budget.get("low_precision_share") and not self._has_products:
+            raise PlanError(
+                "low_precision_share is a share of the matrix products' flops, and the model has none; leave it out of "
+                "the budget, or give time or memory"
+            )
         at_most = {"loss": self._squared_gap(self.uniform())} if budget is None else dict(map(_as_cost, budget.items()))
         is_of_loss = budget is None or budget.keys() == {"loss_gap"}
         least, then = ("time", "loss") if is_of_loss else ("loss", "time")

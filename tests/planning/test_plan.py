@@ -212,6 +212,14 @@ def test_budgets_that_cannot_be_are_one_line(budget, said):
     assert "\n" not in str(raised.value)
 
 
+def test_there_is_no_share_of_no_products():
+    sensitivities, costs = measured_of(Net())
+    layers = {name: {each: replace(cost, flops=0.0) for each, cost in of.items()} for name, of in costs.layers.items()}
+    plan = PrecisionPlan.of(Net(), sensitivities, replace(costs, layers=layers), FORMATS, {"low_precision_share": 0})
+    with pytest.raises(PlanError, match="a share of the matrix products' flops, and the model has none; leave it out"):
+        plan.solve({"low_precision_share": 0.5})
+
+
 def test_what_cannot_be_narrow_bounds_the_share():
     model = Net()
     sensitivities, costs = measured_of(model)
