@@ -3,9 +3,11 @@
 Each sets a run up as ``fit`` does and ends it before the first step (see ``deploy.prepared``).
 """
 
+import functools
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,20 @@ _NO_FORWARD = {each.forward for each in both("core", "LightningModule")}
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "torchscript": ".pt", "weights": ".safetensors"}
 
 
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """A mistake ends the program with status 2 and one line, as that of a command line does."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (MixPrecError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+    return run
+
+
 class Commands(pl.Trainer):
     """A Trainer that plans, compares and exports.
 
@@ -34,6 +50,7 @@ class Commands(pl.Trainer):
 
     policy: PrecisionPolicy
 
+    @_told
     def plan(
         self,
         model: pl.LightningModule,
@@ -73,6 +90,7 @@ class Commands(pl.Trainer):
         made.policy.to_file(policy)
         self._tell(str(made), path, policy)
 
+    @_told
     def compare(
         self,
         model: pl.LightningModule,
@@ -109,6 +127,7 @@ class Commands(pl.Trainer):
         best = "" if tolerance is None else f"\nwithin {tolerance:g}: {made.best(tolerance) or 'none'}"
         self._tell(f"{made}{best}", path)
 
+    @_told
     def export(
         self,
         model: pl.LightningModule,

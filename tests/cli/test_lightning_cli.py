@@ -187,16 +187,27 @@ class Headless(pl.LightningModule):
     configure_optimizers = Net.configure_optimizers
 
 
-def test_mistakes_are_one_line(run):
-    with pytest.raises(MixPrecError, match="Headless has no forward, which is what is exported"):
-        run("export", "--config=config.yaml", model=Headless)
-    with pytest.raises(MixPrecError, match=r"forward of Odd takes \(one, two, three\)") as told:
-        run("export", "--config=config.yaml", model=Odd)
-    assert "\n" not in str(told.value)
-    with pytest.raises(MixPrecError, match="budget has the key 'tme'"):
-        run("plan", "--config=config.yaml", "--budget={tme: 0.5}")
-    with pytest.raises(MixPrecError, match="cannot be read as a checkpoint"):
-        run("compare", "--config=config.yaml", "--ckpt_path=none.ckpt")
+MISTAKES = {
+    "no forward": (["export"], Headless, "Headless has no forward, which is what is exported"),
+    "another forward": (["export"], Odd, "forward of Odd takes (one, two, three)"),
+    "budget": (["plan", "--budget={tme: 0.5}"], Net, "budget has the key 'tme'"),
+    "device": (["plan", "--device=h1000"], Net, "did you mean 'h100'?"),
+    "policy": (["compare", "--policies={a: bf17}"], Net, "did you mean 'bf16'?"),
+    "checkpoint": (["compare", "--ckpt_path=none.ckpt"], Net, "cannot be read as a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_one_line(run, capsys, mistake):
+    (command, *arguments), model, says = MISTAKES[mistake]
+    with pytest.raises(SystemExit) as ended:
+        run(command, "--config=config.yaml", *arguments, model=model)
+    assert ended.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert says in line
+
+
+def test_a_function_is_no_trainer_class(run):
     with pytest.raises(MixPrecError, match="trainer_class 'make', a function"):
         run("fit", "--config=config.yaml", trainer_class=make)
 

@@ -185,3 +185,23 @@ def test_on_a_gpu_a_plan_for_it_is_timed_and_kept(model, batches):
     made = plan(model, on_gpu, budget={"low_precision_share": 0.5})
     assert made.measured.seconds > 0
     assert made.measured.loss_gap <= 4 * made.predicted.loss_gap
+
+
+class FailsInBf16(pl.LightningModule):
+    """What its step adds up has to be fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(2))
+
+    def training_step(self, batch, batch_idx):
+        output = self.two(self.one(batch))
+        self.mean.lerp_(output.detach().mean(0), 0.1)
+        return output.square().mean()
+
+
+def test_a_format_in_which_the_whole_step_fails_is_offered_to_layers_where_it_does_not():
+    batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
+    made = plan(FailsInBf16(), batches, formats=("bf16",), budget={"low_precision_share": 0.5})
+    assert made.layer_formats["one"] == "bf16" and made.predicted.low_precision_share >= 0.5

@@ -233,10 +233,18 @@ class _Measuring:
             raise PlanError(f"the step could not be run in {format}: {one_line(error)}") from error
 
     def _saved(self, format: str) -> SavedByLayer:
-        """What layers keep for backward under a uniform policy."""
+        """What layers keep for backward under a uniform policy; where its step fails, what they keep in fp32.
+
+        The layer that fails there is not offered the format, and others may still have it.
+        """
         saved = SavedByLayer(self._module)
         if self._has_layers_for(format):
-            self._step(format, saved)
+            try:
+                self._step(format, saved)
+            except PlanError:
+                if format == REFERENCE:
+                    raise
+                return self._saved(REFERENCE)
         return saved
 
     def _measured(self, flops: Mapping[str, int]) -> dict[tuple[str, str], float]:
