@@ -121,9 +121,9 @@ class Cosine(FidelityMonitor):
 
     planted = (1.0, 0.0)
 
-    def _warn(self, at, cosines):
+    def _warn(self, at, cosines, looked_at):
         self.latest["loss_gap"] = self.planted[1]
-        super()._warn(at, dict.fromkeys(cosines, self.planted[0]))
+        super()._warn(at, dict.fromkeys(cosines, self.planted[0]), looked_at)
 
 
 @pytest.mark.parametrize(
