@@ -20,9 +20,9 @@ def replays(monkeypatch):
     opened, run = StepReplay.opened, StepReplay.run_on_own
 
     @contextlib.contextmanager
-    def noting(self, *, reference=False):
+    def noting(self, *, reference=False, **options):
         in_fp32.append(reference)
-        with opened(self, reference=reference) as stand_ins:
+        with opened(self, reference=reference, **options) as stand_ins:
             yield stand_ins
         in_fp32.pop()
 
