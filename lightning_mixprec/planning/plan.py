@@ -117,7 +117,7 @@ class PrecisionPlan:
         Sensitivities add up: those of the chosen formats to the predicted squared loss gap. Layers that move together
         have equal parts of what was measured of them as a whole.
         """
-        found = []
+        found, wide = [], {each.name for each in self.outline if each.stays_wide}
         for place, layers in enumerate(self.sensitivities.variables):
             offers = self.sensitivities.offers[place]
             for name in layers:
@@ -126,7 +126,7 @@ class PrecisionPlan:
                     found.append(
                         {
                             "layer": name,
-                            "format": format,
+                            "format": "fp64" if name in wide else format,
                             "sensitivity": offers[format].sensitivity / len(layers) if format in offers else 0.0,
                             "seconds": 0.0 if cost is None else cost.seconds,
                             "bytes": 0.0 if cost is None else cost.weight_bytes + cost.saved_bytes,
@@ -330,9 +330,10 @@ def as_plan(plan: object) -> PrecisionPlan | None:
 
 
 def _by_layer(sensitivities: Sensitivities, chosen: Sequence[str], outline: Sequence[LayerOutline]) -> dict[str, str]:
-    """The format of each layer; layers that are in no variable have the reference's."""
+    """The format of each layer: what is in fp64 stays there, and what is in no variable has the reference's."""
     known = {name: chosen[place] for name, place in sensitivities.variable_of.items()}
     first = {each.name: each.first_name for each in outline}
     known = {first.get(name, name): format for name, format in known.items()}
+    known |= {each.first_name: "fp64" for each in outline if each.stays_wide}
     own = [each.name for each in outline if each.has_forward and each.name == each.first_name]
     return {name: known.get(name, sensitivities.reference) for name in own}

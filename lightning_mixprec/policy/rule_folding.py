@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.numerics.formats import REFERENCE
 from lightning_mixprec.policy.layers import Inventory, take_inventory
 from lightning_mixprec.policy.matching import ClassIndex
 from lightning_mixprec.policy.patterns import literal, parse
@@ -38,6 +39,7 @@ class LayerOutline:
         classes: The names of its class and of that's bases, the nearest first; ``nn.Module`` left out.
         has_forward: Whether it has operations of its own.
         has_products: Whether it is an ``nn.Linear``, whose products may be in 8 bits.
+        stays_wide: Whether its weights are in fp64, in which it computes as long as no rule says another format.
     """
 
     name: str
@@ -45,18 +47,20 @@ class LayerOutline:
     classes: list[str]
     has_forward: bool
     has_products: bool
+    stays_wide: bool = False
 
 
 def outline_of(model: nn.Module) -> list[LayerOutline]:
     """The layers of a model as a policy sees them, parents first; plain, so that a file can keep it."""
-    inventory = take_inventory(model)
+    inventory, base = take_inventory(model), PrecisionPolicy(REFERENCE).resolve(model)
     outline = []
     for name, layer in zip(inventory.tree.names, inventory.layer_at, strict=True):
         module = inventory.modules[layer]
         classes = [cls.__name__ for cls in type(module).__mro__[:-1] if cls is not nn.Module]
         has_forward = inventory.has_forward[layer] and layer not in inventory.unit
         products = inventory.takes_narrow_products(layer)
-        outline.append(LayerOutline(name, inventory.names[layer][0], classes, has_forward, products))
+        wide = base[name].stays_wide
+        outline.append(LayerOutline(name, inventory.names[layer][0], classes, has_forward, products, wide))
     return outline
 
 

@@ -205,3 +205,22 @@ def test_a_format_in_which_the_whole_step_fails_is_offered_to_layers_where_it_do
     batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
     made = plan(FailsInBf16(), batches, formats=("bf16",), budget={"low_precision_share": 0.5})
     assert made.layer_formats["one"] == "bf16" and made.predicted.low_precision_share >= 0.5
+
+
+class PartlyWide(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.one, self.exact = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2).double()
+
+    def training_step(self, batch, batch_idx):
+        return self.exact(self.one(batch).double()).square().mean()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.0])
+def test_what_the_model_has_in_fp64_stays_there(tmp_path, share):
+    batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
+    made = plan(PartlyWide(), batches, formats=("bf16",), budget={"low_precision_share": share})
+    assert made.policy.resolve(PartlyWide())["exact"].compute == "fp64"
+    assert [row["format"] for row in made.rows if row["layer"] == "exact"] == ["fp64"]
+    made.to_file(tmp_path / "plan.json")
+    assert PrecisionPlan.from_file(tmp_path / "plan.json").policy.to_dict() == made.policy.to_dict()
