@@ -108,12 +108,22 @@ def callbacks(kind: str, due: int) -> list[Callback]:
         "sampled": [OverflowMonitor, UnderflowMonitor, FidelityMonitor],
     }
     monitors = [each() for each in made.get(kind, [])]
-    for monitor in monitors:
-        if isinstance(monitor, (UnderflowMonitor, FidelityMonitor)):
-            monitor.load_state_dict(monitor.state_dict() | {"batches_seen": monitor.every_n_steps - due})
-        elif isinstance(monitor, PrecisionReport):
-            monitor.load_state_dict(monitor.state_dict() | {"batches_seen": 1})  # its sample lies behind it
-    return monitors
+    return [*monitors, Primer(monitors, due)] if kind in ("report", "underflow", "fidelity", "sampled") else monitors
+
+
+class Primer(Callback):
+    """Has monitors sample at one batch and not again soon; once the run has begun, with which they begin anew."""
+
+    def __init__(self, monitors: list[Callback], due: int) -> None:
+        self.monitors, self.due = monitors, due
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Set what they have seen."""
+        for monitor in self.monitors:
+            if isinstance(monitor, (UnderflowMonitor, FidelityMonitor)):
+                monitor.load_state_dict(monitor.state_dict() | {"batches_seen": monitor.every_n_steps - self.due})
+            elif isinstance(monitor, PrecisionReport):
+                monitor.load_state_dict(monitor.state_dict() | {"batches_seen": 1})  # its sample lies behind it
 
 
 def check(kind: str, monitors: list[Callback], due: int) -> None:

@@ -196,7 +196,7 @@ class FidelityMonitor(SamplingMonitor):
         ranked = sorted(layers.items(), key=lambda item: _closeness(item[1]))
         title = f"loss gap to fp32 {self.latest['loss_gap']:.2e}; the {min(len(ranked), ROWS)} layers farthest off"
         if len(ranked) > ROWS:
-            title += f" ({len(ranked) - ROWS:,} more are not shown)"
+            title += f" ({len(ranked) - ROWS:,} more not shown)"
         if self._not_compared:
             title += f"; outputs that could not be compared: {listed([*self._not_compared])}"
         rows = [["layer", "gradient cosine", "SQNR (dB)"]]

@@ -208,7 +208,7 @@ class UnderflowMonitor(SamplingMonitor):
             )
         title = f"gradients of the {len(rows) - 1} layers that lose most, at their latest sample"
         if len(measured) > ROWS:
-            title += f" ({len(measured) - ROWS:,} more layers are not shown)"
+            title += f" ({len(measured) - ROWS:,} more not shown)"
         return title + self._share_sampled, rows
 
     @override

@@ -42,7 +42,9 @@ def whole(runs):
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
+    """The rows of a run's file, without the run that they are of."""
+    told = map(json.loads, (folder / FILE_NAME).read_text().splitlines())
+    return [{key: value for key, value in row.items() if key != "run_id"} for row in told]
 
 
 @every_signal
