@@ -170,9 +170,7 @@ class Commands(pl.Trainer):
             )
 
         made = prepared(self, model, work, datamodule=datamodule, batches=1, ckpt_path=ckpt_path)
-        formats = dict.fromkeys(made.layers.values())
-        counts = ", ".join(f"{list(made.layers.values()).count(each)} in {each}" for each in formats)
-        self._tell(f"layers: {counts}; largest difference to the model: {made.max_difference:.3g}", Path(made.path))
+        self._tell(str(made))
 
     def _path(self, output: str | None, name: str) -> Path:
         """Where a file goes: as the user says, a folder or the file itself; else into the run's log directory."""

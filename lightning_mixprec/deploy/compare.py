@@ -15,6 +15,7 @@ from lightning_mixprec.deploy.candidates import Candidate, batches_of, candidate
 from lightning_mixprec.deploy.columns import Likeness, LoggedColumns, Metrics, Told, decisions_of, floats_of
 from lightning_mixprec.deploy.comparison import Comparison
 from lightning_mixprec.deploy.evaluated_steps import EvaluatedStep, GivenBatch, Seen, Step
+from lightning_mixprec.deploy.prepared import check_count
 from lightning_mixprec.deploy.used_memory import Peak, SavedBytes, bytes_held, peak_of
 from lightning_mixprec.engine.backends import EMULATE, Emulate
 from lightning_mixprec.errors import MixPrecError, TraceLeftError, one_line
@@ -90,9 +91,9 @@ def compare(
     ('all bf16', True)
     """
     module = _checked(module)
-    _check_count("repeats", repeats)
+    check_count("repeats", repeats)
     if max_batches is not None:
-        _check_count("max_batches", max_batches)
+        check_count("max_batches", max_batches)
     if step not in ("training", "validation", None):
         raise MixPrecError(f"step is {step!r}; it has to be 'training' or 'validation'.")
     if emulate not in EMULATE:
@@ -301,11 +302,6 @@ def _checked(module: object) -> pl.LightningModule:
     raise MixPrecError(
         f"compare() got a {type(module).__name__}; it takes a LightningModule of lightning.pytorch, whose step it runs."
     )
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MixPrecError(f"{name} is {value!r}; it has to be a positive integer.")
 
 
 def _reason(error: Exception) -> str:

@@ -9,14 +9,13 @@ Trainer finds it.
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
 from lightning_mixprec.errors import MixPrecError
+from lightning_mixprec.optim.checkpoint_files import read_checkpoint
 from lightning_mixprec.plugin.lightnings import Callback
 
 T = TypeVar("T")
@@ -50,8 +49,7 @@ def prepared(
     Raises:
         MixPrecError: There are no such batches, or the checkpoint's weights are not the module's.
     """
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise MixPrecError(f"batches is {batches!r}; it has to be a positive integer.")
+    check_count("batches", batches)
     before = _BeforeTheFirstStep(work, data, batches, ckpt_path)
     loops = trainer.fit_loop, trainer.fit_loop.epoch_loop
     least, callbacks = (loops[0].min_epochs, loops[1].min_steps), _callbacks(trainer)
@@ -107,6 +105,12 @@ class _BeforeTheFirstStep(Callback):
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=place)
 
 
+def check_count(name: str, value: object) -> None:
+    """Raises for an argument that is no positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MixPrecError(f"{name} is {value!r}; it has to be a positive integer.")
+
+
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Gives a module the weights of a checkpoint: Lightning's, or a ``state_dict`` that was saved.
 
@@ -122,10 +126,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     Raises:
         MixPrecError: There is no such file, or no weights in it.
     """
-    try:
-        read = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise MixPrecError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    read = read_checkpoint(path)
     weights = read.get("state_dict", read) if isinstance(read, dict) else None
     if not isinstance(weights, dict):
         raise MixPrecError(f"{str(path)!r} holds no weights; it has to be a checkpoint with a state_dict.")

@@ -31,7 +31,8 @@ def full_weights(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> dict
     Raises:
         MixPrecError: It is no checkpoint of a Trainer; or an optimizer has kept bits and does not say of which weights.
     """
-    read = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
+    read = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
+    read = read if isinstance(read, Mapping) else {}
     weights, states = read.get("state_dict"), read.get("optimizer_states", [])
     if not isinstance(weights, Mapping):
         raise MixPrecError("the checkpoint has no state_dict; give one that a Trainer saved (trainer.save_checkpoint).")
@@ -41,12 +42,16 @@ def full_weights(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> dict
     return {name: _full(weight, kept.get(_place(weight), {})) for name, weight in weights.items()}
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What a file holds that torch has saved, on the CPU.
+
+    Raises:
+        MixPrecError: It cannot be read, or holds more than tensors and plain values.
+    """
     try:
-        read = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise MixPrecError(f"{str(path)!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    return read if isinstance(read, Mapping) else {}
 
 
 def _kept_by_place(state: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
