@@ -16,6 +16,7 @@ from lightning_mixprec.evidence.evaluation import validation_output
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import Formats
+from lightning_mixprec.numerics.devices.timing import wait_for
 
 Step = Literal["training", "validation"]
 
@@ -151,8 +152,7 @@ class EvaluatedStep(StepReplay):
         return validation_output(self.module, batch, batch_idx, self._loader)
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         return time.perf_counter()
 
 

@@ -16,6 +16,7 @@ from lightning_mixprec.evidence.half_only import in_fp32
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
+from lightning_mixprec.numerics.devices.timing import wait_for
 from lightning_mixprec.numerics.formats import REFERENCE
 from lightning_mixprec.planning.plan_files import Measured
 from lightning_mixprec.policy.policy import PrecisionPolicy
@@ -123,15 +124,11 @@ class PlanCheck:
         return min(times[low]), min(times[wide])
 
     def _timed(self, replay: StepReplay, stand_ins: Sandbox) -> float:
-        self._wait()
+        wait_for(self._module.device)
         start = time.perf_counter()
         self._run(replay, stand_ins, 0)
-        self._wait()
+        wait_for(self._module.device)
         return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self._module.device.type == "cuda":
-            torch.cuda.synchronize(self._module.device)
 
     def _told(self, number: int, run: Callable[[], T]) -> T:
         """What a run gives; an error of the step as one line."""

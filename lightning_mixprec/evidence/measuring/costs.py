@@ -31,13 +31,14 @@ from lightning_mixprec.errors import MixPrecError, PlanError, TraceLeftError, on
 from lightning_mixprec.evidence.instruments.flops import FlopCount
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.handed_on import HandedOn
-from lightning_mixprec.evidence.measuring.layer_times import TRIES, LayerTimes, cast_seconds, wait
+from lightning_mixprec.evidence.measuring.layer_times import TRIES, LayerTimes, cast_seconds
 from lightning_mixprec.evidence.measuring.saved_by_layer import SavedByLayer
 from lightning_mixprec.evidence.measuring.traced import Launches, trace
 from lightning_mixprec.evidence.measuring.weight_bytes import KeptByOptimizer, gradient_bytes
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.numerics.devices import NamedDevice, named_device
+from lightning_mixprec.numerics.devices.timing import wait_for
 from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format
 from lightning_mixprec.planning.cost import Costs, Handover, LayerCost
 from lightning_mixprec.policy.assignment import EightBits, LayerPrecision
@@ -170,10 +171,10 @@ class _Measuring:
             random = RandomState(device)
             for _ in range(TRIES + 1):
                 own = replay.own_batch(stand_ins, self._batch)
-                wait(device)
+                wait_for(device)
                 start = time.perf_counter()
                 replay.run_on_own(stand_ins, own, 0, random=random)
-                wait(device)
+                wait_for(device)
                 taken.append(time.perf_counter() - start)
         return min(taken[1:])
 

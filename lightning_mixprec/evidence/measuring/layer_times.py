@@ -17,6 +17,7 @@ from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.own_dtypes import hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
+from lightning_mixprec.numerics.devices.timing import wait_for
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.policy.assignment import LayerPrecision
 
@@ -113,14 +114,14 @@ class LayerTimes:
         inputs = [each for each in inputs if each.is_leaf] + [
             each for each in module.parameters() if each.requires_grad
         ]
-        wait(self._device)
+        wait_for(self._device)
         start = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             output = [each for each in tensors_in(module.forward(*args, **kwargs)) if each.requires_grad]
         if output and inputs:
             with torch.autocast(self._device.type, enabled=False):
                 torch.autograd.grad(output, inputs, [torch.ones_like(each) for each in output], allow_unused=True)
-        wait(self._device)
+        wait_for(self._device)
         return time.perf_counter() - start
 
 
@@ -131,10 +132,10 @@ def cast_seconds(device: torch.device) -> float:
         numbers = torch.ones(_CAST_ELEMENTS, device=device)
         taken = []
         for _ in range(TRIES + 1):
-            wait(device)
+            wait_for(device)
             start = time.perf_counter()
             numbers.to(torch.bfloat16)
-            wait(device)
+            wait_for(device)
             taken.append(time.perf_counter() - start)
         _known[key] = min(taken[1:]) / (_CAST_ELEMENTS * 6)
     return _known[key]
@@ -149,9 +150,3 @@ def _signature(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
     given = tuple((tuple(each.shape), each.dtype, each.stride()) for each in tensors_in((args, kwargs)))
     weights = tuple((name, tuple(each.shape), each.dtype) for name, each in module.named_parameters())
     return type(module), module.training, module.extra_repr(), weights, given
-
-
-def wait(device: torch.device) -> None:
-    """Waits for what a device has been given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -92,13 +92,14 @@ def _multiplied(matrix: Tensor) -> Tensor:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     run()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Waits until a device has done what it was given; the CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
