@@ -151,9 +151,9 @@ def history_entries(
     """
     check_plain(evidence, "evidence")
     changes = {
-        name: ((old.compute, old.output), (new.compute, new.output))
+        name: (_told(old), _told(new))
         for name, (old, new) in before.changes_to(after).items()
-        if (old.compute, old.output) != (new.compute, new.output)
+        if _told(old) != _told(new)
     }
     whole = {name: change for name, change in changes.items() if _covers(before[name]) and _covers(after[name])}
     moves: list[Move] = []
@@ -162,10 +162,18 @@ def history_entries(
             move: Move = {"step": step, "layer": name, "from": old[0], "to": new[0], "reason": reason}
             if old[1] != new[1]:
                 move["output"] = new[1] or "as computed"
+            if new[2] is not None and new[2] != old[2]:
+                move["scaling"], move["gradients"] = new[2]
             if evidence is not None:
                 move["evidence"] = deepcopy(dict(evidence))
             moves.append(move)
     return moves
+
+
+def _told(layer: LayerPrecision) -> tuple[str, str | None, tuple[str, str] | None]:
+    """What a move tells of a layer: compute, output, and of products in 8 bits scaling and gradients."""
+    manner = layer.eight_bits
+    return layer.compute, layer.output, (manner.scaling, manner.gradients) if layer.has_narrow_products else None
 
 
 def _parts(whole: Mapping[str, Any]) -> dict[str, Shapes]:

@@ -26,10 +26,14 @@ class Move(MoveInShort):
         to: What it computes in.
         reason: Why.
         output: What its output is handed on in from now on, if that changes.
+        scaling: What one scale of its products in 8 bits is of from now on, if that or the next changes.
+        gradients: Which of its gradients are products in 8 bits from now on.
         evidence: Plain values that the change rests on, if it rests on something.
     """
 
     output: NotRequired[str]
+    scaling: NotRequired[str]
+    gradients: NotRequired[str]
     evidence: NotRequired[dict[str, Any]]
 
 

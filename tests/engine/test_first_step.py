@@ -124,3 +124,29 @@ def test_compiled_parts_are_not_watched(attached):
 def test_a_border_entered_in_a_compiled_function_is_no_error(attached):
     compiled = torch.compile(lambda v, x: v(x), backend="eager")
     step(Root(lambda m, x: compiled(m.v, x)), {"default": "bf16", "v": "fp32"}, attached)
+
+
+class ByHand(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.t() + self.bias
+
+
+class Halves(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias) / 2
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_a_linear_that_multiplies_by_itself_is_an_error_in_8_bits(format, attached):
+    model = nn.Sequential(nn.Linear(2, 2), ByHand(2, 2))
+    with pytest.raises(PolicyError) as caught:
+        step(model, {"default": "bf16", "1": format}, attached)
+    assert "layer '1'" in str(caught.value) and "ByHand.forward" in str(caught.value) and "bf16" in str(caught.value)
+    assert not any(module._forward_hooks for module in model.modules())
+    step(model, {"default": "bf16", "0": format}, attached)
+
+
+def test_a_linear_that_is_not_called_or_calls_linear_itself_is_none(attached):
+    model = nn.Sequential(Halves(2, 2), nn.Identity())
+    model[1].unused = ByHand(2, 2)
+    step(model, {"default": "bf16", "0": "fp8", "1.unused": "fp8"}, attached)

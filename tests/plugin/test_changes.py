@@ -96,6 +96,21 @@ def test_the_history_has_one_entry_per_change_and_all_that_is_said():
     assert json.loads(json.dumps(plugin.history)) == plugin.history
 
 
+def test_how_products_in_8_bits_are_scaled_is_in_the_history():
+    plugin = PerLayerPrecision({"default": "bf16", "net.4": "fp8"}, emulate=True)
+    by_row = {"compute": "fp8", "scaling": "row", "gradients": "none"}
+    moves = [
+        Call("on_train_batch_start", edit({"net.4": by_row}, reason="rows"), at=1),
+        Call("on_train_batch_start", edit({"net.4": "bf16"}, reason="back"), at=2),
+    ]
+    fit(Task(mlp()), plugin, callbacks=moves)
+    same = {"layer": "net.4", "from": "fp8"}
+    assert plugin.history == [
+        {**same, "step": 1, "to": "fp8", "reason": "rows", "scaling": "row", "gradients": "none"},
+        {**same, "step": 2, "to": "bf16", "reason": "back"},
+    ]
+
+
 def test_own_operations_and_a_layer_inside_that_change_alike_are_two_entries():
     alone = {"compute": "fp32", "recurse": False}
     plugin = PerLayerPrecision("bf16")

@@ -10,10 +10,22 @@ from lightning_mixprec.engine.backends.fp8 import Fp8
 from lightning_mixprec.engine.backends.int8 import Int8
 from lightning_mixprec.engine.backends.narrow import Narrow, WithoutNarrow
 from lightning_mixprec.engine.backends.protocol import Backend, Region
+from lightning_mixprec.engine.backends.scaled_linear import NarrowLinear
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.numerics.formats import compute_formats, get_format
 
-__all__ = ["EMULATE", "Backend", "Backends", "Emulate", "Emulated", "Manner", "Narrow", "Region", "WithoutNarrow"]
+__all__ = [
+    "EMULATE",
+    "Backend",
+    "Backends",
+    "Emulate",
+    "Emulated",
+    "Manner",
+    "Narrow",
+    "NarrowLinear",
+    "Region",
+    "WithoutNarrow",
+]
 
 Emulate = bool | Literal["auto"]
 

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from lightning_mixprec.engine.backends.products import product, without_autocast
+from lightning_mixprec.engine.backends.products import is_in_forward_mode, product, without_autocast
 from lightning_mixprec.engine.backends.replacing import Function, Replacing
 from lightning_mixprec.engine.backends.scaled_products import scaled_product
 from lightning_mixprec.errors import SupportError
@@ -38,13 +39,19 @@ class NarrowLinear(Replacing):
     Args:
         dtype: The 16-bit dtype around its products.
         products: How they compute.
+
+    Attributes:
+        calls: How often it was called so far, by code that is not compiled.
     """
 
     def __init__(self, dtype: torch.dtype, products: Products) -> None:
         super().__init__({torch.nn.functional.linear: self._linear})
         self.dtype, self.products = dtype, products
+        self.calls = 0
 
     def _linear(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if not is_compiling():
+            self.calls += 1
         return linear(*_operands(*args, **kwargs), self.dtype, self.products)
 
     def __reduce__(self) -> Any:
@@ -85,8 +92,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
         )
     rows = input.to(dtype).reshape(-1, input.shape[-1])
     format = get_format(products.format).forward.name
+    kind = _ProductWithTangent if is_in_forward_mode() else _Product
     # A graph of TorchScript has no place for what has a derivative of its own.
-    multiply = _Product.forward if torch._C._get_tracing_state() is not None else _Product.apply
+    multiply = kind.forward if torch._C._get_tracing_state() is not None else kind.apply
     result: Tensor = multiply(rows, weight.to(dtype), (format, format), products)
     if bias is not None:
         result = result + bias.to(dtype)
@@ -120,13 +128,36 @@ class _Product(torch.autograd.Function):
         return of_rows, of_weight, None, None
 
 
+class _ProductWithTangent(_Product):
+    """The same where tangents are carried along; Dynamo takes no function that says how."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, tuple[str, str], Products], output: Tensor) -> None:
+        _Product.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(ctx: Any, of_rows: Tensor | None, of_weight: Tensor | None, *_: None) -> Tensor:
+        """The tangent: products of the 16-bit operands, straight through the casts, as gradients of gradients are."""
+        rows, weight = ctx.saved_tensors
+        parts = [] if of_rows is None else [_in_16_bits(of_rows, weight, ctx.products)]
+        if of_weight is not None:
+            parts.append(_in_16_bits(rows, of_weight, ctx.products))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
 def _gradient(gradient: Tensor, other: Tensor, products: Products, is_narrow: bool) -> Tensor:
     """``gradient @ other.T`` in 8 bits or in 16. Gradients of gradients are in 16."""
     if is_narrow:
         format = get_format(products.format)
         formats = format.backward.name, format.forward.name
         return cast(Tensor, _Product.apply(gradient, other, formats, products._replace(gradients="none")))
+    return _in_16_bits(gradient, other, products)
+
+
+def _in_16_bits(left: Tensor, right: Tensor, products: Products) -> Tensor:
+    """``left @ right.T``."""
     if products.is_around_emulated:
-        return cast(Tensor, product(gradient, other.t()))
-    with without_autocast(gradient):
-        return gradient @ other.t()
+        return cast(Tensor, product(left, right.t()))
+    with without_autocast(left):
+        return left @ right.t()

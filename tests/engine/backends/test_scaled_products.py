@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 
 from lightning_mixprec.engine.backends.scaled_linear import Products, linear
 from lightning_mixprec.engine.backends.scaled_products import scaled_product
@@ -264,6 +265,33 @@ def test_under_vmap_each_sample_has_its_own_scales(products: Products) -> None:
     layer, samples = nn.Linear(8, 6), torch.randn(3, 5, 8) * torch.tensor([1.0, 30.0, 1e-3])[:, None, None]
     run = in_8_bits(layer, products)
     assert torch.equal(torch.vmap(run)(samples), torch.stack([run(each) for each in samples]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # torch's own, where it derives
+@pytest.mark.parametrize("derive", ["jvp", "vmap of jvp", "dual numbers"])
+@each_kind
+def test_forward_mode_is_of_the_16_bit_operands(products: Products, derive: str) -> None:
+    """The tangent is fp64's of the operands in 16 bits, within what 16 bits round."""
+    layer = nn.Linear(8, 6)
+    x, t = torch.randn(5, 8), torch.randn(5, 8)
+    weight, of_weight = layer.weight.detach(), torch.randn(6, 8)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, layer.bias, BF16, products)
+
+    if derive == "jvp":
+        output, tangent = torch.func.jvp(run, (x, weight), (t, of_weight))
+    elif derive == "vmap of jvp":
+        _, tangent = torch.vmap(lambda x, t: torch.func.jvp(run, (x, weight), (t, of_weight)))(x[:, None], t[:, None])
+        output, tangent = run(x, weight), tangent[:, 0]
+    else:
+        with forward_ad.dual_level():
+            output = run(forward_ad.make_dual(x, t), forward_ad.make_dual(weight, of_weight))
+            output, tangent = forward_ad.unpack_dual(output)
+    assert torch.equal(output, run(x, weight))
+    wide = [each.to(BF16).double() for each in (t, weight, x, of_weight)]
+    expected = wide[0] @ wide[1].T + wide[2] @ wide[3].T
+    assert (tangent.double() - expected).abs().max() <= 3 * 2**-8 * expected.abs().max()
 
 
 @each_kind
