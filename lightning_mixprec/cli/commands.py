@@ -5,7 +5,6 @@ Each sets a run up as ``fit`` does and ends it before the first step (see ``depl
 
 import functools
 import inspect
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,13 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_mixprec.deploy.compare import compare
+from lightning_mixprec.deploy.evaluated_steps import Step
 from lightning_mixprec.deploy.export import export
 from lightning_mixprec.deploy.plan import plan
-from lightning_mixprec.deploy.prepared import Data, prepared
+from lightning_mixprec.deploy.prepared import Data, check_count, has_step, prepared, prepared_run
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.plugin.lightnings import both
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
-from lightning_mixprec.records.atomic_files import write_text
 
 _NO_FORWARD = {each.forward for each in both("core", "LightningModule")}
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "torchscript": ".pt", "weights": ".safetensors"}
@@ -83,7 +82,7 @@ class Commands(pl.Trainer):
         def work(module: pl.LightningModule, taken: list[Any]) -> Any:
             return plan(module, taken, formats=tuple(formats), device=device, budget=budget, pin=tuple(pin), seed=seed)
 
-        made = prepared(self, model, work, datamodule=datamodule, batches=batches, ckpt_path=ckpt_path)
+        made = prepared(self, model, work, datamodule=datamodule, batches=batches, ckpt_path=ckpt_path, is_quiet=False)
         path = self._path(output, "plan.json")
         made.to_file(path)
         policy = path.with_name(f"{path.stem}_policy.yaml")
@@ -114,16 +113,20 @@ class Commands(pl.Trainer):
             batches: How many batches.
             tolerance: If given, the cheapest policy whose loss is at most this much larger is named.
             ckpt_path: A checkpoint, for its weights.
-            output: The file of the rows; null for comparison.json in the run's log directory.
+            output: The file of the comparison; null for comparison.json in the run's log directory.
         """
         compared = {name: as_policy(each) for name, each in (policies or {}).items()} or {"config": self.policy}
 
         def work(module: pl.LightningModule, taken: list[Any]) -> Any:
-            return compare(module, compared, taken, reference=reference)
+            step: Step = "validation" if split == "val" and has_step(module, "validation_step") else "training"
+            return compare(module, compared, taken, reference=reference, step=step)
 
-        made = prepared(self, model, work, datamodule=datamodule, data=split, batches=batches, ckpt_path=ckpt_path)
+        check_count("batches", batches)
+        made = prepared_run(
+            self, model, work, datamodule=datamodule, data=split, most=batches, ckpt_path=ckpt_path, is_quiet=False
+        )
         path = self._path(output, "comparison.json")
-        write_text(path, json.dumps(made.rows, indent=1) + "\n")
+        made.to_file(path)
         best = "" if tolerance is None else f"\nwithin {tolerance:g}: {made.best(tolerance) or 'none'}"
         self._tell(f"{made}{best}", path)
 
@@ -169,7 +172,7 @@ class Commands(pl.Trainer):
                 ranges=ranges,
             )
 
-        made = prepared(self, model, work, datamodule=datamodule, batches=1, ckpt_path=ckpt_path)
+        made = prepared(self, model, work, datamodule=datamodule, batches=1, ckpt_path=ckpt_path, is_quiet=False)
         self._tell(str(made))
 
     def _path(self, output: str | None, name: str) -> Path:

@@ -1,6 +1,6 @@
 """What is compared: policies by name, each with the weights that it computes with, and the batches."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,18 +10,14 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mixprec.deploy.evaluated_steps import GivenBatch
-from lightning_mixprec.deploy.prepared import give_weights, read_weights
+from lightning_mixprec.deploy.prepared import GivenBatch, give_weights, read_weights
 from lightning_mixprec.errors import MixPrecError, PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE
-from lightning_mixprec.plugin.lightnings import both
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
 
 REFERENCE_WEIGHTS = "reference"
 """The name of the reference among weights."""
 
-_DATA_MODULES = both("core", "LightningDataModule")
-_TRAINERS = both("trainer.trainer", "Trainer")
 _TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -100,82 +96,36 @@ def _candidate(name: str, policy: Any, weights: Any) -> Candidate:
     return Candidate(name, resolved, read_weights(weights), repr(str(weights)))
 
 
-def batches_of(
-    module: pl.LightningModule, batches: Any, trainer: pl.Trainer | None, most: int | None
-) -> list[GivenBatch]:
-    """The batches, on the module's device.
+def batches_of(module: pl.LightningModule, batches: Any, most: int | None) -> list[GivenBatch]:
+    """Batches that are there without a Trainer, on the module's device.
 
     Args:
-        module: The module.
-        batches: An iterable of batches, a DataLoader, or a LightningDataModule, whose data for validation are taken;
-            None for those of the Trainer or of the module.
-        trainer: The Trainer.
-        most: How many of each loader; None for all, or as many as the Trainer validates on.
+        module: The module, whose hooks move them: those of a DataLoader through all three, others to the device alone.
+        batches: An iterable of batches, or a DataLoader.
+        most: How many; None for all.
 
     Raises:
         MixPrecError: There are none.
     """
-    if trainer is not None and not isinstance(trainer, _TRAINERS):
-        raise MixPrecError(f"trainer is a {type(trainer).__name__}; give the Trainer of a run, or leave it out.")
-    if batches is None and trainer is None:
-        raise MixPrecError("there are no batches; give batches, or a trainer whose validation data are to be taken.")
-    data = batches if isinstance(batches, _DATA_MODULES) else None
     if batches is None:
-        data = getattr(trainer, "datamodule", None)
+        raise MixPrecError("there are no batches; give batches, or a trainer whose validation data are to be taken.")
+    if isinstance(batches, (str, bytes, Mapping, torch.Tensor)) or not isinstance(batches, Iterable):
+        raise MixPrecError(
+            f"batches is a {type(batches).__name__}; give an iterable of batches ([batch] for a single one), a "
+            "DataLoader or a datamodule."
+        )
+    hooks = _TRANSFERS if isinstance(batches, DataLoader) else _TRANSFERS[1:2]
     with torch.no_grad():
-        found = list(_moved(module, _loaders(module, batches, data, trainer), data, trainer, most))
+        found = [_given(each, index, module, hooks) for index, each in enumerate(islice(batches, most))]
     if not found:
         raise MixPrecError("there are no batches to compare on; give at least one, and better twenty.")
     return found
 
 
-def _loaders(module: pl.LightningModule, batches: Any, data: Any, trainer: pl.Trainer | None) -> list[Any]:
-    if data is None and batches is not None:
-        if isinstance(batches, (str, bytes, Mapping, torch.Tensor)) or not isinstance(batches, Iterable):
-            raise MixPrecError(
-                f"batches is a {type(batches).__name__}; give an iterable of batches ([batch] for a single one), a "
-                "DataLoader or a datamodule."
-            )
-        return [batches]
-    if data is not None:
-        if trainer is not None and data.trainer is None:
-            data.trainer = trainer
-        data.prepare_data()
-        data.setup("validate")
-    source = data if data is not None else module
-    try:
-        loaders = source.val_dataloader()
-    except Exception as error:  # Lightning raises what it is configured to raise
-        raise MixPrecError(
-            f"{type(source).__name__} gives no validation data ({str(error).splitlines()[0]}); give batches."
-        ) from error
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
-
-
-def _moved(
-    module: pl.LightningModule, loaders: list[Any], data: Any, trainer: pl.Trainer | None, most: int | None
-) -> Iterator[GivenBatch]:
-    for place, loader in enumerate(loaders):
-        is_plain = not isinstance(loader, DataLoader) and data is None and trainer is None
-        limit = most if most is not None or trainer is None else _limit(trainer.limit_val_batches, loader)
-        for index, batch in enumerate(islice(loader, limit)):
-            for hook in _TRANSFERS[1:2] if is_plain else _TRANSFERS:
-                owner = data if _overrides(data, hook) else module
-                on_device = (module.device,) if hook == "transfer_batch_to_device" else ()
-                batch = getattr(owner, hook)(batch, *on_device, place)
-            yield GivenBatch(batch, index, place)
-
-
-def _overrides(data: Any, hook: str) -> bool:
-    """Whether a datamodule, if there is one, has a hook of its own."""
-    own = getattr(type(data), hook, None)
-    return own is not None and all(own is not getattr(each, hook) for each in _DATA_MODULES)
-
-
-def _limit(limit: float | int | None, loader: Any) -> int | None:
-    """How many batches of a loader a Trainer validates on; a float is a share."""
-    if limit is None or isinstance(limit, int):
-        return limit
-    return None if limit == 1.0 else int(len(loader) * limit)
+def _given(batch: Any, index: int, module: pl.LightningModule, hooks: Sequence[str]) -> GivenBatch:
+    if isinstance(batch, GivenBatch):
+        return batch
+    for hook in hooks:
+        on_device = (module.device,) if hook == "transfer_batch_to_device" else ()
+        batch = getattr(module, hook)(batch, *on_device, 0)
+    return GivenBatch(batch, index)

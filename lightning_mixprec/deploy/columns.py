@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
-from lightning_mixprec.deploy.evaluated_steps import GivenBatch, Logged
+from lightning_mixprec.deploy.evaluated_steps import Logged
+from lightning_mixprec.deploy.prepared import GivenBatch
 from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.numerics.similarity import decibels, energies

@@ -8,22 +8,28 @@ from functools import partial
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-from torch import nn
 
 from lightning_mixprec.deploy.bootstrap import FEW, interval
 from lightning_mixprec.deploy.candidates import Candidate, batches_of, candidates_of
 from lightning_mixprec.deploy.columns import Likeness, LoggedColumns, Metrics, Told, decisions_of, floats_of
 from lightning_mixprec.deploy.comparison import Comparison
-from lightning_mixprec.deploy.evaluated_steps import EvaluatedStep, GivenBatch, Seen, Step
-from lightning_mixprec.deploy.prepared import check_count
+from lightning_mixprec.deploy.evaluated_steps import EvaluatedStep, Seen, Step
+from lightning_mixprec.deploy.prepared import (
+    GivenBatch,
+    check_count,
+    check_trainer,
+    has_step,
+    is_datamodule,
+    plain_trainer,
+    prepared_run,
+)
 from lightning_mixprec.deploy.used_memory import Peak, SavedBytes, bytes_held, peak_of
 from lightning_mixprec.engine.backends import EMULATE, Emulate
 from lightning_mixprec.errors import MixPrecError, TraceLeftError, one_line
+from lightning_mixprec.evidence.by_hand import asks_for_trainer, module_of
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.numerics.devices import native_support
-from lightning_mixprec.plugin.lightnings import is_lightning_module
-from lightning_mixprec.policy.module_names import unwrap
 from lightning_mixprec.records.words import counted
 
 T = TypeVar("T")
@@ -64,9 +70,10 @@ def compare(
             of names to these. Each is a column.
         repeats: How often each policy is timed, in turns with the others.
         trainer: A Trainer, of whose run the module is: its validation data, as many batches as it validates on, and the
-            module's ``validation_step``.
+            module's ``validation_step``. They are set up as ``trainer.validate`` does, without its callbacks, loggers
+            and plugin; of ``batches`` that are given the Trainer is only what a step finds that asks for it.
         step: Which of the module's steps is run: ``"training"`` or ``"validation"``. By default the second with a
-            Trainer, the first without.
+            Trainer, if the module has one, and the first without.
         weights: By the name of a policy, or ``"reference"``, a checkpoint or a state_dict: what it computes with in
             place of the module's own weights. So a run in mixed precision is compared with one in fp32.
         max_batches: How many batches of each loader at most.
@@ -90,7 +97,7 @@ def compare(
     >>> comparison.rows[0]["policy"], comparison.rows[0]["loss_gap"] < 0.1
     ('all bf16', True)
     """
-    module = _checked(module)
+    module = module_of(module, "compare")
     check_count("repeats", repeats)
     if max_batches is not None:
         check_count("max_batches", max_batches)
@@ -99,10 +106,21 @@ def compare(
     if emulate not in EMULATE:
         raise MixPrecError(f"emulate is {emulate!r}; it has to be 'auto', True or False.")
     exact, others = candidates_of(policies, reference, weights)
-    kind: Step = step or ("training" if trainer is None else "validation")
-    with _in_run_of(trainer, module):
-        given = batches_of(module, batches, trainer, max_batches)
+    if trainer is not None:
+        check_trainer(trainer)
+    is_validation = step == "validation" or (
+        step is None and trainer is not None and has_step(module, "validation_step")
+    )
+    kind: Step = "validation" if is_validation else "training"
+
+    def work(module: pl.LightningModule, given: list[GivenBatch]) -> Comparison:
         return _Comparing(module, [exact, *others], given, kind, metric).compare(repeats, emulate, seed)
+
+    if is_datamodule(batches) or (batches is None and trainer is not None):
+        trainer = trainer or plain_trainer(module)
+        return prepared_run(trainer, module, work, datamodule=batches, data="val", most=max_batches)
+    with _in_run_of(trainer, module):
+        return work(module, batches_of(module, batches, max_batches))
 
 
 @dataclass
@@ -248,7 +266,9 @@ class _Comparing:
                 raise MixPrecError(_IN_FORCE) from error
             raise type(error)(f"policy {candidate.name!r}: {error}") from error
         except Exception as error:
-            raise MixPrecError(f"policy {candidate.name!r}: {_reason(error)}") from error
+            problem = asks_for_trainer(error, "compare", "give it trainer=...", f"{self._kind}_step")
+            problem = problem or f"the step could not be run: {one_line(error)}"
+            raise MixPrecError(f"policy {candidate.name!r}: {problem}") from error
 
     def _notes(self, emulate: Emulate) -> Iterator[str]:
         """What is to be known before the numbers are believed."""
@@ -293,18 +313,3 @@ def _in_run_of(trainer: pl.Trainer | None, module: pl.LightningModule) -> Iterat
         yield
     finally:
         module.trainer = None
-
-
-def _checked(module: object) -> pl.LightningModule:
-    module = unwrap(module) if isinstance(module, nn.Module) else module
-    if is_lightning_module(module):
-        return module
-    raise MixPrecError(
-        f"compare() got a {type(module).__name__}; it takes a LightningModule of lightning.pytorch, whose step it runs."
-    )
-
-
-def _reason(error: Exception) -> str:
-    if "not attached to a `Trainer`" in str(error):
-        return "the step asks for its Trainer, and there is none; give compare() the trainer, or let it do without."
-    return f"the step could not be run: {one_line(error)}"

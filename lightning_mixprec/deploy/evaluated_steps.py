@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_mixprec.deploy.prepared import GivenBatch
 from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.evaluation import validation_output
@@ -19,14 +20,6 @@ from lightning_mixprec.evidence.run_formats import Formats
 from lightning_mixprec.numerics.devices.timing import wait_for
 
 Step = Literal["training", "validation"]
-
-
-class GivenBatch(NamedTuple):
-    """A batch as a data loader gave it, on the module's device: its index there, and which of the loaders it was."""
-
-    batch: Any
-    batch_idx: int
-    loader: int = 0
 
 
 class Logged(NamedTuple):

@@ -7,23 +7,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
 
 from lightning_mixprec.deploy.plan_check import PlanCheck
-from lightning_mixprec.deploy.prepared import prepared
+from lightning_mixprec.deploy.prepared import check_count, check_trainer, is_datamodule, prepared
 from lightning_mixprec.errors import PlanError, SupportError
+from lightning_mixprec.evidence.by_hand import module_of
 from lightning_mixprec.evidence.measuring.costs import measure_costs
 from lightning_mixprec.evidence.measuring.sensitivities import measure_sensitivities
 from lightning_mixprec.numerics.devices.named import named_device
 from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, is_wider
 from lightning_mixprec.planning.budgets import check_budget
 from lightning_mixprec.planning.plan import PrecisionPlan
-from lightning_mixprec.plugin.lightnings import both, is_lightning_module
 from lightning_mixprec.policy.idle_rules import covered_layers
-from lightning_mixprec.policy.module_names import unwrap
 from lightning_mixprec.policy.rules import did_you_mean
-
-_TRAINERS = both("trainer.trainer", "Trainer")
 
 
 def plan(
@@ -69,14 +65,13 @@ def plan(
         MixPrecError: An argument is malformed, a batch does not fit the module, its step is not finite in fp32, or
             nothing is within the budget; one line that says what is to be done.
     """
-    module = _checked(module)
+    module = module_of(module, "plan")
     offered, asked, pinned = _offered(formats), check_budget(budget), _strings("pin", pin)
-    if isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1:
-        raise PlanError(f"max_batches is {max_batches!r}; it has to be a positive integer")
+    check_count("max_batches", max_batches)
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise PlanError(f"seed is {seed!r}; it has to be a whole number, as torch.manual_seed takes it")
-    if trainer is not None and not isinstance(trainer, _TRAINERS):
-        raise PlanError(f"trainer is a {type(trainer).__name__}; give the Trainer of a run, or leave it out")
+    if trainer is not None:
+        check_trainer(trainer)
     if device is not None:
         named_device(device)
     covered_layers(pinned, module, "plan(pin=...)")
@@ -92,16 +87,9 @@ def plan(
 
     if trainer is None:
         return work(module, _batches(batches, max_batches))
-    if batches is not None and not isinstance(batches, pl.LightningDataModule):
+    if batches is not None and not is_datamodule(batches):
         raise PlanError("with a Trainer, batches are those of its run; give a LightningDataModule, or leave them out")
     return prepared(trainer, module, work, datamodule=batches, batches=max_batches)
-
-
-def _checked(module: object) -> pl.LightningModule:
-    module = unwrap(module) if isinstance(module, nn.Module) else module
-    if is_lightning_module(module):
-        return module
-    raise PlanError(f"plan() got a {type(module).__name__}; it takes a LightningModule, whose training_step it runs")
 
 
 def _offered(formats: Sequence[str]) -> tuple[str, ...]:

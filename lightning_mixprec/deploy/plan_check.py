@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mixprec.errors import MixPrecError, PlanError, TraceLeftError, one_line
+from lightning_mixprec.evidence.by_hand import asks_for_trainer
 from lightning_mixprec.evidence.comparison import is_finite
 from lightning_mixprec.evidence.diagnosis import USUAL_SCALE
 from lightning_mixprec.evidence.half_only import in_fp32
@@ -137,12 +138,10 @@ class PlanCheck:
         except TraceLeftError:
             raise
         except Exception as error:
+            problem = asks_for_trainer(error, "plan", "give it trainer=...")
             if isinstance(error, MixPrecError):
                 problem = str(error)
-            elif "not attached to a `Trainer`" in str(error):
-                problem = "training_step asks for its Trainer; give plan(module, trainer=...)"
-            else:
-                problem = f"{one_line(error)}; give batches as its training_step takes them, on its device"
+            problem = problem or f"{one_line(error)}; give batches as its training_step takes them, on its device"
             name = type(self._module).__name__
             raise PlanError(f"batch {number} cannot be run through {name}.training_step: {problem}") from error
 

@@ -61,7 +61,7 @@ def diagnose(
         raise MixPrecError(f"loss_scale is {loss_scale!r}; it has to be a positive finite number.")
     if isinstance(batch_idx, bool) or not isinstance(batch_idx, int) or batch_idx < 0:
         raise MixPrecError(f"batch_idx is {batch_idx!r}; it has to be an integer that is not negative.")
-    module = _checked(module)
+    module = module_of(module, "diagnose")
     random = None
     if isinstance(batch, (str, Path)):
         saved = load_batch(batch, module.device)
@@ -74,27 +74,45 @@ def diagnose(
     judge = Judge(StepReplay(module, formats, module.device), kept, scale, may_raise=True)
     found = judge.judge()
     if judge.problem is not None:
-        raise MixPrecError(_reason(judge.problem))
+        missing = asks_for_trainer(judge.problem, "diagnose", "use the callback OverflowMonitor in a Trainer")
+        raise MixPrecError(missing or f"the step could not be run: {judge.problem}")
     if found is None:
         nothing = dict.fromkeys(("verdict", "layer", "direction"))
         return {**nothing, "loss_scale": scale, "message": "the step is finite", "frames": []}
     return {**found.cause, "batch_idx": batch_idx, "frames": [frame.to_dict() for frame in found.frames]}
 
 
-def _checked(module: object) -> pl.LightningModule:
+def module_of(module: object, asked: str) -> pl.LightningModule:
+    """What is given to a function that runs a module's steps, looked through wrappers.
+
+    Args:
+        module: What was given.
+        asked: The function.
+
+    Raises:
+        MixPrecError: It is no LightningModule.
+    """
     module = unwrap(module) if isinstance(module, nn.Module) else module
     if is_lightning_module(module):
         return module
     raise MixPrecError(
-        f"diagnose() got a {type(module).__name__}; it takes a LightningModule of lightning.pytorch, whose "
-        "training_step it runs."
+        f"{asked}() got a {type(module).__name__}; it takes a LightningModule (of lightning.pytorch or "
+        "pytorch_lightning), whose step it runs."
     )
 
 
-def _reason(problem: str) -> str:
-    if "not attached to a `Trainer`" in problem:
-        return (
-            "training_step asks for its Trainer (self.trainer, or something that needs it), and diagnose() runs "
-            "without one; use the callback OverflowMonitor in a Trainer, or let training_step do without."
-        )
-    return f"the step could not be run: {problem}"
+def asks_for_trainer(error: Exception | str, asked: str, instead: str, step: str = "training_step") -> str | None:
+    """What to say of a step that asks for a Trainer where there is none; None if its error is another.
+
+    Args:
+        error: What the step raised.
+        asked: The function that ran it.
+        instead: What to do.
+        step: Which step it is.
+    """
+    if "not attached to a `Trainer`" not in str(error):
+        return None
+    return (
+        f"{step} asks for its Trainer (self.trainer, or something that needs it), and {asked}() has none; "
+        f"{instead}, or let it do without."
+    )

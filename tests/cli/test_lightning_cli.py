@@ -123,11 +123,13 @@ def test_a_planned_policy_is_trained_with(run):
 
 def test_compare_runs_the_configs_policy_and_others(run, capsys):
     run("compare", "--config=config.yaml", "--batches=3", "--tolerance=1.0")
-    [row] = json.loads((version(0) / "comparison.json").read_text())
+    told = json.loads((version(0) / "comparison.json").read_text())
+    [row] = told["rows"]
     assert row["policy"] == "config" and abs(row["loss_gap"]) < 0.1
+    assert (told["step"], told["batches"]) == ("validation_step", 3) and row["val_loss"] == pytest.approx(row["loss"])
     assert "within 1: config" in capsys.readouterr().out
     run("compare", "--config=config.yaml", "--batches=3", "--policies={all: bf16, wide: fp32}", "--output=told.json")
-    rows = {row["policy"]: row for row in json.loads(Path("told.json").read_text())}
+    rows = {row["policy"]: row for row in json.loads(Path("told.json").read_text())["rows"]}
     assert list(rows) == ["all", "wide"]
     assert rows["wide"]["loss_gap"] == 0 < abs(rows["all"]["loss_gap"])
 

@@ -252,6 +252,32 @@ def test_of_several_loaders_names_tell_which_as_the_trainers_do():
     assert comparison.batches == 4 and row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
 
 
+def test_a_trainer_of_a_run_under_the_plugin_compares_when_it_is_over():
+    torch.manual_seed(0)
+    model, policy = Loaded(), {"default": "bf16", "net.4": "fp32"}
+    trainer = quiet_trainer(max_epochs=1, plugins=PerLayerPrecision(policy), num_sanity_val_steps=0)
+    for has_run in (False, True):
+        state = copy.deepcopy(model.state_dict())
+        (row,) = compare(model, {"mixed": policy}, trainer=trainer, repeats=1).rows
+        assert same(model.state_dict(), state)
+        if not has_run:
+            trainer.fit(model)
+    (validated,) = trainer.validate(model, verbose=False)
+    assert {name: row[name] for name in validated} == pytest.approx(validated, rel=1e-6)
+
+
+def test_a_module_that_a_trainer_has_to_set_up_is_set_up():
+    class Late(Loaded):
+        def __init__(self):
+            super().__init__()
+            self.made, self.net = self.net, None
+
+        def configure_model(self):
+            self.net = self.made
+
+    assert compare(Late(), {"fp32": "fp32"}, trainer=quiet_trainer(), repeats=1).rows[0]["loss_gap"] == 0
+
+
 class Data(pl.LightningDataModule):
     def __init__(self):
         super().__init__()
@@ -392,7 +418,12 @@ def test_a_step_that_asks_for_its_trainer_is_told_to_be_given_one(model):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) * self.trainer.max_epochs
 
-    bad("give compare\\(\\) the trainer", Asking(), {"a": "bf16"}, class_batches(2))
+    bad(
+        "training_step asks for its Trainer .* compare\\(\\) has none; give it trainer=",
+        Asking(),
+        {"a": "bf16"},
+        class_batches(2),
+    )
     compare(Asking(), {"a": "bf16"}, class_batches(2), trainer=quiet_trainer(max_epochs=2), step="training", repeats=1)
 
 

@@ -12,7 +12,7 @@ from plugin_models import same, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPlan, plan
+from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision, PrecisionPlan, plan
 from lightning_mixprec.deploy.plan_check import PlanCheck
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -116,6 +116,15 @@ def test_through_a_trainer_it_takes_the_modules_own_data_and_trains_with_the_pla
     assert trainer.global_step == 3
 
 
+def test_a_trainer_may_have_the_plugin_and_its_monitors(model, tmp_path):
+    plugin = PerLayerPrecision({"default": "fp16", "net.3": "fp32"})
+    trainer = trainer_for(tmp_path, max_steps=2, plugins=plugin, callbacks=[OverflowMonitor()])
+    made = plan(model, trainer=trainer, max_batches=1, device="h100")
+    assert made.sensitivities.batches == 1 and trainer.precision_plugin is plugin
+    trainer.fit(model)
+    assert trainer.global_step == 2
+
+
 def test_pinned_layers_stay_and_what_a_format_cannot_hold_is_not_offered(model, batches):
     with torch.no_grad():
         model.net[0].weight *= 1e6
@@ -169,7 +178,9 @@ def test_a_step_that_asks_for_its_trainer_is_told_the_way_out(batches):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) * self.trainer.world_size
 
-    with pytest.raises(MixPrecError, match="training_step asks for its Trainer; give plan\\(module, trainer=...\\)"):
+    with pytest.raises(
+        MixPrecError, match=r"training_step asks for its Trainer .* plan\(\) has none; give it trainer="
+    ):
         plan(Asking(), batches)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mixprec import MixPrecError
+from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision
 from lightning_mixprec.deploy.prepared import prepared
 
 
@@ -74,7 +74,7 @@ def test_the_trainer_runs_whole_afterwards():
     fresh.fit(other)
     assert run.global_step == fresh.global_step == 6
     assert torch.equal(model.layer.weight, other.layer.weight)
-    assert len(run.callbacks) == len(fresh.callbacks)
+    assert list(map(type, run.callbacks)) == list(map(type, fresh.callbacks))
 
 
 def test_batches_of_validation():
@@ -105,6 +105,88 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, options, says):
     torch.save({"state_dict": {"elsewhere": torch.ones(1)}}, "other.ckpt")
     with pytest.raises(MixPrecError, match=says) as error:
         prepared(trainer(), Model(), lambda module, batches: None, **options)
+    assert "\n" not in str(error.value)
+
+
+class Measured(Model):
+    """Logs a metric in validation, and fails where an epoch of validation ends without a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(batch[0].sum())
+        self.log("val_sum", self.seen[-1])
+
+    def on_validation_epoch_end(self):
+        self.log("val_all", torch.stack(self.seen).sum())
+
+
+class Counting(pl.Callback):
+    calls = 0
+
+    def setup(self, trainer, pl_module, stage):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_validation_is_begun_whether_the_trainer_has_run_or_not_and_leaves_no_trace(has_run):
+    model, plugin, callback = Measured(), PerLayerPrecision({"default": "bf16"}), Counting()
+    run = trainer(plugins=plugin, callbacks=[callback, OverflowMonitor()], max_epochs=1)
+    if has_run:
+        run.fit(model)
+    model.train()
+    shown, calls, seen, steps = dict(run.callback_metrics), callback.calls, len(model.seen), run.global_step
+    assert (shown != {}) == has_run
+
+    def work(module, batches):
+        assert module.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert module.trainer is run and type(run.precision_plugin) is not PerLayerPrecision
+        assert not any(batch[0].is_inference() for batch in batches)
+        return len(batches)
+
+    assert prepared(run, model, work, data="val", batches=9) == 2
+    assert run.precision_plugin is plugin and run.callbacks[:1] == [callback] and callback.calls == calls
+    assert dict(run.callback_metrics) == shown and len(model.seen) == seen and run.global_step == steps
+    assert model.training and (model._trainer is not None) == has_run
+    if not has_run:
+        run.fit(model)
+        assert run.global_step == 3
+
+
+def test_data_for_validation_need_no_step_of_validation():
+    class Stepless(Model):
+        validation_step = pl.LightningModule.validation_step
+
+    model = Stepless()
+    assert prepared(trainer(), model, lambda module, batches: len(batches), data="val") == 2
+    assert "validation_step" not in vars(model)
+
+
+def test_a_trainer_that_cannot_begin_says_why():
+    model, run = Model(), trainer(max_epochs=1)
+    run.fit(model)
+    with pytest.raises(MixPrecError, match=r"has run to its end \(max_epochs=1, max_steps=-1\); give one that has not"):
+        prepared(run, model, lambda module, batches: None)
+
+    class Within(pl.Callback):
+        said = ""
+
+        def on_train_end(self, trainer, pl_module):
+            with pytest.raises(MixPrecError, match="the Trainer is in a run"):
+                prepared(trainer, pl_module, lambda module, batches: None, data="val")
+            self.said = "it was asked"
+
+    callback = Within()
+    trainer(max_epochs=1, callbacks=[callback]).fit(Model())
+    assert callback.said
+
+    class Dataless(Model):
+        val_dataloader = pl.LightningModule.val_dataloader
+
+    with pytest.raises(MixPrecError, match="the Trainer cannot begin a run: .*val_dataloader") as error:
+        prepared(trainer(), Dataless(), lambda module, batches: None, data="val")
     assert "\n" not in str(error.value)
 
 
