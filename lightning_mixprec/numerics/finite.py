@@ -63,15 +63,18 @@ def dense(tensor: Tensor) -> Tensor:
 def finite_flags(tensors: list[Tensor]) -> Tensor:
     """Which of some tensors are finite, by one pass that only reads: bools on their device.
 
-    On a CPU the largest of all takes ten times as long as the sum of squares, which in fp64 no number of fewer bits
-    overflows.
+    On a CPU the least and the largest of each take as long as reading it, in the order of memory; norms, in a wider
+    format or of infinite order, take 3 to 15 times that.
 
     Args:
         tensors: Not empty, dense and real, each with elements, of one dtype of at least 16 bits and one device.
     """
-    is_on_cpu, dtype = tensors[0].device.type == "cpu", tensors[0].dtype
-    if is_on_cpu and dtype != torch.float64:
-        norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
-    else:
-        norms = torch._foreach_norm(tensors, float("inf"))
-    return torch.isfinite(torch.stack(list(norms)))
+    if tensors[0].device.type == "cpu":
+        least, largest = zip(*(torch.aminmax(_in_memory_order(tensor)) for tensor in tensors), strict=True)
+        return torch.isfinite(torch.stack(least + largest)).view(2, -1).all(0)
+    return torch.isfinite(torch.stack(list(torch._foreach_norm(tensors, float("inf")))))
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A view with the dimensions from the largest stride to the least: contiguous, if no element is left out."""
+    return tensor if tensor.is_contiguous() else tensor.permute(sorted(range(tensor.dim()), key=tensor.stride)[::-1])
