@@ -181,9 +181,21 @@ class Attachment:
         """Weights that are stored in fewer bits than before, and what they were; those that change are to be taken."""
         return self._weights.lossy()
 
+    def narrowed_weights(self) -> list[torch.Tensor]:
+        """Weights that are stored in 16 bits because a rule says so."""
+        return self._weights.narrowed()
+
+    def lost_of(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """What a weight is to be with all its bits, if they are kept here."""
+        return self._weights.wide_of(weight)
+
     def take(self, weight: torch.Tensor) -> None:
         """Leaves it to the caller to keep the bits that a weight has lost; others come back when it is detached."""
         self._weights.forget_wide(weight)
+
+    def keep(self, weight: torch.Tensor, wide: torch.Tensor) -> None:
+        """Keeps what a weight is to be when it is detached, as far as it has not changed until then."""
+        self._weights.keep_wide(weight, wide)
 
     def detach(self) -> None:
         """Leaves the model as it was: forwards, hooks, stored formats. Doing it again does nothing.

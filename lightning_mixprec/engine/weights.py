@@ -120,6 +120,8 @@ def with_seen(slots: Iterable[Slot], gate: Gate, call: Callable[[], Any]) -> Any
 
 def _swap_in(slot: Slot, swaps: list[_Swap]) -> None:
     tensors = slot.tensors
+    if slot.name not in tensors and (original := f"{slot.name}_orig") in tensors:  # pruned since
+        slot = slot._replace(name=original)
     stored = tensors.get(slot.name)
     # A weight that an enclosing call has swapped already, or that a lazy module has not made yet, is left.
     if stored is None or stored.dtype == slot.dtype or isinstance(stored, _LAZY):
@@ -182,6 +184,18 @@ class Storage:
     def lossy(self) -> list[tuple[Tensor, Tensor]]:
         """Tensors that are stored in fewer bits than before, and what they were, as far as nobody has taken it."""
         return [(self._before[key][0], wide) for key, wide in self._wide.items()]
+
+    def narrowed(self) -> list[Tensor]:
+        """Tensors that are stored in 16 bits now and were wider."""
+        return [tensor for tensor, before, now in self._before.values() if now.itemsize == 2 < before.itemsize]
+
+    def wide_of(self, tensor: Tensor) -> Tensor | None:
+        """What a tensor was before it was stored in fewer bits, if that is kept here."""
+        return self._wide.get(id(tensor))
+
+    def keep_wide(self, tensor: Tensor, wide: Tensor) -> None:
+        """Keeps what a tensor is to be when it is put back, as far as it has not changed until then."""
+        self._wide[id(tensor)] = wide
 
     def forget_wide(self, tensor: Tensor) -> None:
         """Keeps the bits no longer that a tensor has lost, because somebody else does, or because it is trained."""

@@ -85,7 +85,9 @@ def _and_master(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Ten
 
 
 def _compensated(stored: Tensor, kept: Sequence[Tensor]) -> Tensor:
-    return stored.to(torch.float32) + kept[0].to(torch.float32)
+    # What is stored as 0 has lost nothing, unless somebody else wrote the 0, who meant it.
+    wide = stored.to(torch.float32)
+    return torch.where(stored == 0, wide, wide + kept[0].to(torch.float32))
 
 
 def _and_compensation(dtype: torch.dtype, wide: Tensor, _: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:

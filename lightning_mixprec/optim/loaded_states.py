@@ -11,7 +11,7 @@ from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.optim.gradients import params_of
 from lightning_mixprec.optim.kept_moments import SCALES, Moment, dequantized, empty_moment, quantized, stored_as
-from lightning_mixprec.optim.kept_weights import KEPT, empty_kept, is_narrow, keeping, keeping_in
+from lightning_mixprec.optim.kept_weights import KEPT, Keeping, empty_kept, is_narrow, keeping, keeping_in
 
 
 def as_configured(
@@ -126,7 +126,13 @@ def widened(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     found = keeping_in(state)
     if found is None or found[1] != param.dtype:
         return stored.to(torch.float32)
-    return found[0].widened(stored, [local_part(state[key]) for key in found[0].dtypes])
+    return _full(found[0], stored, [local_part(state[key]) for key in found[0].dtypes])
+
+
+def _full(way: Keeping, stored: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """A weight with all its bits. One stored as 0 is 0: pruning wrote that, or what it lost is less than 2**-133."""
+    wide = way.widened(stored, kept)
+    return wide if "master" in way.dtypes else torch.where(stored == 0, stored.to(torch.float32), wide)
 
 
 def _restore_weight(param: Tensor, state: dict[str, Any], saved: Mapping[str, Any], weights: str) -> list[str]:
@@ -142,7 +148,7 @@ def _restore_weight(param: Tensor, state: dict[str, Any], saved: Mapping[str, An
     if "master" in kept:  # which needs no bit of the weight, unless somebody else wrote that
         wide = torch.where(beside[0].to(dtype).to(stored.dtype) == stored, beside[0], stored.to(torch.float32))
     else:
-        wide = was.widened(stored.to(dtype), beside)
+        wide = _full(was, stored.to(dtype), beside)
     if is_narrow(param):
         store_weight(param, state, wide, weights)
         exact = torch.equal(widened(param, state), wide)

@@ -17,8 +17,6 @@ from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
-from lightning_mixprec.optim.gradients import params_of
-from lightning_mixprec.optim.low_precision import LowPrecisionOptimizer
 from lightning_mixprec.plugin.arguments import (
     check_averages,
     check_choice,
@@ -26,7 +24,8 @@ from lightning_mixprec.plugin.arguments import (
     check_storage_unchanged,
     choose_format,
 )
-from lightning_mixprec.plugin.notices import warn_of_narrow_weights, warn_of_whole_copies
+from lightning_mixprec.plugin.narrow_weights import NarrowWeights
+from lightning_mixprec.plugin.notices import warn_of_whole_copies
 from lightning_mixprec.plugin.strategies import data_parallel_mesh
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.policy import PrecisionPolicy
@@ -61,7 +60,7 @@ class FormatsInForce:
 
     def _forget_run(self) -> None:
         self._attachment: Attachment | None = None
-        self._keepers: list[LowPrecisionOptimizer] = []
+        self._narrow: NarrowWeights | None = None
         self._in_force: Assignment | None = None
         self._to_watch = {"train", "eval"}
         self._in_evaluation = False
@@ -138,27 +137,28 @@ class FormatsInForce:
 
     def hand_over(self, model: pl.LightningModule, optimizers: list[Optimizer]) -> list[Optimizer]:
         """Gives optimizers what the weights that they change have lost by being stored in 16 bits; returns them."""
-        if self._attachment is None:
-            return optimizers
-        owners = {param: each for each in optimizers for param in params_of(each)}
-        for weight, wide in self._attachment.lossy_weights():
-            if weight in owners:
-                if isinstance(owner := owners[weight], LowPrecisionOptimizer):
-                    owner.set_weight(weight, wide)
-                self._attachment.take(weight)
-        self._keepers = [each for each in optimizers if isinstance(each, LowPrecisionOptimizer)]
-        for keeper in self._keepers:
-            keeper.name_weights({param: name for name, param in model.named_parameters()})
-        warn_of_narrow_weights(model, self.resolved_for_training, optimizers)
+        if self._attachment is not None:
+            self._narrow = NarrowWeights(model, self._attachment, self.resolved_for_training, optimizers)
+            self._narrow.hand_over()
         return optimizers
+
+    def hand_over_added(self) -> None:
+        """The same for weights that were added to optimizers since."""
+        if self._narrow is not None:
+            self._narrow.hand_over()
+
+    def full_weights(self, model: pl.LightningModule) -> contextlib.AbstractContextManager[None]:
+        """Weights that rules store in 16 bits are in fp32 within, with all their bits."""
+        assert self._attachment is not None
+        return (self._narrow or NarrowWeights(model, self._attachment, self.resolved_for_training, [])).full()
 
     def detach(self) -> None:
         """Gives the model back as it was."""
         try:
             if self._attachment is not None:
                 self._attachment.detach()
-            for optimizer in self._keepers:
-                optimizer.give_back()
+            if self._narrow is not None:
+                self._narrow.give_back()
         finally:
             self._forget_run()
 
@@ -177,9 +177,9 @@ class FormatsInForce:
         if self._attachment is not None:
             self._attachment.restore_precise(weights)
 
-    def cast_batch(self, data: Any, stage: Literal["train", "eval"]) -> Any:
+    def cast_batch(self, data: Any, model: pl.LightningModule | None) -> Any:
         """A batch, cast if the LightningModule's own operations compute wider than fp32; others take it as it comes."""
-        assignment = self._assignment_of(stage)
+        assignment = self._assignment_of("train" if model is None or model.trainer.training else "eval")
         if assignment is None or not is_wider(assignment[""].region, REFERENCE):
             return data
         return cast_floating(data, get_format(assignment[""].region).forward.dtype)

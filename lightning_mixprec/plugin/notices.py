@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import throughput_monitor
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -117,29 +117,43 @@ def _weight_shapes(model: nn.Module, assignment: Assignment, format: str) -> dic
     }
 
 
-def warn_of_narrow_weights(model: nn.Module, assignment: Assignment, optimizers: Iterable[Optimizer]) -> None:
-    """One warning if weights stored in 16 bits are trained by optimizers that lose what is too small for them."""
-    losing = {
-        param
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        if group.get("weights", "nearest") == "nearest"
-        for param in group["params"]
-        if param.requires_grad and param.dtype in half_dtypes()
-    }
-    names = [
+def warn_of_narrow_weights(
+    model: nn.Module, assignment: Assignment, optimizers: Iterable[Optimizer], added: Collection[Tensor]
+) -> None:
+    """One warning for each optimizer that loses what is too small for weights stored in 16 bits.
+
+    Args:
+        model: The model that they train.
+        assignment: The formats of its layers.
+        optimizers: The optimizers.
+        added: Weights of which nobody was told yet.
+    """
+    for optimizer in optimizers:
+        losing = {
+            param
+            for group in optimizer.param_groups
+            if group.get("weights", "nearest") == "nearest"
+            for param in group["params"]
+            if param.requires_grad and param.dtype in half_dtypes() and param in added
+        }
+        if names := _layers_with(losing, model, assignment):
+            rank_zero_warn(
+                f"{len(names)} layers ({names[0]} first) store their weights in 16 bits and are trained by "
+                f"{type(optimizer).__name__}: updates smaller than the weights' last bit are lost. Train them with "
+                "lightning_mixprec.optim.AdamW or SGD, which keep them (weights='exact'), or store them in fp32 "
+                "(model.float()); the policy makes them compute in 16 bits."
+            )
+
+
+def _layers_with(params: Collection[Tensor], model: nn.Module, assignment: Assignment) -> list[str]:
+    """The layers that have any of these weights, and compute in 16 bits or are stored so by a rule."""
+    return [
         name
         for name, module, _ in walk(model)
         if assignment.facts[name].first_name == name
         and (get_format(assignment[name].region).is_half or assignment[name].is_stored_by_rule)
-        and any(param in losing for param in module._parameters.values() if param is not None)
+        and any(param in params for param in module._parameters.values() if param is not None)
     ]
-    if names:
-        rank_zero_warn(
-            f"{len(names)} layers ({names[0]} first) store their weights in 16 bits: updates smaller than the weights' "
-            "last bit are lost. Train them with lightning_mixprec.optim.AdamW or SGD, which keep them ("
-            "weights='exact'), or store them in fp32 (model.float()); the policy makes them compute in 16 bits."
-        )
 
 
 def warn_of_whole_copies(model: nn.Module, mesh: Any, ranks: int) -> None:
@@ -157,6 +171,21 @@ def warn_of_whole_copies(model: nn.Module, mesh: Any, ranks: int) -> None:
             f"ModelParallelStrategy(data_parallel_size={ranks}, tensor_parallel_size=1), or call parallelize_module "
             "before fully_shard."
         )
+
+
+def tell_of_formats(model: pl.LightningModule, training: Assignment, defaults: tuple[str, str], chosen: str) -> None:
+    """Shows the table of training's formats where a fit begins, and tells throughput monitors of the default ones.
+
+    Args:
+        model: The model that is about to run.
+        training: The assignment of training.
+        defaults: The default formats of training and of evaluation.
+        chosen: What ``"auto"`` has chosen and why, if it was asked to.
+    """
+    trainer = model.trainer
+    if trainer.state.fn == TrainerFn.FITTING and trainer.strategy.is_global_zero and not trainer.barebones:
+        training.table.show(title=f"policy 'auto': {chosen}" if chosen else None)
+    tell_throughput_monitors(trainer, *defaults)
 
 
 def tell_throughput_monitors(trainer: pl.Trainer, training: str, evaluation: str) -> None:

@@ -21,7 +21,7 @@ from lightning_mixprec.optim.skipped_buffers import BufferGuard
 from lightning_mixprec.plugin import arguments
 from lightning_mixprec.plugin.formats_in_force import FormatsInForce, attributes_of_copy
 from lightning_mixprec.plugin.lightnings import Precision, check_lightning_module, raw
-from lightning_mixprec.plugin.notices import tell_of_emulation, tell_throughput_monitors, warn_of_costs
+from lightning_mixprec.plugin.notices import tell_of_emulation, tell_of_formats, warn_of_costs
 from lightning_mixprec.plugin.state import PluginState, history_entries, saved_state, stock_scaler_state
 from lightning_mixprec.plugin.step_errors import StepErrors, taken_again
 from lightning_mixprec.plugin.steps import StepLedger
@@ -178,6 +178,10 @@ class PerLayerPrecision(Precision):
         self._running_model("The loss scale")
         self.scaler.move_to(scale, self._optimizers)
 
+    def full_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Weights that rules store in 16 bits are in fp32 within, all bits there; writes are kept. Between steps."""
+        return self._formats.full_weights(self._running_model("The storage"))
+
     def _adopt(self, policy: PrecisionPolicy, reason: str, evidence: Mapping[str, Any] | None = None) -> None:
         assignment, options = self._fitted(policy)
         model, before = self._running_model(), self._formats.resolved_for_training
@@ -222,8 +226,7 @@ class PerLayerPrecision(Precision):
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         self.teardown()
-        model = check_lightning_module(module)
-        strategy = model.trainer.strategy
+        strategy = (model := check_lightning_module(module)).trainer.strategy
         check_strategy(strategy, self._IN_ROWS)
         self.scaler.shared_on = strategy.root_device if row_of(strategy).is_sharding else None
         training, evaluation = self._formats.resolve(model)
@@ -231,9 +234,7 @@ class PerLayerPrecision(Precision):
         self.scaler.configure(arguments.scaling_for(self._loss_scaling, training))
         self._formats.attach(model, strategy.root_device.type)
         self._model = weakref.ref(model)
-        if model.trainer.state.fn == TrainerFn.FITTING and strategy.is_global_zero and not model.trainer.barebones:
-            training.table.show(title=f"policy 'auto': {self._formats.chosen}" if self._formats.chosen else None)
-        tell_throughput_monitors(model.trainer, *self._formats.defaults)
+        tell_of_formats(model, training, self._formats.defaults, self._formats.chosen)
         return module
 
     @override
@@ -278,8 +279,7 @@ class PerLayerPrecision(Precision):
     @override
     def convert_input(self, data: Any) -> Any:
         """Casts a batch for a LightningModule whose own operations compute in fp64; others take it as it comes."""
-        model = self._current_model()
-        return self._formats.cast_batch(data, "train" if model is None or model.trainer.training else "eval")
+        return self._formats.cast_batch(data, self._current_model())
 
     @override
     @contextlib.contextmanager
@@ -295,8 +295,7 @@ class PerLayerPrecision(Precision):
     def val_step_context(self) -> "contextlib._GeneratorContextManager[None, None, None]":
         return self._formats.eval_step()
 
-    test_step_context = val_step_context
-    predict_step_context = val_step_context
+    test_step_context = predict_step_context = val_step_context
 
     @override
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
@@ -325,6 +324,7 @@ class PerLayerPrecision(Precision):
         self, optimizer: Optimizer, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         self._ledger.begin()
+        self._formats.hand_over_added()
         evaluate, prepare = partial(self._evaluate, closure), partial(self._after_closure, model, optimizer)
         if self.scaler.is_active:
             with torch.enable_grad():
@@ -339,10 +339,10 @@ class PerLayerPrecision(Precision):
         at_minimum = self.scaler.is_at_minimum() if skipped is not False else False
         if self._buffers is not None:
             self._buffers.close(optimizer, skipped)
-            if not model.automatic_optimization:
-                self._buffers.open()
         if model.automatic_optimization:
             self.scaler.update()
+        elif self._buffers is not None:
+            self._buffers.open()
         self._ledger.note(optimizer, skipped, at_minimum)
         return closure_result
 
