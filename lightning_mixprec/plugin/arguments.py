@@ -124,13 +124,17 @@ def check_averages(model: pl.LightningModule, assignment: Assignment) -> None:
 
     It would average what they are rounded to, without the bits that the optimizer keeps, and round what it gives back.
     """
-    averaging = [each for each in model.trainer.callbacks if isinstance(each, _AVERAGING)]  # type: ignore[attr-defined]
+    callbacks: list[pl.Callback] = model.trainer.callbacks  # type: ignore[attr-defined]
+    # Ours say so themselves: a door above this one.
+    averaging = [
+        each for each in callbacks if isinstance(each, _AVERAGING) and not getattr(each, "averages_full_weights", False)
+    ]
     narrow = [name for name, layer in assignment.items() if layer.is_stored_by_rule and get_format(layer.param).is_half]
     if averaging and narrow:
         raise SupportError(
             f"{type(averaging[0]).__name__} averages weights as they are stored, and {len(narrow)} layers "
-            f"({narrow[0]!r} first) store theirs in 16 bits, so that the average would be of rounded weights; leave "
-            "param out of the policy, or the callback, and average what fp32_state_dict(model, optimizer) gives."
+            f"({narrow[0]!r} first) store theirs in 16 bits, so that the average would be of rounded weights; take the "
+            f"callback of that name in lightning_mixprec.callbacks.averaging, or leave param out of the policy."
         )
 
 

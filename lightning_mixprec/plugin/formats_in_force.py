@@ -172,10 +172,13 @@ class FormatsInForce:
         self._bring_in_force(assignment)
         self.training, self.training_assignment = policy, assignment
 
-    def restore_precise(self, weights: Mapping[str, Any]) -> None:
-        """Takes over weights that are stored wider than the model that loaded them."""
+    def restore_precise(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes over weights of a checkpoint that has more bits of them than the model that loaded them."""
+        weights = checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))
         if self._attachment is not None:
             self._attachment.restore_precise(weights)
+        if self._narrow is not None:
+            self._narrow.restore(weights, checkpoint.get("optimizer_states", []))
 
     def cast_batch(self, data: Any, model: pl.LightningModule | None) -> Any:
         """A batch, cast if the LightningModule's own operations compute wider than fp32; others take it as it comes."""

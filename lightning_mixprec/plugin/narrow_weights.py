@@ -1,7 +1,8 @@
 """Weights that rules store in 16 bits: what they lose is handed to optimizers, lent to who averages, and given back."""
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,8 +12,9 @@ from torch.optim import Optimizer
 from lightning_mixprec.engine.apply import Attachment
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.flat_batches import local_part
+from lightning_mixprec.optim.checkpoint_files import full_weights
 from lightning_mixprec.optim.gradients import params_of
-from lightning_mixprec.optim.kept_weights import keeping_in
+from lightning_mixprec.optim.kept_weights import is_narrow, keeping_in
 from lightning_mixprec.optim.loaded_states import widened
 from lightning_mixprec.optim.low_precision import LowPrecisionOptimizer
 from lightning_mixprec.plugin.notices import warn_of_narrow_weights
@@ -61,6 +63,24 @@ class NarrowWeights:
         if isinstance(owner, LowPrecisionOptimizer) and is_still_it and not is_known:
             owner.set_weight(weight, wide)
         self._attachment.take(weight)
+
+    def restore(self, weights: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> None:
+        """Gives weights in fp32 the bits that a checkpoint's optimizers kept, where theirs now keeps none.
+
+        Args:
+            weights: The weights of the checkpoint, which the model has loaded.
+            states: The states of its optimizers.
+        """
+        params = {
+            name: param
+            for name, param in self._model.named_parameters()
+            if param.dtype == torch.float32 and not isinstance(self._owners.get(param), LowPrecisionOptimizer)
+            if name in weights and is_narrow(weights[name])
+        }
+        full = full_weights({"state_dict": weights, "optimizer_states": states}) if params else {}
+        for name, param in params.items():
+            with torch.no_grad():
+                local_part(param).copy_(local_part(full[name]))
 
     def give_back(self) -> None:
         """Gives weights that are stored in fp32 again the bits that were kept of them."""

@@ -374,7 +374,7 @@ class PerLayerPrecision(Precision):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes over the loss scale of a checkpoint of Lightning's own plugins, and weights in full precision."""
         self._resumed_step = checkpoint.get("global_step", 0)
-        self._formats.restore_precise(checkpoint.get("current_model_state", checkpoint.get("state_dict", {})))
+        self._formats.restore_precise(checkpoint)
         if type(self).__qualname__ in checkpoint:
             return
         if (state := saved_state(checkpoint)) is not None:  # by a class of another name

@@ -4,6 +4,8 @@ So what Lightning and torch's optimizers make of fp32 weights, without anything 
 lose nothing have to become, bit for bit.
 """
 
+from types import SimpleNamespace
+
 import torch
 from lightnings import pl
 from torch import nn
@@ -12,6 +14,9 @@ from lightning_mixprec import PerLayerPrecision, optim
 
 EPOCH = 4
 """Batches in an epoch."""
+
+STOCK = SimpleNamespace(AdamW=torch.optim.AdamW, SGD=torch.optim.SGD)
+OURS = SimpleNamespace(AdamW=optim.AdamW, SGD=optim.SGD)
 
 
 def batches(count=EPOCH, seed=3, spoiled=()):
@@ -47,7 +52,7 @@ class Summed(pl.LightningModule):
     """Two layers and a loss that is linear in their weights.
 
     Args:
-        configure: Given ``torch.optim`` or ours, and the module, what ``configure_optimizers`` returns.
+        configure: Given ``STOCK`` or ``OURS``, and the module, what ``configure_optimizers`` returns.
         data: The batches of an epoch.
     """
 
@@ -83,7 +88,7 @@ def ran(stored=None, module=Summed, configure=adamw, data=None, callbacks=list, 
         options: The Trainer's.
     """
     torch.manual_seed(0)
-    run = module(torch.optim if stored is None else optim, configure, data)
+    run = module(STOCK if stored is None else OURS, configure, data)
     plugins = PerLayerPrecision({"default": "fp32", "first": f"p={stored}"}, **(plugin or {})) if stored else None
     torch.manual_seed(1)
     trainer = pl.Trainer(
@@ -94,7 +99,7 @@ def ran(stored=None, module=Summed, configure=adamw, data=None, callbacks=list, 
         callbacks=callbacks(),
     )
     trainer.fit(run, ckpt_path=ckpt_path)
-    dtypes = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtypes = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     assert run.seen == {dtypes[stored]}
     return trainer, run
 

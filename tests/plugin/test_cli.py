@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 from capabilities import auto_format
-from lightnings import LightningCLI
+from lightnings import LightningCLI, LightningModule
 from plugin_models import Batches, Task, mlp
 from selection import slow_but_for, slow_cases_but_for
 
-from lightning_mixprec import LossScaling, PerLayerPrecision, PrecisionPolicy, Rule
+from lightning_mixprec import LossScaling, PerLayerPrecision, PrecisionPolicy, Rule, optim
 
 POLICY = {"default": "bf16", "net.6": "fp32"}
 FULL = {"default": "bf16", "rules": [{"layers": "net.6", "compute": "fp32"}]}
@@ -36,22 +36,32 @@ class CliTask(Task):
         return Batches(6)
 
 
-def run(*arguments: str, config: dict | None = None) -> PerLayerPrecision:
+def run(*arguments: str, config: dict | None = None, **options) -> PerLayerPrecision:
     """Fits as ``python script.py fit ...`` does, with the config given as a file, and returns the plugin."""
     Path("policy.yaml").write_text(yaml.safe_dump(POLICY))
     Path("config.yaml").write_text(yaml.safe_dump({"seed_everything": 0, "trainer": {**QUIET, **(config or {})}}))
-    return main("--config=config.yaml", *arguments)
+    return main("--config=config.yaml", *arguments, **options)
 
 
-def main(*arguments: str) -> PerLayerPrecision:
+def main(*arguments: str, task: type[Task] = CliTask) -> PerLayerPrecision:
     with pytest.MonkeyPatch.context() as patch:
         # Lightning itself calls what jsonargparse is about to remove.
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
         patch.setattr("sys.argv", ["script.py", "fit", *arguments])
-        cli = LightningCLI(CliTask, save_config_kwargs={"overwrite": True})
+        cli = LightningCLI(task, save_config_kwargs={"overwrite": True})
     assert cli.trainer.global_step == 2
     assert isinstance(cli.trainer.precision_plugin, PerLayerPrecision)
     return cli.trainer.precision_plugin
+
+
+class Plain(CliTask):
+    """Says nothing of its optimizer, and shows what it is trained with in the end."""
+
+    configure_optimizers = LightningModule.configure_optimizers
+
+    def on_train_end(self):
+        optimizers = self.trainer.optimizers
+        type(self).last_run = optimizers, [{**state} for each in optimizers for state in each.state.values()]
 
 
 # The command line
@@ -270,3 +280,23 @@ def test_a_mistake_in_a_config_file_shows_our_line(arguments, says, form, capsys
 )
 def test_a_mistake_on_the_command_line_shows_our_line(argument, says, capsys):
     assert says in complaint(capsys, "--trainer.plugins=PerLayerPrecision", f"--trainer.plugins.{argument}")
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_an_optimizer_for_weights_in_16_bits(name):
+    plugin = run(
+        f"--optimizer=lightning_mixprec.optim.{name}",
+        "--optimizer.lr=0.01",
+        "--optimizer.weights=kahan",
+        "--optimizer.states=bf16",
+        "--trainer.plugins=lightning_mixprec.PerLayerPrecision",
+        "--trainer.plugins.policy={default: bf16, net.6: 'p=bf16'}",
+        task=Plain,
+    )
+    assert plugin.policy.rules[0].param == "bf16"
+    (optimizer,), states = Plain.last_run
+    assert type(optimizer) is getattr(optim, name)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weights"], group["states"]) == (0.01, "kahan", "bf16")
+    kept = [state["compensation"].shape for state in states if "compensation" in state]
+    assert kept == [(2, 8), (2,)]

@@ -117,7 +117,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(optimizer, tmp_path):
     assert same(bits(resumed), bits(whole))
 
 
-def test_a_run_in_fp32_goes_on_with_all_its_bits_and_back(tmp_path):
+def test_a_run_in_fp32_goes_on_with_all_its_bits(tmp_path):
     keep = pl.callbacks.ModelCheckpoint(tmp_path, save_on_train_epoch_end=True, save_top_k=-1, filename="{step}")
     fitted(net(optimizer=torch.optim.AdamW), "fp32", keep=keep, steps=3)
     wide = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]
@@ -132,6 +132,31 @@ def test_an_optimizer_that_loses_bits_is_told_of_once():
     (message,) = [str(each.message) for each in told if "16 bits" in str(each.message)]
     assert "lightning_mixprec.optim.AdamW or SGD" in message
     fitted(net())  # where a warning would be an error
+
+
+def test_each_optimizer_that_loses_bits_is_told_of():
+    class Two(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            made = (torch.optim.AdamW, self.first), (AdamW, self.third), (torch.optim.SGD, self.second)
+            return [kind(layer.parameters(), lr=1e-2) for kind, layer in made]
+
+    module = Two()
+    module.third = torch.nn.Linear(8, 8)
+    with pytest.warns(UserWarning, match="store their weights in 16 bits") as told:
+        fitted(module, {"default": "bf16", "first": "p=bf16", "second": "p=bf16"})
+    messages = [str(each.message) for each in told if "16 bits" in str(each.message)]
+    assert [message.split(":")[0] for message in messages] == [
+        f"1 layers ({layer} first) store their weights in 16 bits and are trained by {name}"
+        for layer, name in (("first", "AdamW"), ("second", "SGD"))
+    ]
 
 
 def test_a_skipped_step_moves_no_bit():

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from exact_gradients import EPOCH, Summed, adamw, batches, outcome, ran
+from exact_gradients import EPOCH, STOCK, Summed, adamw, batches, outcome, ran
 from lightnings import pl
 from plugin_models import same
 from torch.nn.utils import prune
 
+from lightning_mixprec.optim import full_weights
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:.*mid-epoch checkpoint"),
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended"),
 ]
@@ -17,7 +20,7 @@ FORMATS = ["bf16", "fp16"]
 
 def in_fp32(where, module):
     """Gradients of weights in 16 bits accumulate in fp32, as those of fp32 weights do."""
-    options = {} if where is torch.optim else {"grad_dtype": torch.float32}
+    options = {} if where is STOCK else {"grad_dtype": torch.float32}
     return where.AdamW(module.parameters(), lr=1e-2, **options)
 
 
@@ -150,6 +153,36 @@ class Saves(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if (trainer.current_epoch, batch_idx) == (1, self.batch):
             trainer.save_checkpoint(self.path)
+
+
+def stock_adamw(_, module):
+    return adamw(STOCK, module)
+
+
+BACK = {
+    "under the plugin": {"stored": "fp32", "configure": stock_adamw, "plugin": {"on_policy_change": "accept"}},
+    "without us": {},
+}
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("back", BACK)
+def test_from_stock_to_ours_and_back_nothing_is_lost(back, stored, tmp_path):
+    """Without the plugin, what ``full_weights`` makes of the file goes into it."""
+
+    def saved_after(epochs, *where, **options):
+        keep = pl.callbacks.ModelCheckpoint(tmp_path / str(epochs), filename="end")
+        ran(*where, max_epochs=epochs, callbacks=lambda: [keep], enable_checkpointing=True, **options)
+        return tmp_path / str(epochs) / "end.ckpt"
+
+    expected = outcome(*ran())
+    path = saved_after(2, stored, ckpt_path=saved_after(1))
+    saved = torch.load(path, weights_only=True)
+    assert saved["state_dict"]["first.weight"].dtype != torch.float32
+    if not BACK[back]:
+        saved["state_dict"] = full_weights(path)
+        torch.save(saved, path)
+    assert same(outcome(*ran(ckpt_path=path, **BACK[back])), expected)
 
 
 RESUMED = {"between steps": ({}, 1), "inside accumulation": ({"accumulate_grad_batches": 2}, 2)}
