@@ -1,6 +1,7 @@
 """``compare``: a module on the same batches under several policies and the reference, without training."""
 
 import contextlib
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from lightning_mixprec.deploy.bootstrap import FEW, interval
 from lightning_mixprec.deploy.candidates import Candidate, batches_of, candidates_of
 from lightning_mixprec.deploy.columns import Likeness, LoggedColumns, Metrics, Told, decisions_of, floats_of
 from lightning_mixprec.deploy.comparison import Comparison
-from lightning_mixprec.deploy.evaluated_steps import EvaluatedStep, Seen, Step
+from lightning_mixprec.deploy.evaluated_steps import EvaluatedStep, Seen, Step, lacks_gradients
 from lightning_mixprec.deploy.prepared import (
     GivenBatch,
     check_count,
@@ -145,6 +146,7 @@ class _Comparing:
         self._expected: list[Told] = []
         self._steps: list[EvaluatedStep] = []
         self._not_counted: dict[str, str] = {}
+        self._not_finite: list[str] = []
 
     def compare(self, repeats: int, emulate: Emulate, seed: int) -> Comparison:
         self._steps = [self._of(each, partial(self._step_of, each, emulate)) for each in self._everyone]
@@ -153,6 +155,7 @@ class _Comparing:
         memory = [self._of(self._everyone[place], partial(self._memory, place)) for place in places]
         seconds = self._seconds(repeats)
         told = [self._told(row, rows[0], seed) for row in rows]
+        self._tell_of_losses(rows)
         for row, time, used in zip(told, seconds, memory, strict=True):
             row["time_ratio"] = statistics.median(own / other for own, other in zip(time, seconds[0], strict=True))
             row["memory_ratio"], row["saved_ratio"] = map(_ratio, used, memory[0])
@@ -177,7 +180,24 @@ class _Comparing:
         return self._steps[place].opened_for_evaluation(candidate.give_weights, is_exact=is_exact)
 
     def _row(self, place: int) -> _Run:
+        """All batches under a policy; with gradients if the step takes some itself."""
+        try:
+            return self._run_of(place)
+        except RuntimeError as error:
+            if self._takes_gradients or not lacks_gradients(error):
+                raise
+            for step in self._steps:
+                step.takes_gradients = True
+            return self._run_of(place)
+
+    @property
+    def _takes_gradients(self) -> bool:
+        return self._steps[0].takes_gradients
+
+    def _run_of(self, place: int) -> _Run:
         """All batches under a policy: losses, and outputs as they differ from the reference's, which comes first."""
+        if place == 0:
+            self._random, self._expected = [], []
         step, run = self._steps[place], _Run(self._everyone[place].name)
         metrics, logged = Metrics(self._metric), LoggedColumns(len({given.loader for given in self._given}) > 1)
         with self._opened(place) as stand_ins, step.seeing_outputs():
@@ -213,6 +233,18 @@ class _Comparing:
             "output_sqnr_db": run.likeness.sqnr_db,
             "equal_decisions": run.likeness.equal_decisions,
         }
+
+    def _tell_of_losses(self, rows: list[_Run]) -> None:
+        """Notes whose losses are not finite, so that there is no gap."""
+        for place, row in enumerate(rows):
+            bad = [number for number, loss in enumerate(row.losses) if not math.isfinite(loss)]
+            if bad:
+                of = counted(len(row.losses), "batch", "batches")
+                self._not_finite.append(f"{row.name!r}: no finite loss on {len(bad)} of {of}, the first is {bad[0]}")
+                if place == 0:
+                    asked = f"diagnose(module, batch, {row.name!r})"
+                    self._not_finite[-1] += f": without a reference there is no gap; {asked} says where it begins"
+                    return
 
     def _seconds(self, repeats: int) -> list[list[float]]:
         """By policy the seconds of each repeat: all in turns, each warm, the first of a turn another one each time."""
@@ -272,7 +304,10 @@ class _Comparing:
 
     def _notes(self, emulate: Emulate) -> Iterator[str]:
         """What is to be known before the numbers are believed."""
+        yield from self._not_finite
         yield from self._not_counted.values()
+        if self._takes_gradients:
+            yield "the step takes gradients itself and was run with them: time and memory are of such steps"
         if len(self._given) < FEW:
             told = counted(len(self._given), "batch", "batches")
             yield f"{told}: with fewer than {FEW} an interval of 95 % holds less than that"

@@ -55,12 +55,15 @@ class EvaluatedStep(StepReplay):
         formats: In which formats it computes.
         device: The device it is on.
         step: Which of its steps.
+
+    Attributes:
+        takes_gradients: Whether the step takes gradients itself, and is run with them.
     """
 
     def __init__(self, module: pl.LightningModule, formats: Formats, device: torch.device, step: Step) -> None:
         super().__init__(module, formats, device)
         self._kind, self._loader = step, 0
-        self._with_gradients = False
+        self.takes_gradients = self._with_gradients = False
         self._watch: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._outputs: _Outputs | None = None
         self._seen = Seen(None, 0.0)
@@ -132,7 +135,7 @@ class EvaluatedStep(StepReplay):
         if self._outputs is not None:
             self._outputs.begin()
         run = self._validation_step if self.is_validation else self._training_step
-        with torch.set_grad_enabled(self._with_gradients), self._watch():
+        with torch.set_grad_enabled(self._with_gradients or self.takes_gradients), self._watch():
             begin = self._now()
             output = run(batch, batch_idx)
             seconds = self._now() - begin
@@ -191,6 +194,13 @@ def _called_children(module: nn.Module) -> Iterator[nn.Module]:
             yield from _called_children(child)
         else:
             yield child
+
+
+def lacks_gradients(error: BaseException) -> bool:
+    """True for the error of a step that takes gradients itself (of its inputs, say) where none are recorded."""
+    while isinstance(error, MixPrecError) and error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, RuntimeError) and "does not require grad" in str(error)
 
 
 def _logging_into(logged: dict[str, Logged]) -> dict[str, Any]:

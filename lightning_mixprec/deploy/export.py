@@ -1,5 +1,6 @@
 """``export``: a file of a trained module in which every layer's format stands, checked by opening it again."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from lightning_mixprec.deploy.exporting.example import Example, forward_of, read
 from lightning_mixprec.deploy.exporting.formatted import Formatted, formatted
 from lightning_mixprec.deploy.exporting.layer_formats import check_layers, read_layers
 from lightning_mixprec.deploy.exporting.onnx_files import Onnx
-from lightning_mixprec.deploy.exporting.protocol import FileFormat, Job, Opened, Options
+from lightning_mixprec.deploy.exporting.protocol import FileFormat, Job, Opened, Options, check_options, read_path
 from lightning_mixprec.deploy.exporting.pt2 import Pt2
 from lightning_mixprec.deploy.exporting.torchscript import TorchScript, warn_of_deprecation
 from lightning_mixprec.deploy.exporting.weights import Weights
@@ -40,6 +41,19 @@ from lightning_mixprec.records.atomic_files import drafted
 _FORMATS: dict[str, FileFormat] = {each.name: each for each in (Pt2(), Aoti(), Onnx(), TorchScript(), Weights())}
 
 
+class _NotRunError(ExportError):
+    """The module cannot be run under its policy here.
+
+    Args:
+        message: For the user.
+        reason: What torch said.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Export:
     """A file that was written, opened again, run and found to be what was promised.
@@ -51,19 +65,22 @@ class Export:
             products; of a layer without products the widest that its operations take, which autocast may leave wider
             than the policy says. Of ``"weights"``: what each layer's weights are written in.
         max_difference: The largest difference between an element of its outputs and of the module's, under the same
-            policy, on the example.
+            policy, on the example; NaN where that cannot be run here.
+        not_run: Why not, in one line; None where it was run. Of ``"weights"`` alone, which are read back all the same.
     """
 
     path: Path
     format: str
     layers: Mapping[str, str]
     max_difference: float
+    not_run: str | None = None
 
     def __str__(self) -> str:
         """The file, and how many layers are in which format."""
         counts = {format: list(self.layers.values()).count(format) for format in dict.fromkeys(self.layers.values())}
         layers = ", ".join(f"{count} in {format}" for format, count in counts.items())
-        return f"{self.path} ({self.format}): layers {layers or 'none'}; largest difference {self.max_difference:.3g}"
+        compared = self.not_run or f"largest difference {self.max_difference:.3g}"
+        return f"{self.path} ({self.format}): layers {layers or 'none'}; {compared}"
 
 
 def export(
@@ -115,6 +132,10 @@ def export(
     ('bf16', 'fp32', 0.0)
     """
     kind = _kind_of(format)
+    file, options = read_path(path, format), Options(dynamic_shapes, opset, external_data)
+    check_options(options, format)
+    if ranges is not None and bf16_as is None:
+        raise ExportError("ranges are for bf16_as='fp16', and it is None; say bf16_as, or leave ranges out")
     forward_of(module)
     module = unwrap(module)
     example = read_example(module, example_inputs)
@@ -122,15 +143,20 @@ def export(
     if bf16_as is not None:
         weighted = [name for name, each in module.named_modules() if any(True for _ in each.parameters(recurse=False))]
         layers = without_bf16(layers, bf16_as, {} if ranges is None else read_ranges(ranges), weighted)
-    options = Options(dynamic_shapes, opset, external_data)
     if format == "torchscript":
         warn_of_deprecation()
     device = next((each.device for each in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     with formatted(module, layers, device) as model:
         job = Job(model, example, layers, options)
-        kind.check(Path(path), job)
-        expected = _expected(model, example, device)
-        return _written(kind, Path(path), job, expected)
+        kind.check(file, job)
+        try:
+            return _written(kind, file, job, _expected(model, example, device))
+        except _NotRunError as error:
+            if not isinstance(kind, Weights):
+                raise
+            with model.in_fp32():
+                _expected(model, example, device)  # the example fits
+            return _written(kind, file, job, f"it was not run, as this device cannot ({error.reason})")
 
 
 def _kind_of(format: object) -> FileFormat:
@@ -165,27 +191,31 @@ def _outputs(model: Formatted, example: Example) -> list[Tensor]:
     except MixPrecError:
         raise
     except Exception as error:  # of the module's own code
-        raise ExportError(
-            f"{type(model.module).__name__} cannot be run on example_inputs under this policy: "
-            f"{one_line(error)[:300]}; give inputs of the shapes, dtypes and device that its forward takes, or another "
-            "format to the layer that has no arithmetic in this one"
+        reason = one_line(error)[:300]
+        raise _NotRunError(
+            f"{type(model.module).__name__} cannot be run on example_inputs under this policy: {reason}; give inputs of "
+            "the shapes, dtypes and device that its forward takes, or another format to the layer that has no "
+            "arithmetic in this one",
+            reason,
         ) from error
 
 
-def _written(kind: FileFormat, path: Path, job: Job, expected: list[Tensor]) -> Export:
+def _written(kind: FileFormat, path: Path, job: Job, expected: list[Tensor] | str) -> Export:
+    """The file, held against what the module returns; or not, with the reason, where that cannot be run."""
     try:
         with drafted(path) as draft:
             kind.write(draft, job)
             opened = kind.opened(draft, job)
             check_layers(opened.uses, job.layers, kind.name)
-            difference = _checked(kind, opened, job, expected)
+            not_run = expected if isinstance(expected, str) else None
+            difference = math.nan if isinstance(expected, str) else _checked(kind, opened, job, expected)
     except OSError as error:
         raise ExportError(
             f"{str(path)!r} cannot be written: {error.strerror or error}; nothing was, so give a path in a folder that "
             "can be written to"
         ) from error
     read = read_layers(opened.uses)
-    return Export(path, kind.name, {name: read[name] for name in job.layers if name in read}, difference)
+    return Export(path, kind.name, {name: read[name] for name in job.layers if name in read}, difference, not_run)
 
 
 def _checked(kind: FileFormat, opened: Opened, job: Job, expected: list[Tensor]) -> float:

@@ -177,6 +177,8 @@ class PrecisionPolicy:
 def as_policy(value: object) -> PrecisionPolicy:
     """The policy that a user means by a format name, a path to a YAML file, a mapping, or a policy itself.
 
+    What has a policy (a plan, a plugin) stands for it.
+
     Raises:
         PolicyError: it is none of these.
 
@@ -189,6 +191,8 @@ def as_policy(value: object) -> PrecisionPolicy:
         return PrecisionPolicy.from_dict(value)
     if isinstance(value, os.PathLike):
         return PrecisionPolicy.from_file(value)
+    if isinstance(own := getattr(value, "policy", None), PrecisionPolicy):
+        return own
     if not isinstance(value, str):
         raise PolicyError(
             f"policy is {value!r} ({type(value).__name__}); give a format name, a path to a YAML file, a mapping or a "

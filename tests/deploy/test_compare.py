@@ -12,7 +12,7 @@ from plugin_models import one_line, same, snapshot
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPolicy, compare
+from lightning_mixprec import MixPrecError, PerLayerPrecision, PrecisionPolicy, compare, plan
 from lightning_mixprec.numerics.similarity import sqnr_db
 
 CPU = torch.device("cpu")
@@ -347,6 +347,53 @@ def test_a_loss_that_overflows_is_told_and_is_never_best():
     comparison = compare(model, {"fp16": "fp16", "fp32": "fp32"}, class_batches(), repeats=1)
     assert not math.isfinite(comparison.rows[0]["loss_gap"])
     assert comparison.best(1e30) == "fp32"
+    assert comparison.notes[0] == "'fp16': no finite loss on 6 of 6 batches, the first is 0"
+
+
+def test_a_reference_that_is_not_finite_is_told_with_the_way_to_find_out(model):
+    batches = class_batches(3)
+    batches[1][0][0, 0] = math.nan
+    comparison = compare(model, {"bf16": "bf16"}, batches, repeats=1)
+    assert math.isnan(comparison.rows[0]["loss_gap"]) and comparison.best(1e30) is None
+    told = comparison.notes[0]
+    assert told.startswith("'fp32': no finite loss on 1 of 3 batches, the first is 1: without a reference")
+    assert "diagnose(module, batch, 'fp32')" in told and told in str(comparison)
+
+
+class Penalized(Classifier):
+    """Takes the gradient of its outputs in its inputs, and counts its batches in a metric."""
+
+    def __init__(self, net=None):
+        super().__init__(net)
+        self.count = torchmetrics.SumMetric()
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        self.count.update(1.0)
+        logits = self.net(x)
+        (slope,) = torch.autograd.grad(logits.float().square().sum(), x, create_graph=True)
+        return nn.functional.cross_entropy(logits, batch[1]) + slope.square().mean() + 0 * self.count.compute()
+
+    validation_step = training_step
+
+    def on_validation_epoch_end(self):
+        self.log("batches", self.count.compute())
+
+
+@pytest.mark.parametrize("step", ["training", "validation"])
+def test_a_step_that_takes_gradients_itself_is_run_with_them(step):
+    torch.manual_seed(0)
+    model, batches = Penalized(), class_batches(3)
+    comparison = compare(model, {"bf16": "bf16"}, batches, step=step, repeats=1, emulate=False)
+    for row, dtype in ((comparison.reference, None), (comparison.rows[0], torch.bfloat16)):
+        losses, evaluated = [], copy.deepcopy(model).eval()
+        for batch in batches:
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                losses.append(float(evaluated.training_step(batch, 0).detach()))
+        assert row["loss"] == math.fsum(losses) / len(losses)
+        assert step == "training" or row["batches"] == 3.0  # each batch once
+    assert any("takes gradients itself" in note for note in comparison.notes)
+    assert all(param.grad is None for param in model.parameters()) and model.count.update_count == 0
 
 
 # Mistakes
@@ -434,9 +481,13 @@ def test_a_policy_may_be_anything_that_the_plugin_takes(model):
         "file": "policy.yaml",
         "object": PrecisionPolicy("bf16"),
         "mapping": {"default": "bf16"},
+        "plugin": PerLayerPrecision("bf16"),
+        "plan": plan(model, class_batches(1), device="h100").solve({"low_precision_share": 1.0}),
     }
     comparison = compare(model, policies, class_batches(2), repeats=1)
-    assert len({row["loss"] for row in comparison.rows}) == 1
+    losses = {row["policy"]: row["loss"] for row in comparison.rows}
+    assert len({loss for name, loss in losses.items() if name != "plan"}) == 1
+    assert losses["plan"] == pytest.approx(losses["name"], rel=1e-2)
 
 
 def test_within_a_run_it_leaves_the_run_alone():

@@ -147,6 +147,29 @@ class TestTorchScript:
         assert torch.equal(loaded_torchscript(made.path)(other), eager(model, MIXED, other))
         assert made.layers == {"0": "bf16", "1": "fp32", "2": "bf16", "3": "bf16", "4": "fp16"}
 
+    def test_a_layer_whose_kernel_has_its_casts_inside_is_named_itself(self, tmp_path):
+        class Recurrent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.rnn, self.head = nn.LSTM(8, 8, 2, batch_first=True), nn.Linear(8, 1)
+
+            def forward(self, x):
+                return self.head(self.rnn(x)[0])
+
+        with pytest.raises(MixPrecError, match="layer 'rnn' ") as error:
+            exported(tmp_path, Recurrent(), "bf16", torch.randn(2, 3, 8), "torchscript")
+        assert "fp32 in the policy" in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+class Unrunnable(torch.autograd.Function):
+    """Refuses 16 bits, as kernels do that a CPU has not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        if x.dtype != torch.float32:
+            raise RuntimeError("could not create a primitive descriptor")
+        return x.clone()
+
 
 class TestWeights:
     @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -167,6 +190,31 @@ class TestWeights:
         nn.init.zeros_(other[0].weight)
         other.load_state_dict(state)
         assert torch.equal(eager(other, MIXED, x), eager(model, MIXED, x))
+
+    @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+    def test_are_written_where_they_cannot_be_run(self, tmp_path, suffix):
+        class Elsewhere(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return Unrunnable.apply(self.layer(x))
+
+        model, x, path = Elsewhere(), torch.randn(2, 4), tmp_path / f"weights{suffix}"
+        made = export(model, path, policy="fp16", example_inputs=x, format="weights")
+        assert made.layers == {"layer": "fp16"} and made.max_difference != made.max_difference
+        assert (
+            made.not_run
+            == "it was not run, as this device cannot (RuntimeError: could not create a primitive descriptor)"
+        )
+        assert made.not_run in str(made)
+        if suffix == ".pt":
+            assert torch.equal(torch.load(path, weights_only=True)["layer.weight"], model.layer.weight.half())
+        with pytest.raises(MixPrecError, match="cannot be run on example_inputs"):
+            export(model, tmp_path / "m.pt2", policy="fp16", example_inputs=x)
+        with pytest.raises(MixPrecError, match="cannot be run on example_inputs"):
+            export(model, path, policy="fp16", example_inputs=torch.randn(2, 3), format="weights")
 
     def test_is_half_the_size(self, tmp_path):
         model = nn.Linear(256, 256)
@@ -289,6 +337,20 @@ class TestInputsAndResults:
 
 
 class TestNothingOfTheModuleChanges:
+    @pytest.mark.parametrize("format", ["pt2", "weights"])
+    def test_what_hooks_and_modules_collect_is_put_back(self, tmp_path, format):
+        seen, counts, model = ["first"], {"calls": 0}, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        model.shapes = [(1, 4)]
+
+        def collect(module, inputs, output):
+            seen.append(output.shape)
+            counts["calls"] += 1
+            model.shapes.append(tuple(output.shape))
+
+        model[0].register_forward_hook(collect)
+        exported(tmp_path, model, "bf16", torch.randn(2, 4), format)
+        assert (seen, counts, model.shapes) == (["first"], {"calls": 0}, [(1, 4)])
+
     @pytest.mark.parametrize("format", FORMATS)
     def test_as_it_was(self, tmp_path, format):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 2))

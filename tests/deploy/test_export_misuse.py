@@ -84,10 +84,39 @@ WRONG = {
         "Remembering.forward returns something else when it is called again",
     ),
     "branch by value": ({"module": Flow()}, "torch.export cannot trace Flow.forward"),
-    "suffix of weights": ({"format": "weights", "path": "m.onnx"}, "end it in .safetensors, or in .pt"),
+    "suffix of weights": ({"format": "weights", "path": "m.npz"}, "end it in .safetensors, or in .pt"),
     "suffix of a package": ({"format": "aoti", "path": "m.so"}, "an aoti package is called '\\*.pt2', here 'm.so'"),
+    "suffix of another format": (
+        {"path": "m.onnx"},
+        "'m.onnx' is called as a file of onnx is, and the format is 'pt2'; say format='onnx', or end the path in .pt2",
+    ),
+    "suffix of two other formats": (
+        {"format": "onnx", "path": "m.pt2"},
+        "called as a file of pt2 or aoti is, and the format is 'onnx'; say format='pt2', or end the path in .onnx",
+    ),
+    "weights called as a graph": ({"format": "weights", "path": "m.onnx"}, "say format='onnx', or end the path in"),
+    "path": ({"path": 3}, "path is 3; give the path of the file"),
+    "no path": ({"path": ""}, "path is ''; give the path of the file"),
+    **{
+        f"opset {opset!r}": (
+            {"format": "onnx", "path": "m.onnx", "opset": opset},
+            f"opset is {opset!r}; give a whole number from 18 on",
+        )
+        for opset in ("18", True, 18.0, 0, -1, 17)
+    },
+    "opset that torch does not write": (
+        {"format": "onnx", "path": "m.onnx", "opset": 99, "policy": "fp32"},
+        r"opset 99|torch wrote opset \d+ where 99 was asked for",
+    ),
+    "opset of another format": ({"opset": 18}, "opset is for files of onnx, and the format is 'pt2'; leave it out"),
+    "external data of another format": ({"external_data": True}, "external_data is for files of onnx"),
+    "external data": (
+        {"format": "onnx", "path": "m.onnx", "external_data": "yes"},
+        "external_data is 'yes'; it is True or False",
+    ),
+    "ranges for nothing": ({"ranges": {"": 1.0}}, "ranges are for bf16_as='fp16', and it is None"),
     "shapes of TorchScript": (
-        {"format": "torchscript", "dynamic_shapes": {"input": {0: None}}},
+        {"format": "torchscript", "path": "m.ts", "dynamic_shapes": {"input": {0: None}}},
         "has no dynamic_shapes",
     ),
     "shapes of no argument": ({"dynamic_shapes": {"y": {0: None}}}, "dynamic_shapes names 'y'"),
@@ -100,7 +129,8 @@ WRONG = {
 @pytest.mark.parametrize("given", WRONG.values(), ids=WRONG.keys())
 def test_is_one_line_and_leaves_no_file(tmp_path, given):
     options, says = given
-    path = tmp_path / options.get("path", "model.pt2")
+    path = options.get("path", "model.pt2")
+    path = tmp_path / path if isinstance(path, str) and path else path
     with warnings.catch_warnings(), pytest.raises(MixPrecError, match=says) as raised:
         warnings.simplefilter("ignore", FutureWarning)
         export(**LINEAR | options | {"path": path})

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_mixprec.engine.apply import Attachment, attach
 from lightning_mixprec.engine.compiling import uncompiled
-from lightning_mixprec.errors import ExportError
+from lightning_mixprec.errors import ExportError, ReplayError
+from lightning_mixprec.evidence.instruments.restoring.attributes import Attributes
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.numerics.formats import REFERENCE, is_wider
 from lightning_mixprec.policy.assignment import LayerPrecision
@@ -103,26 +104,22 @@ def _without_fused_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_it_was(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts back what calls in eval mode leave: attributes, buffers, modes, random numbers."""
-    random = RandomState(device)
-    kept = [(each, dict(vars(each)), dict(each._buffers)) for each in module.modules()]
+    """Puts back what calls in eval mode leave: what modules and their hooks hold, buffers, modes, random numbers."""
+    random, held = RandomState(device), Attributes(module, ReplayError)
     values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
-        for each, attributes, buffers in kept:
-            vars(each).clear()
-            vars(each).update(attributes)
-            each._buffers.clear()
-            each._buffers.update(buffers)
+        for put_back in held.put_back():
+            put_back()
         with torch.no_grad():
             for buffer, value in values:
-                if not torch.equal(_bits(buffer), _bits(value)):
+                if not torch.equal(bits(buffer), bits(value)):
                     buffer.copy_(value)
         random.restore()
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """A tensor's bytes: NaN is not equal to itself."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.detach()
 

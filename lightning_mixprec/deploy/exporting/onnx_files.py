@@ -97,6 +97,9 @@ class Onnx:
         """
         onnx = _imported("onnx")
         model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
+        written = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+        if job.options.opset not in (None, written):
+            raise ExportError(f"torch wrote opset {written} where {job.options.opset} was asked for; ask for {written}")
         names = [each.name for each in model.graph.input]
         inputs = dict(zip(names, job.example.tensors, strict=True))
         return Opened(_runner(path, onnx, inputs), list(_uses(onnx, model.graph, {})), False)

@@ -1,5 +1,6 @@
 """What every kind of file can do: write a traced module, and be opened again."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,9 @@ from lightning_mixprec.deploy.exporting.layer_formats import Use
 from lightning_mixprec.deploy.exporting.programs import Program, program_of
 from lightning_mixprec.errors import ExportError
 from lightning_mixprec.policy.assignment import LayerPrecision
+
+LEAST_OPSET = 18
+"""torch's exporter writes this one and later ones; to earlier ones it converts, and the layers' names get lost."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,47 @@ def missing(package: str, instead: str) -> ExportError:
         f"this export needs {package}, which is not installed; try pip install 'lightning_mixprec[export]', "
         f"or {instead}"
     )
+
+
+_SUFFIXES = {
+    ".pt2": ("pt2", "aoti"),
+    ".onnx": ("onnx",),
+    ".safetensors": ("weights",),
+    ".ts": ("torchscript",),
+    **dict.fromkeys((".pt", ".pth"), ("pt2", "torchscript", "weights")),
+    **dict.fromkeys((".bin", ".ckpt"), ("weights",)),
+}
+"""The kinds of files that are called so."""
+
+
+def read_path(path: object, format: str) -> Path:
+    """The path of a file of a kind.
+
+    Raises:
+        ExportError: It is none, or is called as files of another kind are.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ExportError(f"path is {path!r}; give the path of the file that is to be written")
+    read = Path(path)
+    if format not in (kinds := _SUFFIXES.get(read.suffix, (format,))):
+        suffix = next(suffix for suffix, kinds in _SUFFIXES.items() if format in kinds)
+        raise ExportError(
+            f"{read.name!r} is called as a file of {' or '.join(kinds)} is, and the format is {format!r}; say "
+            f"format={kinds[0]!r}, or end the path in {suffix}"
+        )
+    return read
+
+
+def check_options(options: Options, format: str) -> None:
+    """Raises for an option that is malformed, or that files of this kind do not have."""
+    opset, external = options.opset, options.external_data
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < LEAST_OPSET):
+        raise ExportError(
+            f"opset is {opset!r}; give a whole number from {LEAST_OPSET} on, which is the least that torch writes, or "
+            "leave it out"
+        )
+    if not isinstance(external, bool):
+        raise ExportError(f"external_data is {external!r}; it is True or False")
+    if format != "onnx" and (opset is not None or external):
+        given = "opset" if opset is not None else "external_data"
+        raise ExportError(f"{given} is for files of onnx, and the format is {format!r}; leave it out")

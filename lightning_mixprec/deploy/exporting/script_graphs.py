@@ -16,11 +16,14 @@ class ScriptReader:
 
     Args:
         model: The module.
+
+    Attributes:
+        seen: The operations so far; the last one is what does not run, if one does not.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._uses: list[Use] = []
+        self.seen: list[Use] = []
 
     def uses(self, example: Example) -> list[Use]:
         """The operations that an example runs.
@@ -31,7 +34,7 @@ class ScriptReader:
         arguments = [*example.args, *example.kwargs.values()]
         with torch.no_grad():
             self._call(self._model, "forward", "", arguments)
-        return self._uses
+        return self.seen
 
     def _call(self, module: Any, method: str, path: str, arguments: list[Any]) -> Any:
         graph = module._c._get_method(method).graph
@@ -74,7 +77,7 @@ class ScriptReader:
         if called not in MOVES and dtypes:
             is_product = called in PRODUCTS
             chosen = dtypes[:2] if "scaled_mm" in called or called == "_int_mm" else dtypes
-            self._uses.append(Use(layer_named(path), called, is_product, formats_of(chosen)))
+            self.seen.append(Use(layer_named(path), called, is_product, formats_of(chosen)))
         operation = torch._C._jit_get_operation(kind)[0]
         named = [each.name if each.kwarg_only else None for each in torch._C.parse_schema(node.schema()).arguments]
         by_position = [value for name, value in zip(named, taken, strict=True) if name is None]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lightning_mixprec.deploy.exporting.closeness import tensors_of
+from lightning_mixprec.deploy.exporting.layer_formats import check_layers
 from lightning_mixprec.deploy.exporting.protocol import Job, Opened
 from lightning_mixprec.deploy.exporting.script_graphs import ScriptReader
 from lightning_mixprec.errors import ExportError, one_line
@@ -51,7 +52,12 @@ class TorchScript:
     def opened(self, path: Path, job: Job) -> Opened:
         """Loads it, and runs its graphs operation by operation to see what each takes."""
         model = torch.jit.load(str(path))
-        uses = ScriptReader(model).uses(job.example)
+        reader = ScriptReader(model)
+        try:
+            uses = reader.uses(job.example)
+        except ExportError:
+            check_layers(reader.seen, job.layers, self.name)  # an earlier layer may be why this one does not run
+            raise
         inputs = (*job.example.args, *job.example.kwargs.values())
         return Opened(lambda: tensors_of(model(*inputs)), uses, True)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_mixprec.deploy.exporting.closeness import tensors_of
+from lightning_mixprec.deploy.exporting.formatted import bits
 from lightning_mixprec.deploy.exporting.layer_formats import Use
 from lightning_mixprec.deploy.exporting.protocol import Job, Opened, missing
 from lightning_mixprec.errors import ExportError
@@ -65,6 +66,9 @@ class Weights:
         own = job.model.module.state_dict()
         if state.keys() != own.keys():
             raise ExportError("the file's names are not those of the module's state_dict, and it was not kept")
+        written = {name: value for name, value in weights_of(job).items() if isinstance(value, Tensor)}
+        if odd := next((name for name, value in written.items() if not _are_same(value, state[name])), None):
+            raise ExportError(f"the file's {odd!r} is not what was written to it, and it was not kept; write it anew")
         uses = [
             Use(_layer_of(name, job), f"weight {name!r}", False, frozenset({format_of(state[name].dtype) or "fp32"}))
             for name, parameter in job.model.module.named_parameters(remove_duplicate=False)
@@ -117,6 +121,10 @@ def _both(one: str, two: str) -> str:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one.cpu()), bits(other))
 
 
 def _holder(name: str) -> str:
