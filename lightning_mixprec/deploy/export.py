@@ -193,8 +193,8 @@ def _outputs(model: Formatted, example: Example) -> list[Tensor]:
     except Exception as error:  # of the module's own code
         reason = one_line(error)[:300]
         raise _NotRunError(
-            f"{type(model.module).__name__} cannot be run on example_inputs under this policy: {reason}; give inputs of "
-            "the shapes, dtypes and device that its forward takes, or another format to the layer that has no "
+            f"{type(model.module).__name__} cannot be run on example_inputs under this policy: {reason}; give inputs "
+            "of the shapes, dtypes and device that its forward takes, or another format to the layer that has no "
             "arithmetic in this one",
             reason,
         ) from error
