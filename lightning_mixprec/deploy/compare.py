@@ -25,7 +25,7 @@ from lightning_mixprec.deploy.prepared import (
     prepared_run,
 )
 from lightning_mixprec.deploy.used_memory import Peak, SavedBytes, bytes_held, peak_of
-from lightning_mixprec.engine.backends import EMULATE, Emulate
+from lightning_mixprec.engine.backends import Emulate, check_emulate
 from lightning_mixprec.errors import MixPrecError, TraceLeftError, one_line
 from lightning_mixprec.evidence.by_hand import asks_for_trainer, module_of
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
@@ -104,8 +104,7 @@ def compare(
         check_count("max_batches", max_batches)
     if step not in ("training", "validation", None):
         raise MixPrecError(f"step is {step!r}; it has to be 'training' or 'validation'.")
-    if emulate not in EMULATE:
-        raise MixPrecError(f"emulate is {emulate!r}; it has to be 'auto', True or False.")
+    check_emulate(emulate)
     exact, others = candidates_of(policies, reference, weights)
     if trainer is not None:
         check_trainer(trainer)

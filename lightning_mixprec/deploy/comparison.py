@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_mixprec.deploy.columns import all_columns
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.policy.table import align
-from lightning_mixprec.records.atomic_files import write_text
+from lightning_mixprec.records.atomic_files import path_of, write_text
 from lightning_mixprec.records.compared import Compared, ComparedPolicy
 from lightning_mixprec.records.journal import add_row, plain
 from lightning_mixprec.records.words import counted, printable
@@ -129,8 +129,9 @@ class Comparison:
         Raises:
             MixPrecError: The file cannot be written.
         """
+        file = path_of(path, "a comparison")
         try:
-            write_text(path, json.dumps(self.to_dict(), allow_nan=False, indent=2) + "\n")
+            write_text(file, json.dumps(self.to_dict(), allow_nan=False, indent=2) + "\n")
         except OSError as error:
             raise MixPrecError(f"the comparison cannot be written to {str(path)!r}: {error}") from error
 
@@ -146,7 +147,7 @@ class Comparison:
         Raises:
             MixPrecError: There is no such folder, or its file cannot be written; it is as it was.
         """
-        if not Path(folder).is_dir():
+        if not path_of(folder, "a run's folder").is_dir():
             raise MixPrecError(f"there is no folder {str(folder)!r}; give the log directory of a run.")
         told: Compared = {
             "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

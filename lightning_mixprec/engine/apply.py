@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from lightning_mixprec.engine import fastpath, sharding
-from lightning_mixprec.engine.backends import Backends, Emulate
+from lightning_mixprec.engine.backends import Backends, Emulate, check_emulate
 from lightning_mixprec.engine.backends.replacing import Replacing
 from lightning_mixprec.engine.border_plan import Plan, Site, bypassing, draw, survey
 from lightning_mixprec.engine.borders import Border, border_of
 from lightning_mixprec.engine.compiling import CompilerSettings
 from lightning_mixprec.engine.first_step import FirstStepCheck
 from lightning_mixprec.engine.weights import Gate, Storage, reflatten
-from lightning_mixprec.errors import PolicyError
+from lightning_mixprec.errors import PolicyError, SupportError
 from lightning_mixprec.numerics.formats import REFERENCE, Format, format_of, get_format, is_wider
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.module_names import unwrap, walk
@@ -43,7 +43,9 @@ def attach(
             True: also those that it has; False: torch's own kernels compute.
 
     Raises:
-        PolicyError: the model is attached already, or a part of it cannot be given its format.
+        PolicyError: the model is attached already, a part of it cannot be given its format, or the assignment is
+            that of another model.
+        SupportError: there is no such device type, or no such word for ``emulate``.
 
     >>> wide, low = LayerPrecision(param="fp32", compute="fp32"), LayerPrecision(param="fp32", compute="bf16")
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -53,6 +55,7 @@ def attach(
     (torch.bfloat16, torch.float32)
     >>> attachment.detach()
     """
+    _check_arguments(model, assignment, device_type, emulate)
     root = unwrap(model)
     if root in _attached:
         raise PolicyError(
@@ -243,6 +246,23 @@ class Attachment:
         ]
         converted = self._buffers.convert(wide, torch.float64)
         return self._buffers.keep_only(wide) or converted
+
+
+def _check_arguments(model: object, assignment: object, device_type: object, emulate: object) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(assignment, Mapping):
+        raise PolicyError(
+            f"attach was given a {type(model).__name__} and a {type(assignment).__name__}; give a module and its "
+            "assignment, which policy.resolve(module) makes"
+        )
+    names = [name for name, _, _ in walk(unwrap(model))]
+    if left := [*(name for name in names if name not in assignment), *(assignment.keys() - set(names))]:
+        kind = type(unwrap(model)).__name__
+        raise PolicyError(
+            f"the assignment is not of this {kind}: {left[0]!r} is in one of them alone; give policy.resolve(module)"
+        )
+    if device_type not in ("cpu", "cuda"):
+        raise SupportError(f"device_type is {device_type!r}; it must be 'cpu' or 'cuda'")
+    check_emulate(emulate)
 
 
 def _own(tensors: Mapping[str, Any]) -> list[torch.Tensor]:

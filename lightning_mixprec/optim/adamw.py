@@ -71,7 +71,8 @@ class AdamW(LowPrecisionOptimizer, torch.optim.AdamW):
         seed: int = 0,
         grad_dtype: torch.dtype | None = None,
     ) -> None:
-        self._set_options(weights, states, seed, grad_dtype)
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._set_options(weights, states, seed, grad_dtype, **numbers)
         super().__init__(
             params,
             lr,

@@ -85,7 +85,8 @@ def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]
         optimizer: The optimizer of its weights, or several; weights that none of them has are cast.
 
     Raises:
-        SupportError: The optimizers have weights in 16 bits, and none of the model's.
+        SupportError: The optimizers have weights in 16 bits, and none of the model's; or there is no module or no
+            optimizer.
 
     >>> from lightning_mixprec.optim import AdamW
     >>> model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
@@ -96,7 +97,7 @@ def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]
     >>> model.weight.item(), round(fp32_state_dict(model, optimizer)["weight"].item(), 6)
     (1.0, 0.9999)
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = _checked(model, optimizer)
     states = {id(param): each.state.get(param, {}) for each in optimizers for param in params_of(each)}
     _check_whose([param for each in optimizers for param in params_of(each)], model)
     full = {
@@ -109,6 +110,17 @@ def fp32_state_dict(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]
             local_part(wide).copy_(widened(param, states.get(id(param), {})))
             full[name] = wide
     return full
+
+
+def _checked(model: object, optimizer: object) -> list[Optimizer]:
+    several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
+    found = [each for each in several if isinstance(each, Optimizer)]
+    if not isinstance(model, nn.Module) or found != list(several):
+        raise SupportError(
+            f"fp32_state_dict was given a {type(model).__name__} and a {type(optimizer).__name__}; give a module, and "
+            "its optimizer or a list of them"
+        )
+    return found
 
 
 def _check_whose(params: Sequence[Tensor], model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Torch's optimizers on weights in 16 bits: options of each group, steps by chunks, a state that keeps its bits."""
 
+import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -25,6 +26,9 @@ from lightning_mixprec.optim.pieces import Part, chunks
 STORAGE = ("weights", "states", "grad_dtype")
 """The options of a group that say how it is stored, which stay as they are when a state is loaded."""
 
+_NUMBERS = {"lr", "eps", "weight_decay", "momentum", "dampening"}
+"""Torch's options of a group that are one number."""
+
 
 class LowPrecisionOptimizer(Optimizer):
     """A base for optimizers whose weights and moments may be stored in fewer bits than they are computed in.
@@ -35,8 +39,19 @@ class LowPrecisionOptimizer(Optimizer):
     _MOMENTS: ClassVar[tuple[Moment, ...]]
     _names: Mapping[Tensor, str] = MappingProxyType({})
 
-    def _set_options(self, weights: str, states: str, seed: int, grad_dtype: torch.dtype | None) -> None:
-        """The options of groups that say nothing; before torch's constructor, which knows none of them."""
+    def _set_options(
+        self, weights: str, states: str, seed: int, grad_dtype: torch.dtype | None, **plain: object
+    ) -> None:
+        """The options of groups that say nothing; before torch's constructor, which knows none of them.
+
+        Args:
+            weights: See the optimizers; so are ``states``, ``seed`` and ``grad_dtype``.
+            states: As above.
+            seed: As above.
+            grad_dtype: As above.
+            plain: Torch's own, which compares them before it looks whether they are numbers.
+        """
+        _check_numbers(plain)
         self._options = {"weights": weights, "states": states, "seed": seed, "grad_dtype": grad_dtype}
 
     @override
@@ -203,7 +218,18 @@ def _has_not_stepped(state: Mapping[str, Any]) -> bool:
     return isinstance(state.get("step"), Tensor) and float(state["step"]) == 0
 
 
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    for name in sorted(_NUMBERS & options.keys()):
+        if not isinstance(options[name], (numbers.Real, Tensor)):
+            raise SupportError(f"{name} is {options[name]!r} ({type(options[name]).__name__}); it must be a number")
+    betas = options.get("betas", (0.0, 0.0))
+    is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not is_pair or not all(isinstance(each, (numbers.Real, Tensor)) for each in betas):
+        raise SupportError(f"betas is {betas!r}; it must be two numbers, as in (0.9, 0.999)")
+
+
 def _check_options(group: Mapping[str, Any]) -> None:
+    _check_numbers(group)
     for name, allowed in (("weights", WEIGHTS), ("states", STATES)):
         if group[name] not in allowed:
             raise SupportError(f"{name} is {group[name]!r}; allowed are {', '.join(map(repr, allowed))}")

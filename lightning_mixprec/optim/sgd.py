@@ -59,7 +59,8 @@ class SGD(LowPrecisionOptimizer, torch.optim.SGD):
         seed: int = 0,
         grad_dtype: torch.dtype | None = None,
     ) -> None:
-        self._set_options(weights, states, seed, grad_dtype)
+        numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        self._set_options(weights, states, seed, grad_dtype, **numbers)
         super().__init__(
             params,
             lr,

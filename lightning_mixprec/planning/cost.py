@@ -15,7 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 from lightning_mixprec.errors import PlanError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format
 from lightning_mixprec.policy.assignment import LayerPrecision
-from lightning_mixprec.records.schema import matches
+from lightning_mixprec.records.schema import Named, matches
 
 _VERSION: Literal["1"] = "1"
 
@@ -59,8 +59,8 @@ class Handover:
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """What is predicted of a step.
+class Predicted(Named):
+    """What is predicted of a step; its numbers are attributes and, as in a dict, by name.
 
     Attributes:
         loss_gap: The loss gap to the reference; None if that was not measured.

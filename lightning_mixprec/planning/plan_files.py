@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -12,16 +11,16 @@ from typing_extensions import TypedDict
 
 from lightning_mixprec.errors import PlanError
 from lightning_mixprec.policy.rule_folding import LayerOutline
-from lightning_mixprec.records.atomic_files import write_text
-from lightning_mixprec.records.schema import matches
+from lightning_mixprec.records.atomic_files import path_of, write_text
+from lightning_mixprec.records.schema import Named, matches
 
 _KIND: Literal["mixprec-plan"] = "mixprec-plan"
 _VERSION: Literal["1"] = "1"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a plan's policy did when it was run on the batches.
+class Measured(Named):
+    """What a plan's policy did when it was run on the batches; numbers are attributes and by name.
 
     Attributes:
         loss_gap: The root over batches of the mean of ``(L - L_fp32)**2``.
@@ -63,7 +62,7 @@ def write_plan(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
         PlanError: There is no such place to write to.
     """
     content = {"kind": _KIND, "version": _VERSION, **data}
-    is_yaml = Path(path).suffix in (".yaml", ".yml")
+    is_yaml = path_of(path, "a plan").suffix in (".yaml", ".yml")
     text = yaml.safe_dump(content, sort_keys=False) if is_yaml else json.dumps(content, indent=1) + "\n"
     try:
         write_text(path, text)
@@ -78,10 +77,11 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         PlanError: The file cannot be read, or its content is not a plan's.
     """
+    file = path_of(path, "a plan")
     name = os.fspath(path)
     try:
-        text = Path(path).expanduser().read_text("utf-8")
-        data = yaml.safe_load(text) if Path(path).suffix in (".yaml", ".yml") else json.loads(text)
+        text = file.read_text("utf-8")
+        data = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
     except OSError as error:
         raise PlanError(f"cannot read {name}: {error.strerror}; give the path of a file that to_file wrote") from None
     except (ValueError, yaml.YAMLError) as error:

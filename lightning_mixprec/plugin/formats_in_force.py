@@ -12,14 +12,13 @@ from torch.optim import Optimizer
 
 from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.apply import Attachment, attach
-from lightning_mixprec.engine.backends import EMULATE, Backends, Emulate
+from lightning_mixprec.engine.backends import Backends, Emulate, check_emulate
 from lightning_mixprec.engine.casting import cast_floating
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.errors import PolicyError
 from lightning_mixprec.numerics.formats import REFERENCE, get_format, is_wider
 from lightning_mixprec.plugin.arguments import (
     check_averages,
-    check_choice,
     check_running,
     check_storage_unchanged,
     choose_format,
@@ -49,7 +48,7 @@ class FormatsInForce:
     def __init__(
         self, training: PrecisionPolicy | None, evaluation: PrecisionPolicy | None, emulate: Emulate = "auto"
     ) -> None:
-        check_choice("emulate", emulate, EMULATE)
+        check_emulate(emulate)
         self.configured = self.training = training
         self.evaluation = evaluation
         self.emulate = emulate

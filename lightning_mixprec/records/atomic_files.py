@@ -7,6 +7,23 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning_mixprec.errors import MixPrecError
+
+
+def path_of(given: object, what: str) -> Path:
+    """The path that a user gave, with ``~`` as the home folder.
+
+    Args:
+        given: A path; anything else is refused.
+        what: What it is the path of, for the error.
+
+    Raises:
+        MixPrecError: It is no path, or an empty one.
+    """
+    if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
+        raise MixPrecError(f"the path of {what} is {given!r} ({type(given).__name__}); give one as text or a Path")
+    return Path(os.fsdecode(given)).expanduser()
+
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file, its folder too: what stood there before stays whole until the new content is complete.

@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,6 +23,21 @@ class Place(TypedDict):
     step: Count
     epoch: NotRequired[Count]
     batch_idx: NotRequired[Count]
+
+
+class Named(Mapping[str, Any]):
+    """A base for dataclasses whose fields are read as attributes or, as in a dict, by name."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in vars(self):
+            raise KeyError(name)
+        return vars(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def __len__(self) -> int:
+        return len(vars(self))
 
 
 Shapes = Mapping[str, Any]

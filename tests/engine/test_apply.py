@@ -235,3 +235,23 @@ def test_a_big_model_is_changed_quickly(attached):
         attachment.change(high)
         assert time.process_time() - began < 5
         assert len(borders(model)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"assignment": "bf16"}, "attach was given a Sequential and a str; give a module and its assignment"),
+        ({"model": None}, "attach was given a NoneType and a Assignment; give a module and its assignment"),
+        ({"model": nn.Sequential(nn.Linear(1, 1))}, "the assignment is not of this Sequential: '1' is in one of them"),
+        ({"model": nn.Sequential(*[nn.ReLU()] * 3)}, "the assignment is not of this Sequential: '2' is in one of them"),
+        ({"device_type": "cuda:0"}, "device_type is 'cuda:0'; it must be 'cpu' or 'cuda'"),
+        ({"device_type": ["cpu"]}, r"device_type is \['cpu'\]; it must be"),
+        ({"emulate": 1.0}, "emulate is 1.0; allowed are 'auto', True, False"),
+    ],
+)
+def test_what_is_no_model_assignment_or_device_is_one_line(arguments, message):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    good = {"model": model, "assignment": as_policy("bf16").resolve(model), "device_type": "cpu"}
+    with pytest.raises(MixPrecError, match=f"^{message}"):
+        attach(**{**good, **arguments})
+    attach(**good).detach()

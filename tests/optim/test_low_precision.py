@@ -44,6 +44,9 @@ def weight(dtype=torch.bfloat16):
         ({"seed": 0.5}, "seed is 0.5; it must be a whole number"),
         ({"seed": True}, "seed is True; it must be a whole number"),
         ({"grad_dtype": torch.float64}, "grad_dtype is torch.float64; give torch.float32"),
+        ({"lr": "1e-3"}, "lr is '1e-3' (str); it must be a number"),
+        ({"lr": None}, "lr is None (NoneType); it must be a number"),
+        ({"weight_decay": [0.1]}, "weight_decay is [0.1] (list); it must be a number"),
     ],
 )
 def test_an_option_that_is_none_is_one_line(optimizer_class, options, message):
@@ -51,6 +54,26 @@ def test_an_option_that_is_none_is_one_line(optimizer_class, options, message):
         optimizer_class([weight()], **options)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("betas", [None, 0.9, (0.9,), (0.9, 0.99, 0.999), (0.9, "0.999")])
+def test_betas_are_two_numbers(betas):
+    with pytest.raises(MixPrecError, match=r"^betas is .*; it must be two numbers, as in \(0.9, 0.999\)$"):
+        AdamW([weight()], betas=betas)
+
+
+@pytest.mark.parametrize("option", ["momentum", "dampening"])
+def test_options_of_sgd_are_numbers(option):
+    with pytest.raises(MixPrecError, match=f"^{option} is 'a' \\(str\\); it must be a number$"):
+        SGD([weight()], **{option: "a"})
+
+
+@pytest.mark.parametrize("given", [None, 3, "adamw", [None], [AdamW([weight()]), 3]])
+def test_full_weights_need_a_module_and_its_optimizers(given):
+    with pytest.raises(MixPrecError, match="^fp32_state_dict was given a Linear and a .*; give a module, and its opt"):
+        fp32_state_dict(torch.nn.Linear(1, 1), given)
+    with pytest.raises(MixPrecError, match="^fp32_state_dict was given a dict and a AdamW"):
+        fp32_state_dict({}, AdamW([weight()]))
 
 
 @pytest.mark.parametrize("optimizer_class", BOTH)

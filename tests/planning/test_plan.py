@@ -123,6 +123,14 @@ def test_rows_add_up_to_the_prediction_and_the_policy_gives_what_is_chosen():
     assert resolved["head"].compute == resolved["blocks.0.0"].compute  # one variable
 
 
+def test_what_is_predicted_is_read_as_attributes_and_by_name():
+    predicted = plan_of().predicted
+    assert dict(predicted) == {name: getattr(predicted, name) for name in vars(predicted)}
+    assert list(predicted) == ["loss_gap", "seconds", "memory_bytes", "low_precision_share"]
+    assert predicted["loss_gap"] == predicted.loss_gap and predicted.get("vars") is None
+    assert predicted == replace(predicted) and len({predicted, replace(predicted)}) == 1
+
+
 def test_what_cannot_be_used_is_not_offered_and_told():
     plan = plan_of(budget={"time": 0.7}, seed=3, problem="its output overflows (amax 1e+06)")
     assert plan.problems

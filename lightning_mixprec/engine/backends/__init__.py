@@ -11,11 +11,11 @@ from lightning_mixprec.engine.backends.int8 import Int8
 from lightning_mixprec.engine.backends.narrow import Narrow, WithoutNarrow
 from lightning_mixprec.engine.backends.protocol import Backend, Region
 from lightning_mixprec.engine.backends.scaled_linear import NarrowLinear
+from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.devices import native_support
 from lightning_mixprec.numerics.formats import compute_formats, get_format
 
 __all__ = [
-    "EMULATE",
     "Backend",
     "Backends",
     "Emulate",
@@ -25,12 +25,20 @@ __all__ = [
     "NarrowLinear",
     "Region",
     "WithoutNarrow",
+    "check_emulate",
 ]
 
 Emulate = bool | Literal["auto"]
 
-EMULATE: tuple[Emulate, ...] = ("auto", True, False)
-"""What ``emulate`` may be: emulation where the device has no arithmetic of its own, wherever it can, or nowhere."""
+
+def check_emulate(value: object) -> None:
+    """Raises unless it is ``"auto"`` (emulation where the device has no arithmetic of its own), True or False.
+
+    Raises:
+        SupportError: It is something else; 1 and 0 are.
+    """
+    if not isinstance(value, bool) and value != "auto":
+        raise SupportError(f"emulate is {value!r}; allowed are 'auto', True, False")
 
 
 class Manner(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.records.atomic_files import write_text
+from lightning_mixprec.records.atomic_files import path_of, write_text
 
 _MAX_DEPTH = 6
 _UNQUOTED_STAR = re.compile(r"(?:^|[\s,\[{])(\*(?:\[[^\]\s]*\]|[^\s:,#\]}]|:(?=\S))*)")
@@ -84,7 +84,7 @@ def read(path: str | os.PathLike[str]) -> Document:
     Raises:
         PolicyError: the file cannot be read or is no valid YAML; the message names file and line.
     """
-    text = _read_text(path)
+    text = _read_text(path_of(path, "a policy"))
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -99,12 +99,12 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     text = yaml.dump(
         dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False
     )
-    write_text(path, text)
+    write_text(path_of(path, "a policy"), text)
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def _read_text(path: Path) -> str:
     try:
-        return Path(path).expanduser().read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise PolicyError(f"the policy file {os.fspath(path)} does not exist; give the path of a YAML file") from None
     except UnicodeDecodeError:
