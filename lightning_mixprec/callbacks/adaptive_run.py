@@ -283,7 +283,7 @@ class AdaptiveRun:
     def wanted(self, *, statistics: bool) -> Wanted:
         """The questions that a decision may ask of a step in fp32."""
         flops = not self._flops
-        return Wanted(statistics=statistics, max_elements=MAX_ELEMENTS, max_bytes=MAX_BYTES, flops=flops)
+        return Wanted(statistics, agreement=True, max_elements=MAX_ELEMENTS, max_bytes=MAX_BYTES, flops=flops)
 
     def _comparison(self, kept: KeptBatch, *, statistics: bool) -> Comparison:
         return Comparison(self._module, PluginFormats(self._plugin), kept, self.wanted(statistics=statistics))

@@ -19,7 +19,7 @@ from lightning_mixprec.numerics.plots import draw_layers
 from lightning_mixprec.records import advice
 from lightning_mixprec.records.samples import Closeness, Fidelity, LossRow
 from lightning_mixprec.records.schema import Count
-from lightning_mixprec.records.words import cell, listed, written
+from lightning_mixprec.records.words import MEASURED, cell, listed, short, written
 
 
 class FidelityMonitor(SamplingMonitor):
@@ -142,7 +142,8 @@ class FidelityMonitor(SamplingMonitor):
             self._log(trainer, {"min_grad_cosine": min(known, default=math.nan)})
         self._write(found.place, **self._row(found, gap))
         for layer in compared:
-            closeness: Closeness = {"grad_cosine": cosines.get(layer), "sqnr_db": found.sqnr_db.get(layer)}
+            sqnr = short(found.sqnr_db.get(layer), MEASURED)
+            closeness: Closeness = {"grad_cosine": short(cosines.get(layer)), "sqnr_db": sqnr}
             self._write(found.place, layer=layer, **closeness)
         self._warn(f"step {found.place['step']}", cosines, set(found.layers))
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_mixprec.callbacks.loss_curve import LossCurve, loss_in
 from lightning_mixprec.callbacks.monitor import is_quiet, monitors
-from lightning_mixprec.callbacks.report_rows import described, environment, sampled, short
+from lightning_mixprec.callbacks.report_rows import described, environment, sampled
 from lightning_mixprec.callbacks.sampling import MAX_LAYERS, SamplingMonitor
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.evidence.comparison import MAX_ELEMENTS, Wanted
@@ -22,6 +22,7 @@ from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.policy.idle_rules import covered_layers
 from lightning_mixprec.records import runs
 from lightning_mixprec.records.changes import told_shortly
+from lightning_mixprec.records.words import short
 from lightning_mixprec.report.writing import write_report
 
 
@@ -198,7 +199,7 @@ class PrecisionReport(SamplingMonitor):
             curve: runs.Curve = {
                 "steps": chunk["steps"],
                 "loss": [short(loss) for loss in chunk["loss"]],
-                "scale": [short(scale) for scale in chunk["scale"]],
+                "scale": chunk["scale"],
                 "skipped": chunk["skipped"],
                 "infinite": [place for place, loss in enumerate(chunk["loss"]) if math.isinf(loss)],
             }

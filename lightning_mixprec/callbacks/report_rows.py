@@ -3,7 +3,6 @@
 import math
 import platform
 from collections.abc import Callable, Collection
-from typing import Any
 
 import lightning
 import lightning.pytorch as pl
@@ -19,6 +18,7 @@ from lightning_mixprec.plugin.lightnings import Precision
 from lightning_mixprec.plugin.precision import PerLayerPrecision
 from lightning_mixprec.records.runs import CountedExponents, DescribedLayer, Histograms, Sample, SampledLayer
 from lightning_mixprec.records.samples import Losses
+from lightning_mixprec.records.words import MEASURED, short
 
 _CHOSEN = 8
 
@@ -93,11 +93,11 @@ def sampled(found: Findings, format_by_layer: Callable[[str], str], chosen: Coll
 def _shortened(losses: Losses) -> SampledLayer:
     return SampledLayer(
         format=losses["format"],
-        underflow_rate=short(losses["underflow_rate"]),
-        subnormal_share=short(losses["subnormal_share"]),
-        headroom_bits=short(losses["headroom_bits"]),
-        output_headroom_bits=short(losses["output_headroom_bits"]),
-        best_scale=short(losses["what_if"]["fp16"]["best_scale"]),
+        underflow_rate=short(losses["underflow_rate"], MEASURED),
+        subnormal_share=short(losses["subnormal_share"], MEASURED),
+        headroom_bits=short(losses["headroom_bits"], MEASURED),
+        output_headroom_bits=short(losses["output_headroom_bits"], MEASURED),
+        best_scale=losses["what_if"]["fp16"]["best_scale"],
     )
 
 
@@ -126,12 +126,3 @@ def _histogram(counted: Histogram | None) -> CountedExponents | None:
     occupied = [place for place, count in enumerate(counts) if count]
     first, last = (occupied[0], occupied[-1]) if occupied else (0, -1)
     return {"lowest": first + LOWEST, "counts": counts[first : last + 1], "zeros": int(counted.zeros)}
-
-
-def short(value: Any) -> Any:
-    """A number with seven significant digits, enough for every drawing.
-
-    >>> short(0.1234567890), short(None), short(3)
-    (0.1234568, None, 3)
-    """
-    return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.engine.transfer import Transfer
-from lightning_mixprec.numerics.flat_batches import local_part, sample
+from lightning_mixprec.numerics.flat_batches import local_part, on_device, sample
 from lightning_mixprec.optim.kept_weights import is_narrow, keeping_in
 from lightning_mixprec.optim.low_precision import LowPrecisionOptimizer
 from lightning_mixprec.records.advice import STILL_SAMPLES
@@ -114,7 +114,8 @@ class StagnationCheck:
                 continue
             has_gradient = self._sampled(param.grad) != 0
             for is_step in _conditions(group, found_inf):
-                has_gradient &= is_step.to(has_gradient.device) if isinstance(is_step, Tensor) else is_step
+                if is_step is not True:
+                    has_gradient &= is_step.to(has_gradient.device) if isinstance(is_step, Tensor) else is_step
             self._before[name] = (param, optimizer, self._weights(param, optimizer), has_gradient)
 
     def after(self) -> None:
@@ -123,14 +124,18 @@ class StagnationCheck:
         row = {layer: index for index, layer in enumerate(self._layers)}
         device = next((param.device for param, *_ in self._before.values()), torch.device("cpu"))
         counts = torch.zeros(len(self._layers), 4, dtype=torch.int64, device=device)
+        places: list[int] = []
+        sums: list[Tensor] = []
         for name, (param, optimizer, weights, has_gradient) in self._before.items():
             stays = has_gradient & (self._weights(param, optimizer) == weights)
-            place = row[self._layer_of[name]]
-            counts[place, :2] += torch.stack([stays.sum(), has_gradient.sum()])
+            places.append(row[self._layer_of[name]])
+            sums += [stays.sum().to(device), has_gradient.sum().to(device)]
             if self._still is not None and is_narrow(param):
                 still = self._still.add(name, weights, has_gradient, stays)
                 if still is not None:
-                    counts[place, 2:] += still
+                    counts[places[-1], 2:] += still
+        if sums:  # of whole numbers: in whatever order a device adds them up
+            counts[:, :2].index_add_(0, on_device(places, device), torch.stack(sums).view(-1, 2))
         if self._still is not None:
             self._still.forget_others(self._before)
         if any(is_sharded(param) for param, *_ in self._before.values()):

@@ -24,7 +24,7 @@ from lightning_mixprec.records.samples import (
     StagnationRow,
     UnderflowRow,
 )
-from lightning_mixprec.records.words import cell, written
+from lightning_mixprec.records.words import MEASURED, cell, short, written
 
 
 class UnderflowMonitor(SamplingMonitor):
@@ -142,9 +142,9 @@ class UnderflowMonitor(SamplingMonitor):
             found = watch.rates()
             for layer, (rate, still) in found.items():
                 self.latest.setdefault(layer, {})["stagnation_rate"] = rate
-                row = StagnationRow(layer=layer, stagnation_rate=rate)
+                row = StagnationRow(layer=layer, stagnation_rate=short(rate, MEASURED))
                 if still is not None:
-                    row["still_rate"] = still
+                    row["still_rate"] = short(still, MEASURED)
                 self._write(place, **row)
             rates = {layer: still for layer, (_, still) in found.items() if still is not None}
             stand = {layer: rate for layer, rate in rates.items() if rate > advice.MAX_STAGNATION}
@@ -159,12 +159,12 @@ class UnderflowMonitor(SamplingMonitor):
             values = describe(layer, found, precision.region)
             stagnation = self.latest.get(layer, {}).get("stagnation_rate")
             latest = cast(KnownLosses, {"stagnation_rate": stagnation, **values})
-            row = cast(UnderflowRow, {"layer": layer, "loss_scale": found.scale, **values})
+            row = cast(UnderflowRow, {"layer": layer, "loss_scale": found.scale, **_in_short(values)})
             self.latest[layer] = latest
             if layer in found.operands:
                 how = {"format": precision.compute, "scaling": precision.eight_bits.scaling}
                 operands: Any = {**how, **found.operands[layer]}
-                latest["operands"] = row["operands"] = operands
+                latest["operands"], row["operands"] = operands, _in_short(operands)
             if self.threshold != advice.MAX_UNDERFLOW:
                 row["threshold"] = self.threshold
             self._write(found.place, **row)
@@ -216,3 +216,10 @@ class UnderflowMonitor(SamplingMonitor):
         rates = {layer: values["underflow_rate"] for layer, values in self.latest.items() if "underflow_rate" in values}
         rates = dict(sorted(rates.items(), key=lambda item: -item[1]))
         return draw_layers(rates, "share of the gradient that rounds to zero", limit=self.threshold, ax=ax)
+
+
+def _in_short(values: Any) -> Any:
+    """Measured numbers as a row has them; scales are powers of two, and stay."""
+    if isinstance(values, dict):
+        return {key: part if key == "best_scale" else _in_short(part) for key, part in values.items()}
+    return short(values, MEASURED)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mixprec.engine.sharding import leaders_of, param_groups, without_hooks
+from lightning_mixprec.engine.sharding import leaders_of, may_be_sharded, param_groups, without_hooks
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.flat_batches import local_part
 
@@ -98,6 +98,9 @@ def gathered(model: nn.Module, layer: nn.Module) -> Iterator[None]:
         SupportError: The layer's weights would take more than the largest group of the model and a rank's part of a set
             of gradients, or are split over ranks otherwise.
     """
+    if not may_be_sharded():
+        yield
+        return
     own = set(layer.modules())
     leaders = [
         leader

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from lightning_mixprec.engine.border_plan import Site, survey
 from lightning_mixprec.errors import PolicyError
@@ -174,9 +174,14 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def may_be_sharded() -> bool:
+    """False in a process that belongs to no group of ranks: nothing is sharded there, and nobody has to look."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def is_any_sharded(model: nn.Module) -> bool:
     """True if ranks hold parts of a model's weights, so that they have to act together."""
-    return any(map(is_sharded, model.parameters()))
+    return may_be_sharded() and any(map(is_sharded, model.parameters()))
 
 
 def leaders_of(model: nn.Module) -> list[Any]:

@@ -202,7 +202,8 @@ class Comparison:
         count = FlopCount(self._every) if wanted.flops else None
         with self._observer or contextlib.nullcontext(), count or contextlib.nullcontext():
             replayed = run(stand_ins)
-        self._size_of_terms = size_of_terms(self._all_owned, stand_ins.parameters, replayed.gradients)
+        if wanted.agreement:
+            self._size_of_terms = size_of_terms(self._all_owned, stand_ins.parameters, replayed.gradients)
         self.flops = count.flops if count is not None else {}
         return replayed
 

@@ -1,9 +1,11 @@
 """Layers that cannot compute in fp32, such as those whose kernels take 16 bits alone: found when they fail."""
 
+import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_any_sharded
@@ -18,11 +20,15 @@ from lightning_mixprec.records.words import also, named
 
 T = TypeVar("T")
 
+_IN_VAIN: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+"""By model the layers, with their formats, whose being left out did not help: they are not left out again."""
+
 
 def in_fp32(replay: StepReplay, run: Callable[[Sandbox], T], tries: int = 3) -> T:
     """Runs something in fp32. If a layer fails, it is run again with that layer's own operations as the run has them.
 
-    Where that is enough, the layer is one of ``replay.formats.not_in_fp32`` from then on, and is told of once.
+    Where that is enough, the layer is one of ``replay.formats.not_in_fp32`` from then on, and is told of once. Where it
+    is not, that is remembered: the next step that fails at the same layer is run once.
 
     Args:
         replay: How to replay steps.
@@ -41,6 +47,8 @@ def in_fp32(replay: StepReplay, run: Callable[[Sandbox], T], tries: int = 3) -> 
         error = raised
         is_no_layers = isinstance(raised, (ReplayError, TraceLeftError, OtherRankError)) or is_out_of_memory(raised)
         found = (_failing(replay, raised), one_line(raised)) if tries and not is_no_layers else None
+        if found is not None and _attempt(found[0], replay) in _IN_VAIN.get(replay.module, ()):
+            found = None
     if is_any_sharded(replay.module):
         _, found = ranks.first_found(found)
     if found is None or not found[0]:
@@ -61,12 +69,20 @@ def _without(failing: list[str], reason: str, replay: StepReplay, error: Excepti
     except Exception as later:
         for layer in failing:
             del left_out[layer]
+        if not isinstance(later, (ReplayError, TraceLeftError, OtherRankError)) and not is_out_of_memory(later):
+            _IN_VAIN.setdefault(replay.module, set()).add(_attempt(failing, replay))
         raise (later if isinstance(later, TraceLeftError) else error or later) from None
     rank_zero_warn(
         f"{named(failing[0])}{also(failing[1:])} cannot compute in fp32 ({reason}): its own operations stay in the "
         "run's format where steps are compared with fp32."
     )
     return result
+
+
+def _attempt(failing: list[str], replay: StepReplay) -> Any:
+    """Layers to be left out, with what decides whether that helps: their formats, and who is left out already."""
+    formats = replay.formats
+    return frozenset(formats.not_in_fp32), tuple((name, formats.precision_of(name).region) for name in failing)
 
 
 def _failing(replay: StepReplay, error: Exception) -> list[str]:

@@ -54,7 +54,7 @@ class SampledStep:
         found, agreement = self._findings, self._findings.agreement
         if agreement is None or not agreement.is_doubtful:
             return
-        again = Comparison(self._module, self._formats, self._kept, Wanted(only=self._wanted.only))
+        again = Comparison(self._module, self._formats, self._kept, Wanted(agreement=True, only=self._wanted.only))
         found.agreement = self._formats.noise.taken_out_of(agreement, again.self_agreement)
         found.noise = [layer for layer in agreement.layers if layer not in found.agreement.layers]
 

@@ -5,6 +5,9 @@ Every row has ``"monitor"`` (a key of :data:`ROWS` or :data:`PARTS`, which name 
 those of another in the same file; rows of 0.1.0 have none. A number that is not finite is null. Lines are appended, so
 a resumed run goes on in the same file, and under the same ``run_id``; a line that a crash cut short is closed first.
 
+Where a sample has rows of sixteen layers or more these are one line, which has ``"rows"``, their number, and a list
+under each key that differs (see :mod:`~lightning_mixprec.records.folding`). :func:`rows_in` reads both as rows.
+
 A row of ``"adaptive"`` is one of
 
 - a step that was compared with fp32: ``sample`` (``is_finite``, ``loss_gap``, ``min_grad_cosine``) and ``loss_scale``;
@@ -19,13 +22,14 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning_mixprec.records.changes import Came, Decided
 from lightning_mixprec.records.compared import Compared
 from lightning_mixprec.records.events import Event
+from lightning_mixprec.records.folding import folded, unfolded
 from lightning_mixprec.records.runs import Change, Curve, End, Run, Sample
 from lightning_mixprec.records.samples import ClosenessRow, LossRow, NotObservedRow, StagnationRow, UnderflowRow
 from lightning_mixprec.records.schema import Count, matches
@@ -61,21 +65,21 @@ class Journal:
     def __init__(self, folder: str | Path | None, run_id: str = "") -> None:
         self.run_id = run_id
         self.path = Path(folder) / FILE_NAME if folder is not None else None
-        self._lines: list[str] = []
+        self._rows: list[dict[str, Any]] = []
 
     def write(self, **row: Any) -> None:
         """Adds a row; it is in the file after :meth:`flush`."""
         if self.path is not None:
             whose = {"run_id": self.run_id} if self.run_id else {}
-            self._lines.append(json.dumps(plain({**row, **whose}), allow_nan=False))
+            self._rows.append(plain({**row, **whose}))
 
     def flush(self) -> None:
         """Appends the rows to the file, all in one write."""
-        if self.path is None or not self._lines:
+        if self.path is None or not self._rows:
             return
-        lines, self._lines = self._lines, []
+        rows, self._rows = self._rows, []
         try:
-            _append_lines(self.path, lines)
+            _append_lines(self.path, map(_line, folded(rows)))
         except OSError as error:
             says = f"{self.path} cannot be written ({error}); the run goes on without per-layer rows."
             warnings.warn(says, stacklevel=2)
@@ -94,7 +98,7 @@ def rows_in(path: Path) -> Iterator[dict[str, Any]]:
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
                 if isinstance(row, dict) and matches(row.get("step"), Count):
-                    yield row
+                    yield from unfolded(row)
 
 
 def add_row(folder: str | Path, row: dict[str, Any]) -> Path:
@@ -111,7 +115,7 @@ def add_row(folder: str | Path, row: dict[str, Any]) -> Path:
     last = rows[-1] if rows else {}
     whose = {"run_id": last["run_id"]} if last.get("run_id") else {}
     step = {"step": last.get("step", 0)}
-    _append_lines(path, [json.dumps(plain({**row, **step, **whose}), allow_nan=False)])
+    _append_lines(path, [_line(plain({**row, **step, **whose}))])
     return path
 
 
@@ -130,7 +134,11 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 
 
-def _append_lines(path: Path, lines: Sequence[str]) -> None:
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False, separators=(",", ":"))
+
+
+def _append_lines(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     opening = "" if _ends_whole(path) else "\n"
     _append(path, opening + "".join(line + "\n" for line in lines))

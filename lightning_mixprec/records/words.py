@@ -2,6 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
+
+MEASURED = 5
+"""Significant digits of what is measured on a sample of numbers, such as a rate: more mean nothing."""
 
 
 def quoted(layer: str | None) -> str:
@@ -89,3 +93,12 @@ def policy_hint(layer: str, format: str) -> str:
     if layer:
         return f"for example policy={{'default': ..., {layer!r}: {format!r}}}"
     return f"for example a rule {{layers: '', compute: {format}, recurse: false}}"
+
+
+def short(value: Any, digits: int = 7) -> Any:
+    """A number with so many significant digits; seven are enough for every drawing. Anything else is itself.
+
+    >>> short(0.1234567890), short(None), short(3), short(15.088015, 5)
+    (0.1234568, None, 3, 15.088)
+    """
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

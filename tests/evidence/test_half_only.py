@@ -163,3 +163,21 @@ class Loud(nn.Module):
 def test_an_overflow_elsewhere_is_named():
     found = diagnose(attending(kernel, Loud()), (torch.ones(2, 5, 6), torch.zeros(2, 2)), "fp16")
     assert (found["verdict"], found["layer"], found["fits"]) == ("precision", "net.3.up", "bf16")
+
+
+@pytest.mark.parametrize("plugin", [ours, stock])
+def test_a_layer_that_cannot_be_helped_is_not_tried_again_at_each_sample(plugin, monkeypatch):
+    """It fails in fp32, also with its own operations in 16 bits: one replay in fp32 tells from then on."""
+    runs = []
+
+    class Never(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if "log" in vars(task):
+                runs.append(task.trainer.global_step)
+                raise RuntimeError("not in a replay")
+            return x
+
+    task = Task(nn.Sequential(nn.Linear(6, 6), Never(), nn.Flatten(), nn.Linear(30, 2)))
+    with pytest.warns(UserWarning, match="could not sample step 0"):
+        fit(task, plugin("bf16"), Batches(5, 6, count=4), callbacks=[UnderflowMonitor(1)])
+    assert [runs.count(step) for step in range(4)] == [3, 1, 1, 1]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.lent_shards import largest_group_bytes
-from lightning_mixprec.engine.sharding import is_sharded
+from lightning_mixprec.engine.sharding import is_any_sharded, is_sharded
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.numerics.flat_batches import local_part
 
@@ -45,9 +45,9 @@ def free_host_bytes() -> int:
 
 def agree_on_room(module: nn.Module, device: torch.device) -> None:
     """Raises on all ranks if one has no room for what a replay takes of weights that are sharded."""
-    sharded = [param for param in module.parameters() if is_sharded(param)]
-    if not sharded:
+    if not is_any_sharded(module):
         return
+    sharded = [param for param in module.parameters() if is_sharded(param)]
     needed = 2 * 4 * sum(local_part(param.detach()).numel() for param in sharded) + largest_group_bytes(module)
     free = free_cuda_bytes(device) if device.type == "cuda" else free_host_bytes() // ranks.count()
     if ranks.is_any(needed > free, device):

@@ -52,10 +52,10 @@ def size_of_terms(
         gradients: Gradients by name.
     """
     trained = {name: weights[name].detach() for name in gradients}
-    squares = torch.stack([gradient_dots(owned, each, each)[:, 0] for each in (trained, gradients)])
+    squares = gradient_dots(owned, trained, gradients)[:, 1:].contiguous()
     if any(map(is_sharded, gradients.values())):
         ranks.add_up([squares])
-    return _SHARE_OF_TERMS * squares.sqrt().prod(0).sum()
+    return _SHARE_OF_TERMS * squares.sqrt().prod(-1).sum()
 
 
 def loss_gap(low: Sequence[Tensor], reference: Sequence[Tensor], least: float | Tensor = 0.0) -> Tensor:

@@ -27,6 +27,7 @@ from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.engine.lent_shards import LentShards, with_local_part
 from lightning_mixprec.errors import MixPrecError, ReplayError, SupportError, TraceLeftError
+from lightning_mixprec.evidence.instruments.restoring import waiting
 from lightning_mixprec.evidence.instruments.restoring.attributes import Attributes
 from lightning_mixprec.evidence.instruments.restoring.contents import version_of
 from lightning_mixprec.evidence.instruments.restoring.guard import Guard
@@ -45,7 +46,7 @@ class RandomState:
     """
 
     def __init__(self, device: torch.device, *, others: bool = True) -> None:
-        self._torch = torch.get_rng_state()
+        self.device, self._torch = device, torch.get_rng_state()
         self._cuda = device if device.type == "cuda" else None
         self._device = torch.cuda.get_rng_state(self._cuda) if self._cuda is not None else None
         self._python = random.getstate() if others else None
@@ -105,14 +106,15 @@ class Sandbox:
         self._refused: list[str] = []
         self._attributes = Attributes(model, self._refuse)
         _refuse_lazy(self._attributes.modules)
+        self._training = _training_flags(self._attributes.modules)
         originals = dict(model.named_parameters())
         self._guard = Guard(self._attributes.modules, self._attributes.leaves, optimizers)
         sharded = [local_part(each.tensor) for each in self._guard.own if sharding.is_sharded(each.tensor)]
         self._attributes.contents.watch(sharded)
-        self._copies = {id(each.tensor): _copy(each.tensor, widen) for each in self._guard.own}
+        widened = half_dtypes() if widen else ()
+        self._copies = {id(each.tensor): _copy(each.tensor, widened) for each in self._guard.own}
         self.trained = {name for name, param in originals.items() if param.requires_grad}
         self.parameters = {name: self._copies[id(param)] for name, param in originals.items()}
-        self._versions = {key: version_of(stand_in) for key, stand_in in self._copies.items()}
 
     def of(self, original: Tensor) -> Tensor | None:
         """The stand-in of one of the model's own tensors."""
@@ -147,24 +149,34 @@ class Sandbox:
             if not isinstance(interruption, Exception):
                 raise interruption
         written, lost = self._guard.check(self._model, self._pristine, self._attributes.contents.was_written_back)
+        others = [] if random.is_same(RandomState(random.device, others=False)) else ["random numbers"]
+        others += [] if self._training == _training_flags(self._attributes.modules) else ["training flags"]
         locked = list(self._attributes.contents.locked)
         del self._attributes, self._guard  # which know this: the stand-ins go at once
-        if failed or lost:
-            reason = f"it wrote to {_some(lost)}" if lost else f"{type(failed[0]).__name__}: {failed[0]}"
+        if failed or lost or others:
+            reason = f"{type(failed[0]).__name__}: {failed[0]}" if failed else f"other {_some(others)}"
+            reason = f"it wrote to {_some(lost)}" if lost else reason
             return TraceLeftError(_LOST.format(reason.splitlines()[0]))
         if written:
             return ReplayError(_WRITTEN.format(_some(written)))
         if locked and isinstance(error, ValueError) and "read-only" in str(error):
             return ReplayError(_LOCKED.format(_some(locked)))
-        return ReplayError(_REFUSED.format(self._refused[0])) if self._refused else None
+        return ReplayError(self._refused[0]) if self._refused else None
 
     def _refuse(self, name: str) -> ReplayError:
-        self._refused.append(name)
-        return ReplayError(_REFUSED.format(name))
+        return self._refuse_because(_REFUSED.format(name))
+
+    def end_wait(self, where: str) -> ReplayError:
+        """The error that ends a wait of the step."""
+        return self._refuse_because(_WAITED.format(where))
+
+    def _refuse_because(self, message: str) -> ReplayError:
+        self._refused.append(message)
+        return ReplayError(message)
 
     def _pristine(self, original: Tensor) -> Tensor | None:
         stand_in = self._copies[id(original)]
-        return stand_in if version_of(stand_in) == self._versions[id(original)] else None
+        return stand_in if version_of(stand_in) == 0 else None
 
 
 @contextlib.contextmanager
@@ -201,14 +213,16 @@ def sandbox(
     _refuse_if_stopped(run, model, device)
     state = RandomState(device)
     with contextlib.ExitStack() as stack:
-        shards = None if is_gathered or not sharding.leaders_of(model) else LentShards(model)
+        has_shards = not is_gathered and sharding.may_be_sharded() and bool(sharding.leaders_of(model))
+        shards = LentShards(model) if has_shards else None
         opened = Sandbox(model, widen, device, optimizers, shards)
         stack.enter_context(uncompiled())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
             opened.open(as_stored=widen or as_stored)
-            yield opened
+            with waiting.ended(opened.end_wait):
+                yield opened
         except BaseException as error:
             found = opened.close(state, error)
             if found is not None and isinstance(error, Exception):
@@ -250,6 +264,10 @@ _REFUSED = (
     "the step uses {}, which cannot be put back after a replay; nothing was taken from it or given to it, and "
     f"{_NO_FURTHER}: use it outside training_step, or in a function of your own that is not within the module's reach"
 )
+_WAITED = (
+    "the step waits in a replay for what does not come while training stands still ({}); it was ended, and "
+    f"{_NO_FURTHER}: wait outside training_step, as in on_train_batch_start"
+)
 _LOCKED = (
     "the step writes to {}, which is too large to be copied for a replay; nothing was written, and "
     f"{_NO_FURTHER}: make it a tensor, of which only what is written is copied"
@@ -264,18 +282,21 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _copy(tensor: Tensor, widen: bool) -> Tensor:
-    is_widened = widen and tensor.dtype in half_dtypes()
+def _copy(tensor: Tensor, widened: Sequence[torch.dtype]) -> Tensor:
     if sharding.is_sharded(tensor):
         copied = with_local_part(tensor, local_part(tensor.detach()).data)
     else:
         copied = tensor.detach().clone()
-    if is_widened:
+    if tensor.dtype in widened:
         copied = copied.float()
     if isinstance(tensor, nn.Parameter):
         copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
         vars(copied).update(vars(tensor))
     return copied
+
+
+def _training_flags(modules: Iterable[nn.Module]) -> list[bool]:
+    return [module.training for module in modules]
 
 
 def _refuse_lazy(modules: list[nn.Module]) -> None:

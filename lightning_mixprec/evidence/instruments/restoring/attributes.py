@@ -139,8 +139,11 @@ class Attributes:
             self.modules.append(each)
             self._known.update((id(each), id(each._parameters), id(each._buffers)))
             for table in (each._parameters, each._buffers):
-                self._own.update(map(id, table.values()))
-                self._hold(containers.table_kind(table), table, ())
+                if type(table) is dict and not table:
+                    self._empty.append(table)
+                else:
+                    self._own.update(map(id, table.values()))
+                    self._hold(containers.table_kind(table), table, ())
         for name, each in new:
             self._hold(containers.ATTRIBUTES, vars(each), (path, name) if name else path)
             self._restores.append(partial(_give_class, each, type(each)))
@@ -194,6 +197,11 @@ class Attributes:
         for kind, held in parts:
             self._hold(kind, held, path)
 
+    def _take_lock(self, lock: Any, path: Path, holder: int | None) -> None:
+        lent = refusals.LentLock(lock, partial(self._refused, f"the lock {named(path)}, which somebody else holds"))
+        self._stand_ins[id(lock)] = lent
+        self._restores.append(lent.put_back)
+
     def _refuse(self, value: Any, path: Path, holder: int | None) -> None:
         copied = refusals.copied(value)
         refused = refusals.refusal(value, partial(self._refused, named(path))) if copied is None else copied
@@ -237,6 +245,7 @@ def _taker(kind: type) -> str | None:
         (is_array(kind), "_take_array"),
         (_is_refused(kind), "_refuse"),
         (containers.kind_of(kind) is not None, "_take_container"),
+        (refusals.is_lock(kind), "_take_lock"),
         (is_others, None),
     )
     return next((taker for is_chosen, taker in choices if is_chosen), "_take_object")

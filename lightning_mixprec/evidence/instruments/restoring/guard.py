@@ -112,17 +112,17 @@ class Guard:
             The names of those that were written back, and of those that could not be.
         """
         written: list[str] = []
-        if any(each.is_written for each in self.own):
+        changed = [each for each in self.own if each.is_written]
+        if changed:
             names = {id(each): name for name, each in (*model.named_parameters(), *model.named_buffers())}
-            self.own = [each._replace(name=names.get(id(each.tensor), each.name)) for each in self.own]
+            changed = [each._replace(name=names.get(id(each.tensor), each.name)) for each in changed]
         lost = [each.name for each in self._others if each.is_written]
-        for each in self.own:
-            if each.is_written:
-                if is_sharded(each.tensor):
-                    is_back = was_written_back(local_part(each.tensor))
-                elif is_back := (copy := copy_of(each.tensor)) is not None:
-                    each.tensor.data.copy_(copy)
-                (written if is_back else lost).append(each.name)
+        for each in changed:
+            if is_sharded(each.tensor):
+                is_back = was_written_back(local_part(each.tensor))
+            elif is_back := (copy := copy_of(each.tensor)) is not None:
+                each.tensor.data.copy_(copy)
+            (written if is_back else lost).append(each.name)
         return written, lost
 
     def _take(self, optimizer: Optimizer) -> None:

@@ -2,6 +2,8 @@
 
 A step that asks one for something gets an error instead, so that nothing is taken from the object, nothing is written
 to it, and nobody waits for it. Other threads go on with the object itself.
+
+A lock may be taken; what the step leaves locked or unlocked is put back.
 """
 
 import copy
@@ -17,7 +19,11 @@ _COPIED: tuple[type, ...] = (
     *map(type, map(iter, ([], (), "", b"", range(0), set(), {}, {0: 0}.values(), {0: 0}.items()))),
     *(type(reversed([])), itertools.count),
 )
+_LOCKS: tuple[type, ...] = (type(threading.Lock()), type(threading.RLock()))
 _SILENT = {"write", "writelines", "flush"}
+LOCK_SECONDS = 10.0
+"""How long a step waits in a replay for a lock that somebody else holds."""
+
 _OPERATORS: tuple[str, ...]
 _OPERATORS = ("call", "iter", "next", "len", "getitem", "setitem", "delitem", "contains", "reversed", "enter", "exit")
 _OPERATORS += ("aiter", "anext", "await", "aenter", "aexit", "setattr", "delattr", "reduce_ex", "deepcopy", "copy")
@@ -63,3 +69,55 @@ def refusal(value: Any, refused: Callable[[], Exception]) -> Any:
     members["__getattr__"] = lambda self, name: asked(name)
     members["__class__"] = property(lambda self: type(value))
     return type("Refusal", (), members)()
+
+
+def is_lock(type_of_value: type) -> bool:
+    """True for the locks that Python has built in."""
+    return issubclass(type_of_value, _LOCKS)
+
+
+class LentLock:
+    """A lock as a step has it in a replay: it is waited for a while, not for ever, and is as it was at the end.
+
+    Args:
+        lock: The lock itself, which other threads go on with.
+        refused: Called when it has been waited for in vain; gives the error.
+    """
+
+    def __init__(self, lock: Any, refused: Callable[[], Exception]) -> None:
+        self._lock, self._refused = lock, refused
+        self._owner, self._taken = threading.get_ident(), 0
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Takes the lock."""
+        if threading.get_ident() != self._owner:
+            return bool(self._lock.acquire(blocking, timeout))
+        is_patient = blocking and not 0 <= timeout <= LOCK_SECONDS
+        is_taken = self._lock.acquire(blocking, LOCK_SECONDS if is_patient else timeout)
+        if is_patient and not is_taken:
+            raise self._refused()
+        self._taken += is_taken
+        return bool(is_taken)
+
+    def release(self) -> None:
+        """Lets go of the lock."""
+        self._lock.release()
+        self._taken -= threading.get_ident() == self._owner
+
+    def put_back(self) -> None:
+        """Lets go of what the step has taken, and takes what it let go of."""
+        while self._taken > 0:
+            self.release()
+        while self._taken < 0 and self.acquire(False):
+            pass
+        if self._taken:
+            raise RuntimeError("the step let go of a lock that another thread has taken since")
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lock, name)
