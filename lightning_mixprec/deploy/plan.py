@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.optim import Optimizer
 
 from lightning_mixprec.deploy.plan_check import PlanCheck
 from lightning_mixprec.deploy.prepared import check_count, check_trainer, is_datamodule, prepared
@@ -53,8 +54,8 @@ def plan(
             time at no more loss gap than the uniform 16-bit policy is predicted to have.
         pin: Patterns of layers that stay in fp32.
         seed: Of the random numbers that batches begin with.
-        trainer: A Trainer, of whose run module and batches are taken, as they are before its first step; no step is
-            taken.
+        trainer: A Trainer, of whose run module, batches and optimizers are taken, as they are before its first step;
+            no step is taken. Without one, memory is that with torch's AdamW.
         max_batches: How many of the batches are looked at, at most.
 
     Returns:
@@ -80,7 +81,7 @@ def plan(
         check = PlanCheck(module, batches, seed)
         check.check_reference()
         sensitivities = measure_sensitivities(module, batches, offered, pin=pinned, seed=seed)
-        costs = measure_costs(module, batches, offered, device=device)
+        costs = measure_costs(module, batches, offered, device=device, optimizer=_optimizers(module))
         made = PrecisionPlan.of(module, sensitivities, costs, offered, asked)
         measured = check.measured(made.policy, timed=_is_at_hand(device, module.device))
         return replace(made, measured=measured)
@@ -124,6 +125,11 @@ def _batches(batches: Any, most: int) -> list[Any]:
     if not taken:
         raise PlanError("batches has no batch; give one at least")
     return taken
+
+
+def _optimizers(module: pl.LightningModule) -> Sequence[Optimizer] | None:
+    """Those of a module in a run; None without one."""
+    return module.trainer.optimizers if module._trainer is not None else None
 
 
 def _is_at_hand(device: str | None, here: torch.device) -> bool:

@@ -1,7 +1,6 @@
 """The check of a plan: its policy is run on the batches, beside fp32, and what comes out stands beside the promise."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ from lightning_mixprec.evidence.half_only import in_fp32
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
-from lightning_mixprec.numerics.devices.timing import wait_for
+from lightning_mixprec.numerics.devices.timing import seconds_at
 from lightning_mixprec.numerics.formats import REFERENCE
 from lightning_mixprec.planning.plan_files import Measured
 from lightning_mixprec.policy.policy import PrecisionPolicy
@@ -125,11 +124,9 @@ class PlanCheck:
         return min(times[low]), min(times[wide])
 
     def _timed(self, replay: StepReplay, stand_ins: Sandbox) -> float:
-        wait_for(self._module.device)
-        start = time.perf_counter()
+        start = seconds_at(self._module.device)
         self._run(replay, stand_ins, 0)
-        wait_for(self._module.device)
-        return time.perf_counter() - start
+        return seconds_at(self._module.device) - start
 
     def _told(self, number: int, run: Callable[[], T]) -> T:
         """What a run gives; an error of the step as one line."""

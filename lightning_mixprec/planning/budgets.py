@@ -2,24 +2,42 @@
 
 Costs are as a user says them: time and memory as shares of all in the reference, arithmetic as a share of the flops.
 What does not depend on formats is a variable with one option.
+
+The solver adds up, and what is predicted of a step is no sum (``Costs.of_step``). So what was chosen is predicted, and
+the solver is asked again, with the bounds of its sums moved, until the prediction keeps what was asked.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_mixprec.errors import PlanError
 from lightning_mixprec.numerics.formats import get_format
-from lightning_mixprec.planning.cost import Costs
+from lightning_mixprec.planning.cost import Costs, Predicted
 from lightning_mixprec.planning.sensitivity import Sensitivities
-from lightning_mixprec.planning.solver import Meeting, Option, Problem, solve
+from lightning_mixprec.planning.solver import Meeting, Option, Problem, Solution, solve
 from lightning_mixprec.policy.rules import did_you_mean
 
 BUDGETS = ("loss_gap", "time", "memory", "low_precision_share")
 """The keys of a budget."""
 
 Budget = Mapping[str, float]
+
+_OF_A_STEP = ("time", "memory")
+"""The costs whose prediction is no sum."""
+
+_ROUNDS = 6
+"""How often the solver is asked, at most, until what is predicted keeps a budget."""
+
+_CHANGES = 20_000
+"""How many changes of a choice are predicted, at most, times the variables there are: a second or two."""
+
+_SLACK = 1e-9
+"""The share by which a prediction may exceed its budget, which sums of rounded numbers do."""
+
+_ROOM = 1e-3
+"""The share of a budget for which the solver is asked once more."""
 
 
 def check_budget(budget: object) -> dict[str, float] | None:
@@ -76,9 +94,8 @@ class Choice:
     def __init__(self, sensitivities: Sensitivities, costs: Costs, formats: Sequence[str]) -> None:
         self._sensitivities, self._costs, self._formats = sensitivities, costs, tuple(formats)
         reference = sensitivities.reference
-        everywhere = {layer: reference for layers in sensitivities.variables for layer in layers}
-        wide = costs.predicted(dict.fromkeys(costs.layers, reference) | everywhere)
-        self.reference = wide
+        layers = dict.fromkeys(costs.layers, reference)
+        wide, self._wide = costs.predicted(layers), costs.of_step(layers)
         self._seconds, self._bytes = wide.seconds or 1.0, wide.memory_bytes or 1.0
         flops = sum(by_format[reference].flops for by_format in costs.layers.values())
         self._flops, self._has_products = flops or 1.0, flops > 0
@@ -120,17 +137,102 @@ class Choice:
         at_most = {"loss": self._squared_gap(self.uniform())} if budget is None else dict(map(_as_cost, budget.items()))
         is_of_loss = budget is None or budget.keys() == {"loss_gap"}
         least, then = ("time", "loss") if is_of_loss else ("loss", "time")
-        try:
-            found = solve(self._problem(least, at_most), then=then)
-        except PlanError:
-            raise self._unreachable(budget or {}) from None
-        count = len(self._variables)
-        formats = tuple(self._variables[place][found.chosen[place]].format for place in range(count))
-        return Chosen(formats, found.how)
+        found = self._within(least, then, at_most)
+        if found is None:
+            raise self._unreachable(budget or {})
+        if not at_most.keys().isdisjoint(_OF_A_STEP):
+            found = self._improved(found, at_most)
+        return Chosen(self._named(found), found.how)
 
-    def least(self, cost: Literal["time", "memory"]) -> float:
-        """The least of a cost that can be reached, as a share of the reference's."""
-        return solve(self._problem(cost, {})).totals[cost]
+    def predicted(self, chosen: Sequence[str]) -> Predicted:
+        """What is predicted of a step.
+
+        Args:
+            chosen: The format of each variable.
+        """
+        formats = dict.fromkeys(self._costs.layers, self._sensitivities.reference)
+        formats |= {name: chosen[place] for name, place in self._sensitivities.variable_of.items()}
+        gap = math.sqrt(max(self._sensitivities.squared_gap(formats), 0.0))
+        return replace(self._costs.of_step(formats), loss_gap=gap)
+
+    def least(self, cost: str) -> float:
+        """The least of a cost that is reached; time and memory as shares of the reference's."""
+        return self._reached(solve(self._problem(cost, {})), [cost])[cost]
+
+    def _named(self, found: Solution) -> tuple[str, ...]:
+        return tuple(each[place].format for each, place in zip(self._variables, found.chosen, strict=False))
+
+    def _reached(self, found: Solution, costs: Iterable[str]) -> dict[str, float]:
+        """What costs come to in a solution: what is predicted of its step, and the sums of the others."""
+        step = self.predicted(self._named(found))
+        shares = {
+            "time": step.seconds / (self._wide.seconds or 1.0),
+            "memory": step.memory_bytes / (self._wide.memory_bytes or 1.0),
+        }
+        return {cost: shares[cost] if cost in shares else self._sum(cost, found) for cost in costs}
+
+    def _sum(self, cost: str, found: Solution) -> float:
+        return self._problem(cost, {}).total(cost, found.chosen)
+
+    def _within(self, least: str, then: str, at_most: Mapping[str, float]) -> Solution | None:
+        """The best solution that is within bounds, of those that the solver was asked for; None if there is none.
+
+        The bound of a sum begins as what is asked. Then it is what is asked by the ratio of sum and prediction in the
+        solution before: this excludes one that exceeds what is asked, and makes room where one is below it. Where
+        nothing keeps the sums' bounds, that ratio is the one of the least sum.
+        """
+        asked = {cost: at_most[cost] for cost in _OF_A_STEP if cost in at_most}
+        if not asked:
+            return _solved(self._problem(least, at_most), then)
+        others = {cost: most for cost, most in at_most.items() if cost not in asked}
+        bounds, kept, has_least = dict(at_most), list[Solution](), False
+        for _ in range(_ROUNDS):
+            found = [_solved(self._problem(least, bounds), then)]
+            if found == [None] and not has_least:
+                has_least = True
+                found = [_solved(self._problem(cost, others), least) for cost in asked]
+            moved, is_kept = dict[str, float](), False
+            for each in filter(None, found):
+                reached, is_kept = self._reached(each, asked), self._keeps(each, asked)
+                kept += [each] if is_kept else []
+                moved |= {cost: asked[cost] * self._sum(cost, each) / (reached[cost] or 1.0) for cost in asked}
+            if not moved or (is_kept and all(moved[cost] <= bounds[cost] * (1 + _ROOM) for cost in asked)):
+                break
+            bounds |= moved
+        return min(kept, key=lambda each: self._sum(least, each), default=None)
+
+    def _keeps(self, found: Solution, at_most: Mapping[str, float]) -> bool:
+        reached = self._reached(found, at_most)
+        return all(reached[cost] <= most + abs(most) * _SLACK for cost, most in at_most.items())
+
+    def _improved(self, found: Solution, at_most: Mapping[str, float]) -> Solution:
+        """A solution with less loss within the same bounds, by changes of one variable or of two, the best first."""
+        left = _CHANGES // len(self._variables)
+        moves = iter(self._moves(found.chosen, left))
+        while left > 0 and (move := next(moves, None)) is not None:
+            left -= 1
+            chosen = list(found.chosen)
+            for place, option in move:
+                chosen[place] = option
+            changed = replace(found, chosen=tuple(chosen))
+            if self._keeps(changed, at_most):
+                found, moves = changed, iter(self._moves(changed.chosen, left))
+        return found
+
+    def _moves(self, chosen: Sequence[int], most: int) -> list[tuple[tuple[int, int], ...]]:
+        """Changes of one variable, and where there are not too many of two, by how much loss they save."""
+        adds = {
+            (place, option): each.costs["loss"] - options[chosen[place]].costs["loss"]
+            for place, options in enumerate(self._variables)
+            for option, each in enumerate(options)
+            if option != chosen[place]
+        }
+        saving, adding = ([move for move, added in adds.items() if (added < 0) == is_less] for is_less in (True, False))
+        found: dict[tuple[tuple[int, int], ...], float] = {(move,): adds[move] for move in saving}
+        if len(saving) * len(adding) <= most:
+            pairs = [(one, other) for one in saving for other in adding if one[0] != other[0]]
+            found |= {pair: added for pair in pairs if (added := adds[pair[0]] + adds[pair[1]]) < 0}
+        return sorted(found, key=found.__getitem__)
 
     def _squared_gap(self, formats: Sequence[str]) -> float:
         offers = self._sensitivities.offers
@@ -191,17 +293,33 @@ class Choice:
         return Problem([*self._variables, self._rest], self._meetings, least=least, at_most=at_most)
 
     def _unreachable(self, budget: Budget) -> PlanError:
-        """The error that says what of a budget cannot be reached, each part alone."""
-        beyond = []
-        for key, asked in budget.items():
-            cost, bound = _as_cost((key, asked))
-            least = solve(self._problem(cost, {})).totals[cost]
-            if least > bound * (1 + 1e-9):
-                beyond.append(_said(key, asked, least))
+        """The error that says what of a budget cannot be reached, and what can."""
+        asked = {key: _as_cost((key, value)) for key, value in budget.items()}
+        beyond = [
+            _said(key, budget[key], least)
+            for key, (cost, most) in asked.items()
+            if (least := self.least(cost)) > most + abs(most) * _SLACK
+        ]
         if beyond:
-            return PlanError(f"{'; '.join(beyond)}; ask for less, or offer narrower formats")
+            return PlanError(f"{'; '.join(beyond)}, or offer narrower formats")
         all_asked = " and ".join(f"{key} {value:g}" for key, value in budget.items())
-        return PlanError(f"no choice of formats keeps {all_asked} at once, though each alone can be; ask for less")
+        told = []
+        for key, (cost, _) in asked.items():
+            others = dict(each for name, each in asked.items() if name != key)
+            if (found := self._within(cost, "loss", others)) is not None:
+                told.append(_reachable(key, self._reached(found, [cost])[cost], key))
+        way_out = (
+            f"where the others are kept, {', and '.join(told)}; go to that with one of them" if told else "drop one"
+        )
+        return PlanError(f"no choice of formats keeps {all_asked} at once, though each alone can be: {way_out}")
+
+
+def _solved(problem: Problem, then: str) -> Solution | None:
+    """The solution of a problem; None if there is none."""
+    try:
+        return solve(problem, then=then)
+    except PlanError:
+        return None
 
 
 def _as_cost(item: tuple[str, float]) -> tuple[str, float]:
@@ -213,8 +331,24 @@ def _as_cost(item: tuple[str, float]) -> tuple[str, float]:
 
 
 def _said(key: str, asked: float, least: float) -> str:
-    if key == "loss_gap":
-        return f"a loss gap of {asked:g} cannot be kept: the least reachable is {math.sqrt(max(least, 0.0)):.3g}"
+    """What cannot be kept, what can, and in which direction that is."""
     if key == "low_precision_share":
-        return f"a low_precision_share of {asked:g} cannot be reached: the largest reachable is {1 - least:.3g}"
-    return f"a {key} of {asked:g} of the reference's cannot be kept: the least reachable is {least:.3g}"
+        return f"a {key} of {asked:g} cannot be reached: {_reachable(key, least)}; lower it to that"
+    of = "" if key == "loss_gap" else " of the reference's"
+    return f"a {key} of {asked:g}{of} cannot be kept: {_reachable(key, least)}; raise it to that"
+
+
+def _reachable(key: str, least: float, what: str = "reachable") -> str:
+    """The least of a cost in a user's units, rounded so that it can be reached."""
+    if key == "low_precision_share":
+        return f"the largest {what} is {_rounded(max(1 - least, 0.0), down=True):g}"
+    value = math.sqrt(max(least, 0.0)) if key == "loss_gap" else least
+    return f"the least {what} is {_rounded(value, down=False):g}"
+
+
+def _rounded(value: float, *, down: bool) -> float:
+    """Three digits, not above or not below."""
+    if not value:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(abs(value))) - 2)
+    return (math.floor(value / unit * (1 + _SLACK)) if down else math.ceil(value / unit * (1 - _SLACK))) * unit

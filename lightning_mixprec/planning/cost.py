@@ -7,7 +7,7 @@ top.
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
@@ -65,7 +65,7 @@ class Predicted(Named):
     Attributes:
         loss_gap: The loss gap to the reference; None if that was not measured.
         seconds: The time of a step.
-        memory_bytes: The memory of a step.
+        memory_bytes: The memory of a step, at its peak; added up (``Costs.predicted``), with everything there at once.
         low_precision_share: The share of the matrix products' flops in at most 16 bits.
     """
 
@@ -321,6 +321,7 @@ def _is_narrowed(first: str, second: str) -> bool:
     return get_format(_region(second)).is_half and not get_format(_region(first)).is_half
 
 
+@cache
 def _region(format: str) -> str:
     """The format that a layer's numbers are in around its products."""
     return LayerPrecision(REFERENCE, format).region

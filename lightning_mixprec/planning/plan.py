@@ -98,17 +98,17 @@ class PrecisionPlan:
     @cached_property
     def predicted(self) -> Predicted:
         """What is predicted of a step: ``loss_gap``, ``seconds``, ``memory_bytes``, ``low_precision_share``."""
-        return self._predicted(self.chosen)
+        return self._choice.predicted(self.chosen)
 
     @cached_property
     def reference(self) -> Predicted:
         """The same of a step in the reference."""
-        return self._predicted((self.sensitivities.reference,) * len(self.chosen))
+        return self._choice.predicted((self.sensitivities.reference,) * len(self.chosen))
 
     @cached_property
     def uniform(self) -> Predicted:
         """The same of a step under the uniform 16-bit policy, where it can be used."""
-        return self._predicted(self._choice.uniform())
+        return self._choice.predicted(self._choice.uniform())
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -220,7 +220,7 @@ class PrecisionPlan:
         least, most = self._choice.least("time"), 1.0
         steps = [least + (most - least) * place / max(points - 1, 1) for place in range(points)]
         found = [self._choice.solved({"time": step * (1 + 1e-9)}).formats for step in steps]
-        return [self._predicted(each) for each in dict.fromkeys(found)]
+        return [self._choice.predicted(each) for each in dict.fromkeys(found)]
 
     def plot(self, ax: Any = None) -> Any:
         """Draws what each layer and format would save against what it would do to the loss, and the frontier.
@@ -306,14 +306,6 @@ class PrecisionPlan:
         layers = _by_layer(self.sensitivities, chosen, self.outline)
         policy = folded_policy(stand_in_of(self.outline), layers)
         return replace(self, chosen=chosen, budget=budget, how=how, policy=policy, measured=None)
-
-    def _predicted(self, chosen: Sequence[str]) -> Predicted:
-        formats = dict.fromkeys(self.costs.layers, self.sensitivities.reference)
-        formats |= {
-            name: format for layers, format in zip(self.sensitivities.variables, chosen, strict=True) for name in layers
-        }
-        gap = math.sqrt(max(self.sensitivities.squared_gap(formats), 0.0))
-        return replace(self.costs.predicted(formats), loss_gap=gap)
 
 
 def as_plan(plan: object) -> PrecisionPlan | None:

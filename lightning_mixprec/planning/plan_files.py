@@ -18,13 +18,14 @@ _KIND: Literal["mixprec-plan"] = "mixprec-plan"
 _VERSION: Literal["1"] = "1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured(Named):
     """What a plan's policy did when it was run on the batches; numbers are attributes and by name.
 
     Attributes:
         loss_gap: The root over batches of the mean of ``(L - L_fp32)**2``.
-        grad_cosine: The smallest over batches of the cosine between the gradient of all weights and fp32's.
+        grad_cosine: The smallest over batches of the cosine between the gradient of all weights and fp32's; NaN where
+            one is nothing or not finite.
         seconds: The time of a step, on the device at hand; None if the plan is for another one.
         reference_seconds: The same in the reference.
         rounding: What the loss gap of fp32 with itself comes to if all is rounded otherwise; a gap as small
@@ -36,6 +37,14 @@ class Measured(Named):
     seconds: float | None = None
     reference_seconds: float | None = None
     rounding: float = 0.0
+
+    def __eq__(self, other: object) -> bool:
+        """True if all is the same; NaN is the same as NaN."""
+        return isinstance(other, Measured) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        """Goes with equality."""
+        return hash(repr(self))
 
 
 class WrittenPlan(TypedDict):

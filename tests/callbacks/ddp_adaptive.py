@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from adaptive_models import ADAM, Encoding, Lessons, Loud, adapt, silent, solved
+from adaptive_models import ADAM, Encoding, Lessons, Loud, adapt, phases, planned, silent, solved
 from lightnings import DDPStrategy
 from plugin_models import Call, Task
 
@@ -46,6 +46,11 @@ def passing():
     return made
 
 
+def relapsing():
+    """Phases next to nothing; in the second half, and on the second process alone, in the thousands."""
+    return phases(*((1e-4,) if RANK == 0 else (1e-4, 1.0)), seed=7 + RANK)
+
+
 def run(name, folder, make, batches, adaptive=None, policy="fp16", callbacks=()):
     folder = Path(folder) / name
     seen = []
@@ -58,7 +63,7 @@ def run(name, folder, make, batches, adaptive=None, policy="fp16", callbacks=())
         "decisions": result.adaptive.decisions,
         "history": result.plugin.history,
         "policies": seen,
-        "state": result.adaptive.state_dict()["steered"]["controller"],
+        "state": {each: result.adaptive.state_dict()["steered"].get(each) for each in ("controller", "demotions")},
         "weights": result.module.state_dict(),
         "skipped": result.plugin.skipped_steps,
         "finite": result.is_finite,
@@ -78,6 +83,9 @@ def main(folder):
         "damaged": run(
             "damaged", folder, silent, lessons(encoded=True), AdaptivePrecision(every_n_steps=2), "fp32",
             [Call("on_train_batch_end", spoil, at=6)],
+        ),
+        "planned": run(
+            "planned", folder, silent, relapsing(), AdaptivePrecision(every_n_steps=2, plan=planned()), "fp32",
         ),
     }  # fmt: skip
     torch.save(results, Path(folder) / f"rank{RANK}.pt")

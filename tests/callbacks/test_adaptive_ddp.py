@@ -9,7 +9,7 @@ from processes import saved_by_two
 
 pytestmark = pytest.mark.slow
 
-CASES = ["overflow", "one", "undoing", "uneven", "advice", "damaged"]
+CASES = ["overflow", "one", "undoing", "uneven", "advice", "damaged", "planned"]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ MOVES = {
     "uneven": [ENCODING],
     "advice": [ENCODING],
     "damaged": [],
+    "planned": [(name, "fp32", "bf16") for name in ("", "net", "net.encode")],
 }
 
 
@@ -56,6 +57,15 @@ def test_steps_are_undone_on_both(ranks):
 def test_weights_that_one_process_lost_are_restored_on_both(ranks):
     for results in ranks:
         assert {decision["kind"] for decision in results["damaged"]["decisions"]} == {"restore"}
+
+
+def test_what_a_plan_narrowed_goes_back_on_both_where_one_process_relapses(ranks):
+    for results in ranks:
+        decisions = results["planned"]["decisions"]
+        (back,) = [decision for decision in decisions if decision["kind"] == "promote"]
+        assert {decision["kind"] for decision in decisions} == {"demote", "promote"}
+        assert back["moves"] == [["net.encode", "bf16", "fp32"]]
+        assert results["planned"]["state"]["demotions"]["refused"] == ["net.encode"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,41 +1,19 @@
 """AdaptivePrecision with a plan: a wide policy finds its narrower form in the run, and comes back at a relapse."""
 
 import pytest
-from adaptive_models import Encoding, Lessons, adapt, loud, silent
+from adaptive_models import SAFE, adapt, loud, phases, planned, silent
 from lightnings import ModelCheckpoint
 from plugin_models import Call, one_line, same
 
-from lightning_mixprec import PerLayerPrecision, PrecisionPlan
+from lightning_mixprec import PerLayerPrecision
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
 from lightning_mixprec.errors import MixPrecError
-from lightning_mixprec.evidence.measuring.costs import measure_costs
-from lightning_mixprec.planning.sensitivity import Offer, Sensitivities
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 COUNT = 24
-
-
-def phases(*sizes, count=COUNT):
-    """Batches whose phases are in the thousands (1.0), or next to nothing, from one part of the run to the next."""
-    lessons = Lessons(count)
-    inputs = [x * sizes[number * len(sizes) // count] for number, (x, _) in enumerate(lessons.batches)]
-    lessons.batches = [(x, Encoding()(x)[:, :2]) for x in inputs]
-    return lessons
-
-
-SAFE = {"": 1e-12, "net": 2e-12, "net.encode": 3e-12, "net.body": 4e-12, "net.head": 5e-12}
-
-
-def planned(sensitivities=SAFE, budget=None):
-    """A plan from what is said of each layer; only the costs are looked up."""
-    module = silent()
-    offers = tuple({"fp32": Offer(0.0), "bf16": Offer(each)} for each in sensitivities.values())
-    measured = Sensitivities(tuple((name,) for name in sensitivities), offers, "fp32", 1)
-    costs = measure_costs(module, phases(1.0).batches[:1], ["bf16"], device="h100")
-    return PrecisionPlan.of(module, measured, costs, ["bf16"], budget)
 
 
 def watching(made, **options):

@@ -9,10 +9,12 @@ from lightnings import MixedPrecision, pl
 from plugin_models import Task, trainer
 from torch import Tensor, nn
 
-from lightning_mixprec import PerLayerPrecision
+from lightning_mixprec import PerLayerPrecision, PrecisionPlan
 from lightning_mixprec.callbacks.adaptive import AdaptivePrecision
+from lightning_mixprec.evidence.measuring.costs import measure_costs
 from lightning_mixprec.evidence.step_window import StepWindow
 from lightning_mixprec.optim import loss_scaling as scaling
+from lightning_mixprec.planning.sensitivity import Offer, Sensitivities
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 
@@ -205,3 +207,26 @@ def send_outcomes(patch: Any) -> None:
 def late(losses: Sequence[Tensor]) -> float:
     """The mean of the last eight losses."""
     return sum(loss.item() for loss in losses[-8:]) / 8
+
+
+# Plans, and batches that they suit or do not
+
+
+def phases(*sizes: float, count: int = 24, seed: int = 7) -> Lessons:
+    """Batches whose phases are in the thousands (1.0), or next to nothing, from one part of the run to the next."""
+    lessons = Lessons(count, seed=seed)
+    inputs = [x * sizes[number * len(sizes) // count] for number, (x, _) in enumerate(lessons.batches)]
+    lessons.batches = [(x, Encoding()(x)[:, :2]) for x in inputs]
+    return lessons
+
+
+SAFE = {"": 1e-12, "net": 2e-12, "net.encode": 3e-12, "net.body": 4e-12, "net.head": 5e-12}
+
+
+def planned(sensitivities: dict[str, float] = SAFE, budget: dict[str, float] | None = None) -> PrecisionPlan:
+    """A plan from what is said of each layer; only the costs are looked up."""
+    module = silent()
+    offers = tuple({"fp32": Offer(0.0), "bf16": Offer(each)} for each in sensitivities.values())
+    measured = Sensitivities(tuple((name,) for name in sensitivities), offers, "fp32", 1)
+    costs = measure_costs(module, phases(1.0).batches[:1], ["bf16"], device="h100")
+    return PrecisionPlan.of(module, measured, costs, ["bf16"], budget)

@@ -125,6 +125,14 @@ def test_a_trainer_may_have_the_plugin_and_its_monitors(model, tmp_path):
     assert trainer.global_step == 2
 
 
+def test_through_a_trainer_memory_is_that_with_the_modules_optimizer(model, batches, tmp_path):
+    in_run = plan(model, trainer=trainer_for(tmp_path, max_steps=3), max_batches=1, device="h100")
+    alone = plan(Planned(), batches[:1], device="h100")
+    weights = 16 * 32 + 32
+    assert in_run.costs.layers["net.0"]["fp32"].weight_bytes == 4 * weights * 2  # SGD: the gradient alone
+    assert alone.costs.layers["net.0"]["fp32"].weight_bytes == 4 * weights * 4  # AdamW: and two moments
+
+
 def test_pinned_layers_stay_and_what_a_format_cannot_hold_is_not_offered(model, batches):
     with torch.no_grad():
         model.net[0].weight *= 1e6

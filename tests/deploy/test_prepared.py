@@ -51,6 +51,17 @@ def trainer(**options):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["training_step", "configure_optimizers", "train_dataloader"])
+def test_a_module_with_which_no_run_begins_is_one_line(name):
+    class Bare(Model):
+        pass
+
+    setattr(Bare, name, getattr(pl.LightningModule, name))
+    with pytest.raises(MixPrecError, match=f"^the Trainer cannot begin a run: .*`{name}") as raised:
+        prepared(trainer(), Bare(), len)
+    assert "\n" not in str(raised.value)
+
+
 def test_the_first_batches_come_through_the_hooks_and_no_step_is_taken():
     model, seen = Model(), []
     run = trainer()

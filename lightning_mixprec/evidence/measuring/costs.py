@@ -16,7 +16,6 @@ Three things are looked at, each in steps of the first batch inside the sandbox:
 import contextlib
 import math
 import statistics
-import time
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +37,7 @@ from lightning_mixprec.evidence.measuring.weight_bytes import KeptByOptimizer, g
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.numerics.devices import NamedDevice, named_device
-from lightning_mixprec.numerics.devices.timing import wait_for
+from lightning_mixprec.numerics.devices.timing import seconds_at
 from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format
 from lightning_mixprec.planning.cost import Costs, Handover, LayerCost
 from lightning_mixprec.policy.assignment import EightBits, LayerPrecision
@@ -68,7 +67,7 @@ def measure_costs(
     formats: Sequence[str],
     *,
     device: str | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     step_seconds: float | None = None,
 ) -> Costs:
     """Measures what each layer of a module takes in fp32 and in some formats; nothing of the module changes.
@@ -79,7 +78,7 @@ def measure_costs(
         formats: The formats.
         device: A device by name, for which times are told; None for the one that the module is on, where they are
             measured.
-        optimizer: The optimizer, of whose moments the memory is; None for torch's AdamW.
+        optimizer: The optimizer or optimizers, of whose moments the memory is; None for torch's AdamW.
         step_seconds: The seconds of forward and backward of a step in fp32 on that device, if one was measured: all
             times are scaled to it.
 
@@ -127,11 +126,14 @@ class _Measuring:
         self._modules = {site.name: site.module for site in self._sites}
         self._formats = list(dict.fromkeys(formats))
 
-    def costs(self, named: NamedDevice | None, optimizer: Optimizer | None) -> Costs:
+    def costs(self, named: NamedDevice | None, optimizer: Optimizer | Sequence[Optimizer] | None) -> Costs:
         shapes = self._ran() if named is None else self._traced(named)
         if named is None:
             times, cast_time = self._measured(shapes.flops), cast_seconds(self._module.device)
-            fixed = max(self._step_seconds() - sum(times[site.name, REFERENCE] for site in self._sites), 0.0)
+            step, in_layers = self._step_seconds(), sum(times[site.name, REFERENCE] for site in self._sites)
+            if step < in_layers:  # each alone takes longer than among the others
+                times = {key: seconds * step / in_layers for key, seconds in times.items()}
+            fixed = max(step - in_layers, 0.0)
         else:
             times, cast_time, fixed = self._told(named, shapes), 1e-9 / _bandwidth(named), 0.0
         handovers = _handovers(shapes.handed.handovers, shapes.saved[REFERENCE].shared, self._modules)
@@ -171,11 +173,9 @@ class _Measuring:
             random = RandomState(device)
             for _ in range(TRIES + 1):
                 own = replay.own_batch(stand_ins, self._batch)
-                wait_for(device)
-                start = time.perf_counter()
+                start = seconds_at(device)
                 replay.run_on_own(stand_ins, own, 0, random=random)
-                wait_for(device)
-                taken.append(time.perf_counter() - start)
+                taken.append(seconds_at(device) - start)
         return min(taken[1:])
 
     def _has_layers_for(self, format: str) -> bool:

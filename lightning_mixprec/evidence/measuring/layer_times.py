@@ -1,6 +1,5 @@
 """The time that a layer's forward and backward take in each format, while a step runs in fp32."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,13 +10,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.border_plan import Site
 from lightning_mixprec.engine.casting import cast
-from lightning_mixprec.engine.objects import copied, tensors_in
+from lightning_mixprec.engine.objects import copied, mapped, tensors_in
 from lightning_mixprec.errors import TraceLeftError
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.own_dtypes import hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
-from lightning_mixprec.numerics.devices.timing import wait_for
+from lightning_mixprec.numerics.devices.timing import seconds_at
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.policy.assignment import LayerPrecision
 
@@ -109,20 +108,17 @@ class LayerTimes:
         """
         region = LayerPrecision("fp32", format).region
         narrow = {torch.float32: get_format(region).dtype} if get_format(region).is_half else {}
-        args, kwargs = cast(copied((args, kwargs)), narrow)
-        inputs = [each.requires_grad_() for each in tensors_in((args, kwargs)) if each.is_floating_point()]
-        inputs = [each for each in inputs if each.is_leaf] + [
-            each for each in module.parameters() if each.requires_grad
-        ]
-        wait_for(self._device)
-        start = time.perf_counter()
+        given = cast(copied((args, kwargs)), narrow)
+        inputs = [each.requires_grad_() for each in tensors_in(given) if each.is_floating_point()]
+        inputs += [each for each in module.parameters() if each.requires_grad]
+        args, kwargs = mapped(given, torch.clone)  # which the layer may write into
+        start = seconds_at(self._device)
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             output = [each for each in tensors_in(module.forward(*args, **kwargs)) if each.requires_grad]
         if output and inputs:
             with torch.autocast(self._device.type, enabled=False):
                 torch.autograd.grad(output, inputs, [torch.ones_like(each) for each in output], allow_unused=True)
-        wait_for(self._device)
-        return time.perf_counter() - start
+        return seconds_at(self._device) - start
 
 
 def cast_seconds(device: torch.device) -> float:
@@ -132,11 +128,9 @@ def cast_seconds(device: torch.device) -> float:
         numbers = torch.ones(_CAST_ELEMENTS, device=device)
         taken = []
         for _ in range(TRIES + 1):
-            wait_for(device)
-            start = time.perf_counter()
+            start = seconds_at(device)
             numbers.to(torch.bfloat16)
-            wait_for(device)
-            taken.append(time.perf_counter() - start)
+            taken.append(seconds_at(device) - start)
         _known[key] = min(taken[1:]) / (_CAST_ELEMENTS * 6)
     return _known[key]
 

@@ -1,7 +1,7 @@
 """The bytes of weights, of their gradients, and of what an optimizer keeps beside them."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,34 +17,36 @@ class KeptByOptimizer:
     """What an optimizer keeps of each weight: a new one of its class, with its options, takes a step of a like weight.
 
     Args:
-        optimizer: The optimizer; None for torch's AdamW. It is neither stepped nor changed.
+        optimizer: The optimizer, or several; None for torch's AdamW. They are neither stepped nor changed.
     """
 
-    def __init__(self, optimizer: Optimizer | None) -> None:
-        self._optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
+    def __init__(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> None:
+        given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        self._optimizers = [getattr(each, "_optimizer", each) for each in given if each is not None]  # unwrapped
         self._known: dict[Any, float] = {}
+        self._default: dict[str, Any] = {}
 
     def bytes_of(self, param: nn.Parameter) -> float:
         """Bytes of moments and compensation of a weight, nothing for one that is not trained."""
         if not param.requires_grad:
             return 0.0
-        group = self._group_of(param)
+        kind, group = self._group_of(param)
         key = tuple(param.shape), param.dtype, id(group)
         if key not in self._known:
-            self._known[key] = self._tried(param, group)
+            self._known[key] = self._tried(param, kind, group)
         return self._known[key]
 
-    def _group_of(self, param: nn.Parameter) -> dict[str, Any]:
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        found = next((group for group in groups if any(each is param for each in group["params"])), None)
-        return found or (groups[0] if groups else {})
+    def _group_of(self, param: nn.Parameter) -> tuple[Any, dict[str, Any]]:
+        """The class of a weight's optimizer, and its group there; of one that no optimizer has, the first."""
+        groups = [(type(each), group) for each in self._optimizers for group in each.param_groups]
+        mine = (each for each in groups if any(other is param for other in each[1]["params"]))
+        return next(iter((*mine, *groups, (AdamW, self._default))))
 
-    def _tried(self, param: nn.Parameter, group: dict[str, Any]) -> float:
+    def _tried(self, param: nn.Parameter, kind: Any, group: dict[str, Any]) -> float:
         shape = param.shape if param.numel() <= _MOST else (_MOST,)
         like = nn.Parameter(torch.ones(shape, dtype=param.dtype))
         options = {name: value for name, value in group.items() if name != "params"}
         options |= {name: False for name in ("capturable", "fused") if options.get(name)}
-        kind: Any = AdamW if self._optimizer is None else type(self._optimizer)
         state: Any = None
         with contextlib.suppress(Exception):  # one that wants more of its weights than that they are there
             state = self._state_after_a_step(kind, like, options)

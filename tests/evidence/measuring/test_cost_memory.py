@@ -125,6 +125,18 @@ def test_a_weight_counts_with_its_gradient_and_what_the_optimizer_keeps(name, wi
     assert cost.weight_bytes == 500 * 24 * (4 + 4 + moments)
 
 
+def test_of_several_optimizers_each_keeps_what_it_does_of_its_own_weights(without_times):
+    module = MODELS["recommender"].made()
+    users = [module.users.weight]
+    others = [param for param in module.parameters() if param is not users[0]]
+    costs = measure_costs(
+        module, [module.batch()], [], optimizer=[torch.optim.AdamW(others), torch.optim.SGD(users, lr=0.1)]
+    )
+    rest = next(cost["fp32"] for name, cost in costs.layers.items() if name != "users" and cost["fp32"].gradient_bytes)
+    assert costs.layers["users"]["fp32"].weight_bytes == 500 * 24 * (4 + 4)
+    assert rest.weight_bytes == 4 * rest.gradient_bytes
+
+
 @pytest.mark.parametrize(("weights", "kept"), [("exact", 2), ("kahan", 2), ("stochastic", 0)])
 def test_a_weight_in_16_bits_counts_with_its_compensation(weights, kept, without_times):
     module = MODELS["gpt"].made()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_mixprec import MixPrecError, PrecisionPolicy
 from lightning_mixprec.engine.apply import attach
-from lightning_mixprec.evidence.measuring.costs import measure_costs
+from lightning_mixprec.evidence.measuring.costs import _Measuring, measure_costs
 
 
 class Net(pl.LightningModule):
@@ -96,6 +96,38 @@ def test_layers_inside_checkpointing_are_timed_as_well():
     given = torch.randn(4, 6, generator=torch.Generator().manual_seed(7))
     found = measure_costs(Checkpointed(), [given], ["bf16"])
     assert all(found.layers[name][format].seconds > 0 for name in ("body.0", "body.3") for format in ("fp32", "bf16"))
+
+
+class InPlace(pl.LightningModule):
+    """Its activation writes into what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act = nn.Linear(64, 64), nn.ReLU(inplace=True)
+
+    def training_step(self, batch, batch_idx):
+        return self.act(self.first(batch)).square().mean()
+
+
+def test_a_layer_that_writes_into_its_input_is_timed():
+    found = measure_costs(InPlace(), [torch.randn(256, 64)], ["bf16"])
+    assert all(cost.seconds > 0 for cost in found.layers["act"].values())
+
+
+def test_a_step_in_fp32_is_predicted_to_take_what_it_was_measured_to(monkeypatch):
+    measured = _Measuring._step_seconds
+    for factor in (0.1, 10.0):  # shorter than the layers alone, and longer
+        taken = []
+        monkeypatch.setattr(
+            _Measuring, "_step_seconds", lambda self, by=factor, to=taken: kept(to, by * measured(self))
+        )
+        found = measure_costs(Net(), [batch()], ["bf16"])
+        assert found.of_step(dict.fromkeys(found.layers, "fp32")).seconds == pytest.approx(taken[0])
+
+
+def kept(values, value):
+    values.append(value)
+    return value
 
 
 def test_a_device_that_is_not_here_is_told_by_its_peaks():
