@@ -33,7 +33,7 @@ class FidelityMonitor(SamplingMonitor):
     Rows of the JSONL file: ``loss_gap`` with ``loss_scale``, ``too_large`` (the layers that ``max_bytes`` left out) and
     ``not_compared`` (those whose call could not be run again, with the reasons), ``not_in_fp32`` (those that fail in
     fp32 and were left in the run's format), and by layer ``grad_cosine`` and ``sqnr_db``. A step that could not be
-    replayed has ``problem``, and ``is_sampled`` says whether half of the batch could. With several ranks the cosine is
+    replayed has ``problem``, and ``is_sampled`` says whether a part of it could. With several ranks the cosine is
     that of all ranks' gradients side by side, and the loss gap is the largest.
 
     Warns of gradients and losses that are off in two samples in a row, and names a layer whose output is noise, at the

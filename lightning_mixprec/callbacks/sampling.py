@@ -46,7 +46,7 @@ class SamplingMonitor(Monitor):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._sampled: SampledStep | None = None
-        self._tried = self._failed = 0
+        self._tried = self._failed = self._turns = 0
         self._why = ""
 
     def _comes_due(self) -> bool:
@@ -96,7 +96,8 @@ class SamplingMonitor(Monitor):
             for monitor in due:
                 wanted |= monitor._wanted(pl_module)
             place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch_idx": batch_idx}
-            sampled = SampledStep(pl_module, self._run_formats, batch, place, wanted)
+            sampled = SampledStep(pl_module, self._run_formats, batch, place, wanted, turn=self._turns)
+            self._turns += 1
             for monitor in due:
                 monitor._sampled = sampled
 
@@ -110,6 +111,8 @@ class SamplingMonitor(Monitor):
             self._tried += 1
             if found.problem is not None:
                 self._write(found.place, problem=found.problem, is_sampled=found.is_complete)
+                if sampled.part:
+                    monitors(trainer)[0]._warn_once("part", f"{sampled.part}.")
                 if not found.is_complete:
                     self._failed += 1
                     self._why = f": of {self._tried} that were tried none could be ({found.problem})"

@@ -37,7 +37,7 @@ class UnderflowMonitor(SamplingMonitor):
 
     Logs ``mixprec/underflow_rate``, that of the worst layer or operand. Rows of the JSONL file: by layer what
     ``latest`` has, with ``loss_scale``; ``stagnation_rate`` in a row of its own, once the optimizer has stepped. A step
-    that could not be replayed has ``problem``, and ``is_sampled`` says whether half of the batch could.
+    that could not be replayed has ``problem``, and ``is_sampled`` says whether a part of it could.
 
     Warns, too, of layers that are stored in 16 bits and most of whose weights have not moved for three sampled steps
     although their gradient is not zero (``still_rate`` in the row).

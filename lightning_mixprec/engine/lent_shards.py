@@ -53,6 +53,7 @@ class LentShards:
         for state in self._states:
             if as_stored:
                 state._mp_policy = _as_stored(state._mp_policy)
+                _gather_nothing_ahead(state)
             state._state_ctx.is_last_backward = True
             getattr(state._comm_ctx, "post_forward_order", []).clear()  # there is none before the first forward
         for group in self._groups:
@@ -149,6 +150,14 @@ def _module_infos(leader: Any) -> Iterator[Any]:
     for group in param_groups(leader._get_fsdp_state()):
         for param in group.fsdp_params:
             yield param._module_info
+
+
+def _gather_nothing_ahead(state: Any) -> None:
+    """Has the next group gathered when it is needed: in fp32 one group less is there at a time."""
+    state._states_to_forward_prefetch, state._states_to_backward_prefetch = (
+        [],
+        [state],
+    )  # itself, which is there by then
 
 
 def _as_stored(policy: Any) -> Any:

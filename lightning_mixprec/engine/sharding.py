@@ -184,9 +184,54 @@ def is_any_sharded(model: nn.Module) -> bool:
     return may_be_sharded() and any(map(is_sharded, model.parameters()))
 
 
+def as_whole(tensor: Any) -> Any:
+    """A tensor that is spread over ranks (a DTensor), whole on each, which takes a message; any other one itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def added_up(gradient: Any) -> Any:
+    """A gradient of which ranks hold summands, summed over them, which takes a message; any other one itself."""
+    from torch.distributed.tensor import Replicate
+
+    if not any(each.is_partial() for each in getattr(gradient, "placements", ())):
+        return gradient
+    return gradient.redistribute(placements=[Replicate() if p.is_partial() else p for p in gradient.placements])
+
+
+def held_by_earlier_rank(model: nn.Module) -> set[str]:
+    """Names of weights that count elsewhere: tensor parallelism splits others over ranks, and keeps these on each.
+
+    Ranks that split layers take the same batch, so that what they hold whole has the same gradient on all of them, of
+    which that of the first one counts. Empty without tensor parallelism.
+    """
+    if not is_any_sharded(model):
+        return set()
+    named = [(name, _ranks_of(param)) for name, param in model.named_parameters()]
+    sharding = {rank for leader in leaders_of(model) for rank in _sharded_over(leader)}
+    me = distributed.get_rank()
+    splitting = {me}.union(*(group for _, over in named for group in over if not group & sharding - {me}))
+    if me == min(splitting):
+        return set()
+    return {name for name, over in named if not any(group & splitting - {me} for group in over)}
+
+
 def leaders_of(model: nn.Module) -> list[Any]:
     """The modules that were sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)] if is_available else []
+
+
+def _ranks_of(param: Any) -> list[set[int]]:
+    """The ranks over which a weight is spread, by dimension of its mesh; none for a plain tensor."""
+    if not is_sharded(param):
+        return []
+    mesh = param.device_mesh
+    return [set(distributed.get_process_group_ranks(mesh.get_group(place))) for place in range(mesh.ndim)]
+
+
+def _sharded_over(leader: Any) -> list[int]:
+    """The ranks over which FSDP2 shards a module, those that hold copies included."""
+    meshes = [group.mesh_info.mesh for group in param_groups(leader._get_fsdp_state())]
+    return [rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()]
 
 
 def _own_modules(leader: nn.Module) -> Iterator[nn.Module]:

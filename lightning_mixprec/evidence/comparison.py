@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mixprec.engine.lent_shards import gathered
+from lightning_mixprec.engine.sharding import held_by_earlier_rank
 from lightning_mixprec.errors import TraceLeftError
 from lightning_mixprec.evidence.findings import Gathered, Measured
 from lightning_mixprec.evidence.half_only import in_fp32
@@ -57,6 +58,7 @@ class Wanted:
         max_bytes: Memory for the inputs and outputs of ``layers``.
         flops: The arithmetic of each layer's own matrix products. Counting may take as long as the step.
         only: The layers that statistics and agreement are of; None for all.
+        kept: The layers whose weights' gradients are kept; None for all.
     """
 
     statistics: bool = False
@@ -66,6 +68,7 @@ class Wanted:
     max_bytes: int = 0
     flops: bool = False
     only: tuple[str, ...] | None = None
+    kept: tuple[str, ...] | None = None
 
     def __or__(self, other: "Wanted") -> "Wanted":
         """All that either asks."""
@@ -142,9 +145,12 @@ class Comparison:
         self.flops: dict[str, int] = {}
         self.not_compared: dict[str, str] = {}
         self.module, self._formats, self._kept, self._wanted = module, formats, kept, wanted
-        self._all_owned = own_parameters(module, self._every)
+        elsewhere = held_by_earlier_rank(module)
+        owned = own_parameters(module, self._every)
+        self._all_owned = {layer: [name for name in names if name not in elsewhere] for layer, names in owned.items()}
         self._owned = {name: self._all_owned[name] for name in self.layers}
-        self._replay = replay or StepReplay(module, formats, module.device)
+        kept_names = None if wanted.kept is None else {name for layer in wanted.kept for name in owned[layer]}
+        self._replay = replay or StepReplay(module, formats, module.device, kept_names)
         self._own = own
         self._observer: OperandObserver | None = None
         self._statistics: tuple[Tensor, Tensor, Tensor] | None = None

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import MethodType
@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import Self
 
 from lightning_mixprec.engine.objects import copied, mapped, tensors_in
+from lightning_mixprec.engine.sharding import added_up, as_whole
 from lightning_mixprec.errors import OtherRankError, SupportError, one_line
 from lightning_mixprec.evidence.instruments.exact_fp32 import without_tf32
 from lightning_mixprec.evidence.instruments.lockstep import Lockstep, together
@@ -68,10 +69,17 @@ class StepReplay:
         module: The LightningModule, with a Trainer or without.
         formats: In which formats it computes.
         device: The device it is on.
+        kept: The names of the parameters whose gradients are kept; None for all.
     """
 
-    def __init__(self, module: pl.LightningModule, formats: Formats, device: torch.device) -> None:
-        self.module, self.formats, self.device = module, formats, device
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        formats: Formats,
+        device: torch.device,
+        kept: Collection[str] | None = None,
+    ) -> None:
+        self.module, self.formats, self.device, self._kept = module, formats, device, kept
 
     @contextlib.contextmanager
     def opened(self, *, reference: bool = False, as_stored: bool = False) -> Generator[Sandbox, None, None]:
@@ -86,7 +94,7 @@ class StepReplay:
         Raises:
             ReplayError: The step left a trace, which was put back, or one of this run did before.
         """
-        agree_on_room(self.module, self.device)
+        agree_on_room(self.module, self.device, self._kept)
         context = self.formats.reference() if reference else self.formats.low()
         exact = without_tf32(self.device) if reference else contextlib.nullcontext()
         run, as_stored = self.module._trainer, as_stored or self.formats.is_trial
@@ -95,6 +103,8 @@ class StepReplay:
             self.module, self.device, widen=reference, optimizers=optimizers, run=run, as_stored=as_stored
         )
         with together(self.module), torch.enable_grad(), context, exact, opening as stand_ins:
+            if self._kept is not None:
+                stand_ins.keep_gradients_of(self._kept)
             yield stand_ins
 
     def run(
@@ -174,7 +184,7 @@ class _Step:
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Runs backward of a loss, scaled, outside autocast."""
-        self.replayed.losses.append(loss.detach())
+        self.replayed.losses.append(as_whole(loss.detach()))
         if loss.requires_grad:
             with torch.autocast(loss.device.type, enabled=False):
                 (loss * self._scale).backward(*args, **kwargs)
@@ -216,7 +226,7 @@ class _Step:
         """What there is, with the gradients that no optimizer has stepped with; what knows this lets go of them."""
         for name, stand_in in self._stand_ins.parameters.items():
             if stand_in.grad is not None:
-                self.replayed.gradients.setdefault(name, stand_in.grad.detach())
+                self.replayed.gradients.setdefault(name, added_up(stand_in.grad.detach()))
                 stand_in.grad = None
         for name, gradient in self._zeroed.items():
             self.replayed.gradients.setdefault(name, gradient)
@@ -227,7 +237,7 @@ class _Step:
     def _gradients(self, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
         for stand_in in params_of(optimizer):
             if stand_in.grad is not None and id(stand_in) in self._name_of:
-                yield self._name_of[id(stand_in)], stand_in.grad.detach()
+                yield self._name_of[id(stand_in)], added_up(stand_in.grad.detach())
 
 
 @contextlib.contextmanager

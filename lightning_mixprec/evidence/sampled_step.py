@@ -1,14 +1,18 @@
 """A step that monitors sample: compared with fp32 at once, for all of them together."""
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_mixprec import ranks
+from lightning_mixprec.engine.sharding import is_any_sharded
 from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.comparison import Comparison, Recorded, Wanted
 from lightning_mixprec.evidence.findings import Findings, Gathered, Measured, is_at_stake
+from lightning_mixprec.evidence.instruments.memory import parts_with_room
+from lightning_mixprec.evidence.instruments.probe import layers_of, own_parameters
 from lightning_mixprec.evidence.replay import Halving
 from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.evidence.step_window import KeptBatch
@@ -18,7 +22,8 @@ class SampledStep:
     """A step, replayed as soon as this is made; its findings arrive in the background.
 
     Costs a copy of the weights, a forward and backward in fp32, and for agreement another one in the run's formats with
-    a second set of gradients. If that does not fit into memory it is tried once more on half of the batch.
+    a second set of gradients. If that does not fit into memory it is tried once more on half of the batch. Where there
+    is no room for all gradients of sharded weights, those of a part of the layers are kept, in rotation.
 
     Args:
         module: The LightningModule in training, just before the step.
@@ -26,16 +31,43 @@ class SampledStep:
         batch: The batch, on the device.
         place: Which step it is: step, epoch and batch_idx.
         wanted: What to find out.
+        turn: How many samples were taken before.
+
+    Attributes:
+        part: Which part of the layers it looks at, and why; empty if at all that were wanted.
     """
 
     def __init__(
-        self, module: pl.LightningModule, formats: RunFormats, batch: Any, place: dict[str, int], wanted: Wanted
+        self,
+        module: pl.LightningModule,
+        formats: RunFormats,
+        batch: Any,
+        place: dict[str, int],
+        wanted: Wanted,
+        turn: int = 0,
     ) -> None:
-        self._module, self._formats, self._wanted = module, formats, wanted
-        self._findings = Findings(list(wanted.looked_at(module)), place, own=formats.own)
+        self.part = ""
+        self._module, self._formats, self._wanted = module, formats, self._as_fits(module, wanted, turn)
+        self._findings = Findings(list(self._wanted.looked_at(module)), place, own=formats.own)
         self._kept = KeptBatch(batch, place["batch_idx"], None)
         self._gathered = Gathered(self._measured(batch), module.device, formats.scale)
         self._is_read = False
+
+    def _as_fits(self, module: pl.LightningModule, wanted: Wanted, turn: int) -> Wanted:
+        """What is wanted, of as many layers as there is room for the gradients of."""
+        if not is_any_sharded(module):
+            return wanted
+        owned, looked_at = own_parameters(module, layers_of(module)), wanted.looked_at(module)
+        with_weights = {layer: owned[layer] for layer in looked_at if owned[layer]}
+        parts = parts_with_room(module, module.device, with_weights)
+        if len(parts) == 1:
+            return wanted
+        part = parts[turn % len(parts)]
+        self.part = (
+            f"memory has room for the gradients of {len(part)} of {len(with_weights)} layers beside the run: samples "
+            f"look at them in turn, in {len(parts)} parts"
+        )
+        return replace(wanted, only=tuple(dict.fromkeys((*part, *wanted.layers))), kept=part)
 
     def findings(self) -> Findings:
         """The findings. Waits until they have arrived."""
@@ -54,7 +86,8 @@ class SampledStep:
         found, agreement = self._findings, self._findings.agreement
         if agreement is None or not agreement.is_doubtful:
             return
-        again = Comparison(self._module, self._formats, self._kept, Wanted(agreement=True, only=self._wanted.only))
+        wanted = Wanted(agreement=True, only=self._wanted.only, kept=self._wanted.kept)
+        again = Comparison(self._module, self._formats, self._kept, wanted)
         found.agreement = self._formats.noise.taken_out_of(agreement, again.self_agreement)
         found.noise = [layer for layer in agreement.layers if layer not in found.agreement.layers]
 
@@ -71,7 +104,7 @@ class SampledStep:
         if not at_stake or own is not formats.own:  # else formats have changed since
             return
         with contextlib.suppress(Exception):  # then they are taken for what the layer computes in
-            Comparison(self._module, formats, self._kept, Wanted(), own).run_in(None, found.scale)
+            Comparison(self._module, formats, self._kept, Wanted(kept=self._wanted.kept), own).run_in(None, found.scale)
         found.losses.clear()  # they were for other dtypes
         for layer in unknown:
             if own.is_several(layer):
@@ -89,7 +122,7 @@ class SampledStep:
         found, halving = self._findings, Halving(self._module, batch)
         try:
             measured = halving.run(self._compared)
-            found.is_complete, found.problem = True, halving.shortage
+            found.is_complete, found.problem = True, halving.shortage or self.part or None
             return measured
         except TraceLeftError:
             raise

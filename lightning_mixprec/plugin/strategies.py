@@ -46,15 +46,6 @@ class StrategyRow:
     hook_state: Callable[[Any], Any] = _nothing
 
 
-def _tensor_parallelism(strategy: Any) -> str | None:
-    if strategy._tensor_parallel_size in (1, "auto"):
-        return None
-    return (
-        "tensor parallelism does not allow; use it with ModelParallelStrategy(tensor_parallel_size=1), which shards "
-        "data and weights (FSDP2)."
-    )
-
-
 def _gathering_in_forward(strategy: Any) -> str:
     return (
         f"{type(strategy).__name__} does not allow, because its units gather weights inside the wrapped forward alone; "
@@ -92,7 +83,6 @@ STRATEGIES: list[StrategyRow] = [
         both("strategies", "ModelParallelStrategy"),
         example="Trainer(strategy=ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1))",
         is_sharding=True,
-        why_no_replay=_tensor_parallelism,
         mesh=lambda strategy: strategy.device_mesh["data_parallel"],
     ),
     StrategyRow(

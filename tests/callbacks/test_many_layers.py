@@ -11,6 +11,7 @@ from plugin_models import Batches, Task, one_line, ours, trainer
 from torch import nn
 
 from lightning_mixprec import FidelityMonitor, MixPrecError, PrecisionReport, UnderflowMonitor
+from lightning_mixprec.evidence import sampled_step
 from lightning_mixprec.report.reading import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*vanish in", "ignore:.*left 100%")
@@ -65,6 +66,34 @@ def test_gradients_are_compared_of_those_layers_and_warned_of_after_two_samples_
     step, layer = re.match("step ([0-9]+): .*?'(net[^']*)'", told).groups()
     times = [number for number, seen in enumerate(known) if layer in seen and number <= int(step)]
     assert len(times) >= 2 and times[-1] == int(step)
+
+
+def test_where_memory_has_no_room_for_all_gradients_samples_keep_those_of_a_part_in_turn_and_say_so(monkeypatch):
+    fit(6, UnderflowMonitor(1), FidelityMonitor(1), batches=1)
+    whole = {row["layer"]: row for row in rows("fidelity")}
+    Path("mixprec.jsonl").unlink()
+    halves = [("net.0", "net.1", "net.2"), ("net.3", "net.4", "net.5")]
+    monkeypatch.setattr(sampled_step, "is_any_sharded", lambda module: True)
+    monkeypatch.setattr(sampled_step, "parts_with_room", lambda module, device, owned: halves)
+    kept = []
+
+    class Kept(FidelityMonitor):
+        def _take_in(self, trainer, found):
+            super()._take_in(trainer, found)
+            kept.append((sorted(found.agreement.layers), sorted(found.weights)))
+
+    with pytest.warns(UserWarning, match="room for the gradients of 3 of 6 layers") as warned:
+        model = fit(6, UnderflowMonitor(1), Kept(1), batches=3)
+    assert len([each for each in warned if "room for" in str(each.message)]) == 1
+    first, second = (list(half) for half in halves)
+    assert kept == [(first, first), (second, second), (first, first)]
+    partly = {row["layer"]: row for row in rows("fidelity") if row["step"] == 0 and row["grad_cosine"] is not None}
+    assert [*partly] == first
+    assert all(partly[name]["grad_cosine"] == whole[name]["grad_cosine"] for name in first)
+    problems = [json.loads(line) for line in Path("mixprec.jsonl").read_text().splitlines() if "problem" in line]
+    assert {row["is_sampled"] for row in problems} == {True}
+    for mine, plain in zip(model.parameters(), fit(6, batches=3).parameters(), strict=True):
+        assert torch.equal(mine, plain)
 
 
 def test_training_stays_the_same_to_the_last_bit():

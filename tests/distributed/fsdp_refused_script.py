@@ -5,13 +5,13 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from fsdp2_script import RANK, ddp, sharded, split, train
+from fsdp2_script import RANK, ddp, sharded, train
 from fsdp_script import OnTheCPU, gathered, under_fsdp
 from lightning.pytorch.callbacks import Callback
-from sharded_models import ByHand, Sharded, Split
+from sharded_models import ByHand, Sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from lightning_mixprec import FidelityMonitor, MixPrecError, OverflowMonitor, PerLayerPrecision
+from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision
 from lightning_mixprec.plugin.fsdp import PerLayerFSDPPrecision
 
 WIDE_HEAD = {"default": "bf16", "model.2": "fp32"}
@@ -49,7 +49,6 @@ def main(folder):
     errors = {
         "fsdp2 own policy": refused(train, sharded(), PerLayerPrecision("fp32"), model=shards_by_himself),
         "fsdp2 stored": refused(train, sharded(), PerLayerPrecision(stored_wide)),
-        "fsdp2 split watched": refused(train, split(), PerLayerPrecision("fp16"), [FidelityMonitor()], model=Split),
         "fsdp1 gathered wrong": refused(gathers, WIDE_HEAD),
         "fsdp1 gathered and moved": refused(gathers, "bf16", callbacks=[Widens()]),
         "fsdp1 plain plugin": refused(pl.Trainer, kind=TypeError, plugins=PerLayerPrecision("bf16"), **unknown),

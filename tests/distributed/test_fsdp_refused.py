@@ -10,7 +10,6 @@ pytestmark = pytest.mark.slow
 REFUSED = {
     "fsdp2 own policy": "layer 'model.stem' were sharded with MixedPrecisionPolicy(param_dtype=torch.bfloat16)",
     "fsdp2 stored": "is to store its weights in torch.float64, but they are sharded in torch.float32",
-    "fsdp2 split watched": "FidelityMonitor replays steps on each rank by itself",
     "fsdp1 gathered wrong": "gathers the weights of layer 'model.2' in bf16, but it is to compute in fp32",
     "fsdp1 gathered and moved": "gathers the weights of layer 'model.2' in bf16, but it is to compute in fp32",
     "fsdp1 plain plugin": "The FSDP strategy can only work with the `FSDPPrecision` plugin",

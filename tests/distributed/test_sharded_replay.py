@@ -63,10 +63,9 @@ def test_cosines_headroom_and_rates_are_those_of_the_global_batchs_gradient(rank
                 assert told[layer][what] == pytest.approx(number, rel=1e-6, abs=1e-6), (layer, what)
 
 
-@pytest.mark.parametrize(("policy", "groups"), [("fp32", 1), ("bf16", 3)])
-def test_a_sample_takes_a_ranks_share_of_two_sets_of_gradients_and_a_gathered_group(ranks, policy, groups):
-    # FSDP2 holds a few groups at once, gathered, gathered ahead, being reduced: in bf16 half of what they take in fp32.
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+def test_a_sample_takes_a_ranks_share_of_two_sets_of_gradients_and_a_gathered_group(ranks, policy):
     for results in ranks:
         found = results[f"bytes {policy}"]
         share, group = found["weights"] / len(ranks), found["group"]
-        assert 0 < found["sampled"] - found["ordinary"] <= 2 * share + groups * group
+        assert 0 < found["sampled"] - found["ordinary"] <= 2 * share + group

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
 from lightning_mixprec.evidence.instruments.current_layer import CurrentLayer, Direction
@@ -19,6 +19,7 @@ CAST = "_to_copy"
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
 _OF_SHARDING = ("fsdp", "c10d", "_c10d_functional")
+_BETWEEN_LAYERS, _ARRIVES = "_c10d_functional::", "_c10d_functional::wait_tensor"
 _ONLY_WRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "exponential_", "random_"}
 
 
@@ -105,9 +106,11 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._is_paused:
             return func(*args, **kwargs)
+        if self._is_sharded and any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # of spread tensors the operations on a rank's own parts follow
         op, leaves = _name(func), tree_leaves((args, kwargs))
         if self._is_sharded and getattr(func, "namespace", "") in _OF_SHARDING:
-            return self._carry(op, func, args, kwargs)
+            return (self._receive if op == _ARRIVES else self._carry)(op, func, args, kwargs)
         taken = [memory for leaf in leaves if (memory := _memory(leaf)) is not None]
         if getattr(func, "is_view", False):
             self._place(op, taken)
@@ -129,15 +132,25 @@ class Recorder(TorchDispatchMode):
         """Runs an operation of those that gather and reduce; what messages bring has yet to arrive when it returns."""
         written = _written(func, args, kwargs)
         is_output = set() if "allreduce" in op else set(map(id, written))
-        is_read = "reduce" in op or "chunk_cat" in op
+        is_read = "reduce" in op or "chunk_cat" in op or op.startswith(_BETWEEN_LAYERS)
         read = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) not in is_output] if is_read else []
         inputs, is_message = self.sources(read), func.namespace != "fsdp"
-        if is_message:
+        if is_message and torch._C._current_graph_task_id() != -1:  # in backward
             self.sent += inputs
         result = func(*args, **kwargs)
         for address, memory in _made([], written, tree_leaves(result)).items():
             stats = None if is_message else _stats(memory)
             self._writers[address] = self._add(Value(memory.dtype, inputs=inputs, stats=stats))
+        return result
+
+    def _receive(self, op: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """Waits for a message between parts of a layer; what it brings was made of what this rank sent."""
+        sent = self.sources(tree_leaves((args, kwargs)))
+        inputs = tuple(place for each in sent for place in self.values[each].inputs or (each,))
+        layer, direction = self._place(op, [])
+        result = func(*args, **kwargs)
+        layer = self._layer_of(inputs) if layer is None else layer
+        self._record(Call(len(self.calls), op, layer, direction, inputs, ()), _made([], [], tree_leaves(result)))
         return result
 
     def _place(self, op: str, taken: Sequence[Tensor]) -> tuple[str | None, Direction]:

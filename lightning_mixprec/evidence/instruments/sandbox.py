@@ -14,7 +14,7 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,11 @@ class Sandbox:
         if self._shards is not None:
             self._shards.open(self._copies, as_stored=as_stored)
         self._guard.open()
+
+    def keep_gradients_of(self, names: Collection[str]) -> None:
+        """Lets go of the gradients of all other parameters, each as soon as it is there."""
+        for name in self.trained.difference(names):
+            self.parameters[name].register_post_accumulate_grad_hook(_let_go)
 
     def close(self, random: RandomState, error: BaseException | None) -> MixPrecError | None:
         """Puts everything back, each part whatever becomes of the others, and checks it.
@@ -297,6 +302,10 @@ def _copy(tensor: Tensor, widened: Sequence[torch.dtype]) -> Tensor:
 
 def _training_flags(modules: Iterable[nn.Module]) -> list[bool]:
     return [module.training for module in modules]
+
+
+def _let_go(stand_in: Tensor) -> None:
+    stand_in.grad = None
 
 
 def _refuse_lazy(modules: list[nn.Module]) -> None:

@@ -41,6 +41,37 @@ def test_sharded_weights_are_replayed_where_two_sets_of_gradients_and_a_group_fi
             memory.agree_on_room(module, CUDA)
 
 
+OWNED = {"stem": ["0.weight"], "block": ["1.weight"], "head": ["2.weight"]}
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        (2, [("stem", "block", "head")]),  # 48 of 50 MiB are left for two sets of 24
+        (10, [("stem", "block"), ("head",)]),  # 40
+        (35, [("stem",), ("block",), ("head",)]),  # 15
+        (60, [("stem",), ("block",), ("head",)]),  # none: what is taken up with each of them is said where it fails
+    ],
+)
+def test_layers_are_looked_at_in_parts_whose_two_gradients_fit_beside_the_largest_group(
+    gpu, monkeypatch, group, expected
+):
+    module = torch.nn.Sequential(*(torch.nn.Linear(2 * MIB, 1, bias=False, device="meta") for _ in range(3)))
+    monkeypatch.setattr(memory, "is_sharded", lambda param: True)
+    monkeypatch.setattr(memory, "is_any_sharded", lambda module: True)
+    monkeypatch.setattr(memory, "largest_group_bytes", lambda module: group * MIB)
+    lacking = []
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: free_cuda_bytes(CUDA))
+    monkeypatch.setattr(memory.ranks, "take_largest", lacking.extend)
+    assert memory.parts_with_room(module, torch.device("cpu"), OWNED) == expected
+    assert len(lacking) == 1  # ranks agree on it
+
+
+def test_whole_weights_are_looked_at_all_at_once():
+    module = torch.nn.Sequential(*(torch.nn.Linear(2, 1, bias=False) for _ in range(3)))
+    assert memory.parts_with_room(module, torch.device("cpu"), OWNED) == [tuple(OWNED)]
+
+
 @pytest.mark.parametrize(("needed", "on_host"), [(49, False), (51, True)])
 def test_a_snapshot_stays_on_the_gpu_where_it_fits_into_it(gpu, monkeypatch, needed, on_host):
     monkeypatch.setattr(Snapshots, "bytes_needed", lambda self, trainer, module: needed * MIB)

@@ -1,7 +1,9 @@
 """Whatever is run in a sandbox leaves the model and the random numbers as they were."""
 
 import copy
+import gc
 import random
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 
 import numpy as np
@@ -36,6 +38,20 @@ def trained(model, x):
 
 
 # Weights, buffers, gradients
+
+
+def test_the_copies_of_the_weights_go_when_it_closes_and_not_when_garbage_is_collected():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    gc.collect()
+    gc.disable()
+    try:
+        with sandbox(model, CPU) as stand_ins:
+            model(torch.ones(2, 4)).sum().backward()
+            copies = [weakref.ref(each) for each in (*stand_ins.parameters.values(), *model.buffers())]
+        del stand_ins
+        assert [copy() for copy in copies] == [None] * len(copies)
+    finally:
+        gc.enable()
 
 
 MODELS = {

@@ -70,6 +70,8 @@ class Attributes:
                 self._takers[type(value)](value, path, holder)
             if id(value) in self._stand_ins or isinstance(value, Tensor):
                 self._to_replace.add(holder)
+        self._takers.clear()  # which know this: what it holds goes with it, stand-ins of all weights among it
+        self._found.clear()
 
     def open(self, stand_ins: Mapping[int, Tensor]) -> None:
         """Puts stand-ins in the places of parameters and buffers, by their ``id``, and of what the step may not use."""
