@@ -33,6 +33,7 @@ def test_sharded_weights_are_replayed_where_two_sets_of_gradients_and_a_group_fi
 ):
     module = torch.nn.Linear(gradients * MIB // 4, 1, bias=False, device="meta")
     monkeypatch.setattr(memory, "is_sharded", lambda param: True)
+    monkeypatch.setattr(memory, "is_any_sharded", lambda module: True)
     monkeypatch.setattr(memory, "largest_group_bytes", lambda module: group * MIB)
     if fits:
         memory.agree_on_room(module, CUDA)
