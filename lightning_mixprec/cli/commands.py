@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -40,8 +40,14 @@ def _told(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-class Commands(pl.Trainer):
-    """A Trainer that plans, compares and exports.
+if TYPE_CHECKING:
+    _Trainer = pl.Trainer
+else:
+    _Trainer = object
+
+
+class Commands(_Trainer):
+    """What a Trainer of either package plans, compares and exports by.
 
     Attributes:
         policy: The policy that the config trains in.

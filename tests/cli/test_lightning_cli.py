@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import pytorch_lightning as other
 import torch
 import yaml
 from torch import nn
@@ -79,9 +80,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
 
-    def run(*arguments, model=Net, **options):
+    def run(*arguments, model=Net, data=Data, cli=MixPrecCLI, **options):
         monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-        return MixPrecCLI(model, Data, auto_configure_optimizers=False, **options)
+        return cli(model, data, auto_configure_optimizers=False, **options)
 
     return run
 
@@ -223,3 +224,52 @@ def test_lightnings_own_precision_has_a_policy(run):
     Path("stock.yaml").write_text(yaml.safe_dump(CONFIG | {"trainer": config}))
     run("export", "--config=stock.yaml", "--format=weights", "--output=half.pt")
     assert {each.dtype for each in torch.load("half.pt", weights_only=True).values()} == {torch.bfloat16}
+
+
+# Modules of pytorch_lightning
+
+
+class OtherNet(other.LightningModule):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
+
+    forward, training_step, validation_step = Net.forward, Net.training_step, Net.validation_step
+    configure_optimizers = Net.configure_optimizers
+
+
+class OtherData(other.LightningDataModule):
+    size = 24
+    setup, train_dataloader, val_dataloader = Data.setup, Data.train_dataloader, Data.train_dataloader
+
+
+def test_modules_of_the_other_package_are_fitted_planned_compared_and_exported(run, capsys):
+    given = {"model": OtherNet, "data": OtherData}
+    cli = run("fit", "--config=config.yaml", **given)
+    assert type(cli.trainer) is other.Trainer and cli.trainer.global_step == 4
+    assert isinstance(cli.trainer.precision_plugin, PerLayerPrecision)
+    run("plan", "--config=config.yaml", "--batches=1", "--output=plan.json", **given)
+    assert PrecisionPlan.from_file("plan.json").rows
+    run("compare", "--config=config.yaml", "--batches=3", "--output=told.json", **given)
+    assert json.loads(Path("told.json").read_text())["step"] == "validation_step"
+    checkpoint = next(version(0).glob("checkpoints/*.ckpt"))
+    run("export", "--config=config.yaml", f"--ckpt_path={checkpoint}", "--format=weights", "--output=half.pt", **given)
+    weights = torch.load("half.pt", weights_only=True)
+    assert torch.equal(weights["net.2.weight"], cli.model.net[2].weight)
+
+
+def test_a_cli_of_ones_own_says_for_which_package_it_is(run):
+    class Own(MixPrecCLI):
+        pass
+
+    with pytest.raises(MixPrecError, match=r"derive it from MixPrecCLI.for_package\('pytorch_lightning'\)"):
+        run("fit", "--config=config.yaml", model=OtherNet, data=OtherData, cli=Own)
+
+    class OwnOfOther(MixPrecCLI.for_package("pytorch_lightning")):
+        def add_arguments_to_parser(self, parser):
+            self.was_asked = True
+
+    cli = run("fit", "--config=config.yaml", model=OtherNet, data=OtherData, cli=OwnOfOther)
+    assert cli.was_asked and type(cli.trainer) is other.Trainer
+    with pytest.raises(MixPrecError, match="what is installed is 'lightning.pytorch' or 'pytorch_lightning'"):
+        MixPrecCLI.for_package("lightning")
