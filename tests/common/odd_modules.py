@@ -4,8 +4,13 @@ Each habit shows in what the layer computes, so that a replay that leaves a trac
 in ``REFUSED`` cannot be replayed at all: a run that has one is told so once.
 """
 
+import array
+import contextvars
+import functools
 import random
+import sys
 import types
+import weakref
 from collections import OrderedDict, deque
 
 import numpy as np
@@ -154,6 +159,9 @@ class World:
         return sum(self.recent) + (self.inner.step() if self.inner is not None else self.steps)
 
 
+CALLS, WORLD, LEVEL = 0, World(2), contextvars.ContextVar("level", default=0)
+
+
 class NestedObjects(Habit):
     def keep(self):
         self.world = World(5)
@@ -200,14 +208,82 @@ class WeightsInContainers(Habit):
         return super().forward(x) + self.penalty()
 
 
+def real():
+    """``REAL``, by a name that nobody knows who has only read the code."""
+    return vars(sys.modules[__name__])["RE" + "AL"]
+
+
 class WeightsElsewhere(Habit):
     def keep(self):
-        REAL[id(self)] = self.linear.weight
+        real()[id(self)] = self.linear.weight
 
     def count(self, x):
         with torch.no_grad():
-            REAL[id(self)].mul_(0.99)
+            real()[id(self)].mul_(0.99)
         return 1
+
+
+class WeakReference(Habit):
+    def keep(self):
+        self.reference = weakref.ref(self.linear.bias)
+
+    def count(self, x):
+        self.reference().data.mul_(0.9)
+        return self.reference().detach().sum()
+
+
+class GlobalVariable(Habit):
+    def keep(self):
+        global CALLS
+        CALLS = 0
+
+    def count(self, x):
+        global CALLS
+        CALLS += 1
+        return CALLS
+
+
+class GlobalObject(Habit):
+    def keep(self):
+        WORLD.__init__(2)
+
+    def count(self, x):
+        return WORLD.step() / 10
+
+
+class ClassAttribute(Habit):
+    calls, past = 0, array.array("d")
+
+    def keep(self):
+        type(self).calls = 0
+        del self.past[:]
+
+    def count(self, x):
+        type(self).calls += 1
+        self.past.append(self.calls)
+        return sum(self.past)
+
+
+class ContextVariable(Habit):
+    def keep(self):
+        LEVEL.set(0)
+
+    def count(self, x):
+        LEVEL.set(LEVEL.get() + 1)
+        return LEVEL.get()
+
+
+@functools.lru_cache
+def cached_gain(size):
+    return torch.rand(size)
+
+
+class CachedFunction(Habit):
+    def keep(self):
+        cached_gain.cache_clear()
+
+    def count(self, x):
+        return cached_gain(len(x)).sum() / 8
 
 
 class LooseLeaf(Habit):

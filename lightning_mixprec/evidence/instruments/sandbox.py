@@ -5,8 +5,8 @@ statistics, an averaged copy of the weights, clipped weights, gradients) is gone
 modules' Python attributes are recorded before and put back after.
 
 What cannot be put back, an iterator or a queue, answers the step with an error, so that nothing is taken from it (see
-``refusals`` in this room). Not seen at all is what is not within reach of the modules' attributes, as global variables
-are, and the state of objects that are written in C.
+``restoring.refusals``). Not seen at all is what neither attributes of the modules lead to nor the user's own code names
+(see ``restoring.code_names``), and the state of objects that are written in C.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from lightning_mixprec.engine import sharding
 from lightning_mixprec.engine.compiling import uncompiled
 from lightning_mixprec.engine.lent_shards import LentShards, with_local_part
 from lightning_mixprec.errors import MixPrecError, ReplayError, SupportError, TraceLeftError
-from lightning_mixprec.evidence.instruments.restoring import waiting
+from lightning_mixprec.evidence.instruments.restoring import code_names, waiting
 from lightning_mixprec.evidence.instruments.restoring.attributes import Attributes
 from lightning_mixprec.evidence.instruments.restoring.contents import version_of
 from lightning_mixprec.evidence.instruments.restoring.guard import Guard
@@ -101,10 +101,12 @@ class Sandbox:
         device: torch.device,
         optimizers: Iterable[Optimizer],
         shards: LentShards | None = None,
+        beside: Mapping[str, Any] | None = None,
     ) -> None:
         self._model, self.is_wide, self._shards = model, widen, shards
         self._refused: list[str] = []
-        self._attributes = Attributes(model, self._refuse)
+        self._attributes = Attributes(model, self._refuse, beside)
+        self._put_context_back = code_names.context()
         _refuse_lazy(self._attributes.modules)
         self._training = _training_flags(self._attributes.modules)
         originals = dict(model.named_parameters())
@@ -145,7 +147,8 @@ class Sandbox:
         failed: list[BaseException] = []
         shards = () if self._shards is None else (self._shards.put_back,)
         attributes = (*self._attributes.put_back(), *shards)
-        for step in (*self._guard.put_back(), random.restore, *attributes, torch.clear_autocast_cache):
+        others = (self._put_context_back, torch.clear_autocast_cache)
+        for step in (*self._guard.put_back(), random.restore, *attributes, *others):
             try:
                 step()
             except BaseException as problem:  # a second Ctrl-C, too, waits until all is in its place
@@ -206,7 +209,8 @@ def sandbox(
         device: The device it runs on.
         widen: Whether stand-ins of 16-bit weights and buffers are fp32.
         optimizers: The optimizers of the run, whose states are put back or checked as well.
-        run: What stands for the run; after the first ReplayError none of its steps is run in a sandbox any more.
+        run: What stands for the run, a Trainer if there is one, whose callbacks and data the step may reach; after the
+            first ReplayError none of its steps is run in a sandbox any more.
         as_stored: Whether sharded weights are gathered as they are stored, and not in the run's formats.
         is_gathered: Whether the model is a layer whose sharded weights are whole (:func:`~.lent_shards.gathered`).
 
@@ -220,7 +224,7 @@ def sandbox(
     with contextlib.ExitStack() as stack:
         has_shards = not is_gathered and sharding.may_be_sharded() and bool(sharding.leaders_of(model))
         shards = LentShards(model) if has_shards else None
-        opened = Sandbox(model, widen, device, optimizers, shards)
+        opened = Sandbox(model, widen, device, optimizers, shards, {name: getattr(run, name, None) for name in _BESIDE})
         stack.enter_context(uncompiled())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -267,7 +271,7 @@ _WRITTEN = (
 )
 _REFUSED = (
     "the step uses {}, which cannot be put back after a replay; nothing was taken from it or given to it, and "
-    f"{_NO_FURTHER}: use it outside training_step, or in a function of your own that is not within the module's reach"
+    f"{_NO_FURTHER}: use it outside training_step"
 )
 _WAITED = (
     "the step waits in a replay for what does not come while training stands still ({}); it was ended, and "
@@ -281,6 +285,10 @@ _LOST = (
     "a replay of the step changed the training, and that could not be put back ({}); resume the run from its last "
     "checkpoint, without the callbacks that replay steps"
 )
+
+
+_BESIDE = ("callbacks", "datamodule", "train_dataloader")
+"""What a step may reach through a Trainer and change there."""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -8,11 +8,12 @@ from enum import Enum
 from functools import lru_cache, partial
 from types import BuiltinMethodType, FunctionType, MappingProxyType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mixprec.evidence.instruments.restoring import containers, refusals
+from lightning_mixprec.evidence.instruments.restoring import code_names, containers, refusals
 from lightning_mixprec.evidence.instruments.restoring.containers import Kind
 from lightning_mixprec.evidence.instruments.restoring.contents import (
     Contents,
@@ -38,9 +39,14 @@ class Attributes:
     """Everything that modules hold, recorded to be put back, with the tables of their parameters, buffers and hooks.
 
     Looks into containers of all kinds, into objects of classes that are not torch's or Lightning's and whatever these
-    hold in turn, and into the variables that functions close over. Restores tensors, arrays of NumPy and random number
-    generators, too. Of a container with more than a thousand objects it restores which it holds in which order, and it
-    looks at ten thousand objects in all.
+    hold in turn, and into the variables that functions close over; then into the global variables and classes that the
+    user's own code names. Restores tensors, arrays of NumPy and random number generators, too. Of a container with more
+    than a thousand objects it restores which it holds in which order, and it looks at ten thousand objects in all.
+
+    Args:
+        model: The model.
+        refused: Makes the error for a step that uses what cannot be put back, by its name.
+        beside: What code that names a Trainer reaches through it, by the names that it has there.
 
     Attributes:
         modules: The modules of the model, and those that it holds without having them registered.
@@ -48,7 +54,9 @@ class Attributes:
         contents: Tensors and arrays that are restored.
     """
 
-    def __init__(self, model: nn.Module, refused: Callable[[str], Exception]) -> None:
+    def __init__(
+        self, model: nn.Module, refused: Callable[[str], Exception], beside: Mapping[str, Any] | None = None
+    ) -> None:
         self.modules: list[nn.Module] = []
         self.leaves: list[Tensor] = []
         self.contents = Contents()
@@ -59,29 +67,79 @@ class Attributes:
         self._own: set[int] = set()
         self._known: set[Any] = set()
         self._restores: list[PutBack] = []
+        self._references: list[ReferenceType[Any]] = []
         self._empty: list[Any] = []
         self._takers: dict[type, Any] = {type(model): self._take_module}
         self._found: deque[tuple[Any, Path, int | None]] = deque([(model, (), None)])
-        while self._found and len(self._known) < _MOST_OBJECTS:
-            value, path, holder = self._found.popleft()
-            key = (id(value), holder) if isinstance(value, tuple) else id(value)
-            if key not in self._known:
-                self._known.add(key)
-                self._takers[type(value)](value, path, holder)
-            if id(value) in self._stand_ins or isinstance(value, Tensor):
-                self._to_replace.add(holder)
+        self._functions: list[FunctionType] = []
+        self._classes: list[type] = []
+        self._is_named = False
+        self._walk()
+        self._take_named(beside or {})
         self._takers.clear()  # which know this: what it holds goes with it, stand-ins of all weights among it
         self._found.clear()
 
     def open(self, stand_ins: Mapping[int, Tensor]) -> None:
         """Puts stand-ins in the places of parameters and buffers, by their ``id``, and of what the step may not use."""
         self._stand_ins.update(stand_ins)
+        for reference in self._references:
+            if (stand_in := stand_ins.get(id(reference()))) is not None:
+                self._stand_ins[id(reference)] = ReferenceType(stand_in)
         for place in self._to_replace - {None}:
             kind, container, before = self._held[place]  # type: ignore[index]
             replaced = self._replaced(before)
             if not containers.is_same(replaced, before):
                 kind.write(container, replaced)
         self.contents.open()
+
+    def _walk(self) -> None:
+        while self._found and len(self._known) < _MOST_OBJECTS:
+            value, path, holder = self._found.popleft()
+            key = (id(value), holder) if isinstance(value, tuple) else id(value)
+            if key not in self._known:
+                self._known.add(key)
+                self._takers[type(value)](value, path, holder)
+            if id(value) in self._stand_ins or isinstance(value, (Tensor, ReferenceType)):
+                self._to_replace.add(holder)
+
+    def _take_named(self, beside: Mapping[str, Any]) -> None:
+        """What the code names of what was found, and so on for what is found by these names."""
+        self._is_named = True
+        while self._classes or self._functions:
+            while self._classes:
+                for kind in self._classes.pop().__mro__:
+                    self._take_class(kind)
+            named_in: dict[int, tuple[dict[str, Any], set[str], set[str]]] = {}
+            while self._functions:
+                function = self._functions.pop()
+                if (names := code_names.named_by(function)) is not None:
+                    new = (function.__globals__, set[str](), set[str]())
+                    _, variables, attributes = named_in.setdefault(id(function.__globals__), new)
+                    variables |= names.variables
+                    attributes |= names.attributes
+            for held, variables, attributes in named_in.values():
+                self._take_variables(held, frozenset(variables), frozenset(attributes))
+                if "trainer" in attributes:
+                    self._look_at(beside, (), None)
+            self._walk()
+
+    def _take_class(self, kind: type) -> None:
+        if id(kind) not in self._known and code_names.is_own(kind):
+            self._known.add(id(kind))
+            self._functions += code_names.functions_of(kind)
+            if not issubclass(kind, Enum):
+                self._hold(code_names.CLASS, kind, (kind.__name__,))
+
+    def _take_variables(self, held: dict[str, Any], names: frozenset[str], attributes: frozenset[str]) -> None:
+        """Variables of a file, and of other files of the user's own those that are named as their attributes."""
+        kind = code_names.variables(names)
+        for value in kind.read(held).values():
+            if isinstance(value, type):
+                self._classes.append(value)
+            elif isinstance(value, ModuleType) and id(value) not in self._known and code_names.is_own_module(value):
+                self._known.add(id(value))
+                self._take_variables(vars(value), attributes, attributes)
+        self._hold(kind, held, ())
 
     def put_back(self) -> Iterator[PutBack]:
         """The steps that put everything back, tables of parameters and buffers first."""
@@ -108,7 +166,7 @@ class Attributes:
         """Records what a container holds, and has it looked at."""
         before = kind.read(container)
         self._held.append((kind, container, before))
-        if before:
+        if before and not isinstance(before, bytes):
             self._look_at(before, path, len(self._held) - 1)
 
     def _look_at(self, items: Any, path: Path, holder: int | None) -> None:
@@ -147,6 +205,7 @@ class Attributes:
                     self._own.update(map(id, table.values()))
                     self._hold(containers.table_kind(table), table, ())
         for name, each in new:
+            self._classes.append(type(each))
             self._hold(containers.ATTRIBUTES, vars(each), (path, name) if name else path)
             self._restores.append(partial(_give_class, each, type(each)))
             if isinstance(each, torch.jit.ScriptModule):
@@ -168,6 +227,7 @@ class Attributes:
     def _take_function(self, function: FunctionType, path: Path, holder: int | None) -> None:
         if (function.__module__ or "").partition(".")[0] in _OTHERS:
             return
+        self._functions.append(function)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             self._look_at({name: cell}, path, None)
         self._look_at([vars(function), function.__defaults__, function.__kwdefaults__], path, None)
@@ -179,6 +239,17 @@ class Attributes:
             self._refuse(call, path, holder)
         else:
             self._look_at(parts, path, None)
+
+    def _take_reference(self, reference: Any, path: Path, holder: int | None) -> None:
+        self._references.append(reference)
+        self._look_at([reference()], path, None)
+
+    def _take_cached(self, cached: Any, path: Path, holder: int | None) -> None:
+        """A function with a cache, which cannot be put back: the step has another, empty one."""
+        function = cached.__wrapped__
+        if isinstance(function, FunctionType) and code_names.named_by(function) is not None:
+            self._stand_ins[id(cached)] = code_names.fresh(cached)
+            self._look_at([function], path, None)
 
     def _take_settable(self, value: Any, path: Path, holder: int | None) -> None:
         setter = setter_of(value)
@@ -196,6 +267,7 @@ class Attributes:
         if any(_holds_live(kind.read(held)) for kind, held in parts):
             self._refuse(value, path, holder)  # others are at work on it, so nothing of it can be put back
             return
+        self._classes.append(type(value))
         for kind, held in parts:
             self._hold(kind, held, path)
 
@@ -205,6 +277,8 @@ class Attributes:
         self._restores.append(lent.put_back)
 
     def _refuse(self, value: Any, path: Path, holder: int | None) -> None:
+        if self._is_named and not refusals.is_taken_from(type(value)):
+            return  # a bar of progress or a logger of the file's, at which others may be at work, goes on
         copied = refusals.copied(value)
         refused = refusals.refusal(value, partial(self._refused, named(path))) if copied is None else copied
         self._stand_ins[id(value)] = refused
@@ -243,6 +317,8 @@ def _taker(kind: type) -> str | None:
         (issubclass(kind, (tuple, frozenset, MappingProxyType)), "_take_fixed"),
         (issubclass(kind, FunctionType), "_take_function"),
         (issubclass(kind, (MethodType, BuiltinMethodType, MethodWrapperType, partial)), "_take_call"),
+        (issubclass(kind, code_names.CACHED), "_take_cached"),
+        (issubclass(kind, ReferenceType), "_take_reference"),
         (is_settable(kind), "_take_settable"),
         (is_array(kind), "_take_array"),
         (_is_refused(kind), "_refuse"),

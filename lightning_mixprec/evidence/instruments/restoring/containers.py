@@ -4,6 +4,7 @@ A class of a user's own may refuse ``clear()``, count what is read or raise whil
 after a step is put back all the same.
 """
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
@@ -13,21 +14,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Held = dict[Any, Any] | list[Any] | frozenset[Any]
+Held = dict[Any, Any] | list[Any] | frozenset[Any] | bytes
 """What a container holds, in a container of ours."""
 
 
 class Kind(NamedTuple):
     """A kind of container: the functions that read all that one holds, and that make it hold that and no more."""
 
-    read: Callable[[Any], Held]
+    read: Callable[[Any], Any]
     write: Callable[[Any, Any], None]
 
 
 def is_same(now: Held, before: Held) -> bool:
     """True for the same objects in the same order, whatever their classes take for equal."""
-    if len(now) != len(before):
-        return False
+    if len(now) != len(before) or isinstance(now, bytes):
+        return now == before
     if isinstance(now, frozenset):
         return set(map(id, now)) == set(map(id, before))
     if isinstance(now, dict) and isinstance(before, dict) and not all(map(is_, now.values(), before.values())):
@@ -73,7 +74,7 @@ def slots_of(type_of_value: type) -> dict[str, Any]:
 def slots_kind(slots: dict[str, Any]) -> Kind:
     """Objects with these slots, as containers of what is in them."""
 
-    def read(value: Any) -> Held:
+    def read(value: Any) -> dict[str, Any]:
         found = {}
         for name, slot in slots.items():
             try:
@@ -153,6 +154,14 @@ def _write_cell(cell: CellType, before: list[Any]) -> None:
         del cell.cell_contents
 
 
+def _write_bytes(held: bytearray, before: bytes) -> None:
+    held[:] = before
+
+
+def _write_array(held: array, before: bytes) -> None:  # type: ignore[type-arg]
+    held[:] = array(held.typecode, before)
+
+
 BUILTIN = {OrderedDict, dict, list, deque, set}
 """Classes of containers that do what they are known for."""
 
@@ -167,5 +176,7 @@ _KINDS: tuple[tuple[type, Kind], ...] = (
     (list, Kind(list.copy, _write_list)),
     (deque, Kind(lambda held: list(deque.__iter__(held)), _write_deque)),
     (set, Kind(frozenset, _write_set)),
+    (bytearray, Kind(bytes, _write_bytes)),
+    (array, Kind(array.tobytes, _write_array)),
     (CellType, Kind(_read_cell, _write_cell)),
 )

@@ -39,6 +39,14 @@ def is_consumed(type_of_value: type) -> bool:
     return issubclass(type_of_value, (Iterator, AsyncIterator, Coroutine, io.IOBase))
 
 
+def is_taken_from(type_of_value: type) -> bool:
+    """True for what is consumed, and for queues: what a step takes from one is gone."""
+    queues = {"queue", "_queue", "multiprocessing", "asyncio"}
+    return is_consumed(type_of_value) or any(
+        each.__module__.partition(".")[0] in queues and "Queue" in each.__name__ for each in type_of_value.__mro__
+    )
+
+
 def copied(value: Any) -> Any | None:
     """A copy of an iterator that stands where it does; None for one that cannot be copied without being used."""
     return copy.copy(value) if type(value) in _COPIED else None
