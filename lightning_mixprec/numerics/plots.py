@@ -22,11 +22,14 @@ COLORS = {
     "fp32": "#56B4E9",
     "bf16": "#0072B2",
     "fp16": "#D55E00",
+    "fp8": "#CC79A7",
     "e4m3": "#CC79A7",
     "e5m2": "#009E73",
+    "int8": "#F0E442",
 }
 """The palette of Okabe and Ito (2008), which readers with any of the common colour blindnesses tell apart; fp32 and
-bf16, which have one range, are a light and a dark blue. Formats are named next to their colours all the same."""
+bf16, which have one range, are a light and a dark blue, and fp8 has the colour of what it is forward. Formats are named
+next to their colours all the same."""
 
 OTHER = "#979FA6"
 """The colour of a format that has none of its own."""
@@ -224,7 +227,7 @@ def draw_steps(
     figure, ax = _axes(ax, height=4.5)
     at, values = [step for step, _ in scales], [scale for _, scale in scales]
     ax.step([*at, steps], [*values, *values[-1:]], where="post", color=_BARS, linewidth=2)
-    colors = list(COLORS.values())[::-1]
+    colors = list(dict.fromkeys(COLORS.values()))[::-1]
     for place, kind in enumerate(dict.fromkeys(kind for _, kind in marks)):
         where = [step for step, each in marks if each == kind]
         color = colors[place % len(colors)]
@@ -253,7 +256,7 @@ def draw_gaps(
     """
     figure, ax = _axes(ax, height=4.5)
     shown = [row for row in rows if math.isfinite(row["loss_gap"])]
-    colors = [color for name, color in COLORS.items() if name != "fp32"]
+    colors = [color for color in dict.fromkeys(COLORS.values()) if color != COLORS["fp32"]]
     ax.plot([1.0], [0.0], "o", color=COLORS["fp32"], label=printable(reference), markersize=9)
     for place, row in enumerate(shown):
         gap, color = row["loss_gap"], COLORS.get(row["policy"], colors[place % len(colors)])

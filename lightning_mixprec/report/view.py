@@ -17,6 +17,7 @@ FORMAT_CLASSES = {
     "fp8": "f43",
     "e4m3": "f43",
     "e5m2": "f52",
+    "int8": "fi8",
 }
 SEVERAL_CLASS = {"several": "fsv"}
 OTHER_CLASS = "fot"

@@ -461,6 +461,18 @@ def test_the_monitors_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
     assert all(f"tiny bf16 {kind} " in printed for kind in rows)
 
 
+@pytest.mark.slow
+def test_the_emulation_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
+    only = ["--models", "gpt", "--compilers", "eager", "--rounds", "2"]
+    report, printed = benchmark("emulation.py", tmp_path, *only)
+    rows = {row["case"]: row for row in report["results"]}
+    assert list(rows) == ["fp32", "bf16 emulated", "fp16 emulated"]
+    for kind in ("ratio", "cpu_time_ratio"):
+        assert rows["fp32"][kind] == {"median": 1, "least": 1, "largest": 1}
+        assert all(row[kind]["least"] <= row[kind]["median"] <= row[kind]["largest"] for row in rows.values())
+    assert all(f"gpt       eager      {case} " in printed for case in rows)
+
+
 def quick_bench(monitors: ModuleType, name: str, compiled: bool = False) -> object:
     options = {"device": "cpu", "quick": True, "warmup": 2, "steps": 6, "backend": "eager"}
     return monitors.Bench(monitors.Setting("tiny", name, compiled), type("Options", (), options))

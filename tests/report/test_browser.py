@@ -31,7 +31,7 @@ TEXT_COLOURS = {
     "warning": ("bg", "warningbg"),
     "note": ("bg", "notebg"),
     "good": ("bg",),
-    "onformat": ("f64", "f32", "fbf", "f16", "f43", "f52", "fot"),
+    "onformat": ("f64", "f32", "fbf", "f16", "f43", "f52", "fi8", "fot"),
     "bg": ("ink",),
 }
 

@@ -13,6 +13,7 @@ import pytest
 from report import samples
 
 from lightning_mixprec import MixPrecError
+from lightning_mixprec.numerics.formats import FORMATS
 from lightning_mixprec.numerics.plots import COLORS, tint
 from lightning_mixprec.report import charts, histograms, view
 from lightning_mixprec.report.writing import render
@@ -290,6 +291,7 @@ def test_shares_of_a_histogram_against_counting_by_hand():
 
 def test_formats_have_the_colours_of_the_plots_and_are_written_on_in_black():
     style = page_of(samples.sample()).raw["style", None]
+    assert {view.format_class(name) for name in FORMATS} == {view.format_class(name) for name in COLORS}
     for name, color in COLORS.items():
         fill = re.search(rf"--{view.format_class(name)}: (#\w+);", style).group(1)
         assert fill == tint(color)
