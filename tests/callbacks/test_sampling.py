@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diary import Diary
 from lightnings import pl
 from observed_models import MODULES, NETS, PLUGINS, Busy, monitors, plain, trace
 from plugin_models import Batches, Call, Task, fit, ours, same, snapshot
@@ -202,7 +203,7 @@ class Fragile(Task):
         return super().training_step(batch, batch_idx)
 
 
-NOTED: list[int] = []
+NOTED = Diary()
 
 
 def rows_of(**what):
@@ -268,7 +269,7 @@ def test_a_summary_says_how_many_of_how_many(capsys):
     assert "; 3 of 4 steps could be sampled" in capsys.readouterr().out
 
 
-FAILS = [0]  # out of the module's reach
+FAILS = Diary([0])
 
 
 def test_what_fails_in_a_replay_leaves_the_run_as_it_was():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from ddp_monitors import Synchronized
+from diary import Diary
 from lightnings import DDPStrategy
 from plugin_models import Batches, Task, fit, ours
 from torch import nn
@@ -17,7 +18,7 @@ from torch.optim import SGD
 from lightning_mixprec import AdaptivePrecision, FidelityMonitor, OverflowMonitor, UnderflowMonitor
 
 RANK, BACKEND = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("MIXPREC_TEST_BACKEND", "gloo")
-SEEN = []
+SEEN = Diary()
 
 
 class Short(nn.Module):

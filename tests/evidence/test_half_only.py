@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diary import Diary
 from plugin_models import Batches, Task, fit, ours, same, stock
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from lightning_mixprec import FidelityMonitor, OverflowMonitor, UnderflowMonitor
 from lightning_mixprec.errors import TraceLeftError
 from lightning_mixprec.evidence.instruments.sandbox import Sandbox
 
-ASKED: list[torch.dtype] = []
+ASKED = Diary()
 """The dtypes that the kernel was asked for."""
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diary import Diary
 from known_results import ours as fp16_at_the_usual_scale
 from lightnings import pl
 from odd_steps import ODD_STEPS, Odd, adam, drawn, odd, plain, stepped_with
@@ -131,7 +132,7 @@ def test_an_optimizer_that_the_replay_knows_nothing_of_is_refused_and_moves_noth
     assert len(problems(tmp_path)) == 4 and all("the run's Adam" in problem for problem in problems(tmp_path))
 
 
-RATES = []  # out of the module's reach, so that a replay does not put it back
+RATES = Diary()
 
 
 def noting_rates(module, batch):
@@ -144,3 +145,25 @@ def test_a_learning_rate_that_a_replay_writes_is_the_copys():
     trainer(ours("bf16"), callbacks=[FidelityMonitor(1)]).fit(Odd(noting_rates, adam), Batches(6))
     assert len(RATES) == 3 * 4  # each step runs in the run's formats, in fp32, and then truly
     assert all(len(set(RATES[at : at + 3])) == 1 for at in range(0, 12, 3)) and len(set(RATES)) == 4
+
+
+def test_losses_that_are_kept_over_batches_go_backward_together():
+    """A replay that went backward through them would free the graph of the steps before."""
+
+    def of_three(module, batch):
+        module.kept.append(module.loss(batch))
+        if len(module.kept) == 3:
+            optimizer = module.optimizers()
+            optimizer.zero_grad()
+            module.manual_backward(torch.stack(module.kept).sum())
+            optimizer.step()
+            module.kept.clear()
+
+    def run(callbacks):
+        module = Odd(of_three, adam)
+        module.kept = []
+        torch.manual_seed(1)
+        trainer(ours("bf16"), callbacks=callbacks, max_steps=2).fit(module, Batches(6))
+        return module.state_dict()
+
+    assert same(run([]), run([FidelityMonitor(1)]))

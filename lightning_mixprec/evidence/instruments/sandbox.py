@@ -147,8 +147,8 @@ class Sandbox:
         failed: list[BaseException] = []
         shards = () if self._shards is None else (self._shards.put_back,)
         attributes = (*self._attributes.put_back(), *shards)
-        others = (self._put_context_back, torch.clear_autocast_cache)
-        for step in (*self._guard.put_back(), random.restore, *attributes, *others):
+        last = (self._put_context_back, torch.clear_autocast_cache)
+        for step in (*self._guard.put_back(), random.restore, *attributes, *last):
             try:
                 step()
             except BaseException as problem:  # a second Ctrl-C, too, waits until all is in its place

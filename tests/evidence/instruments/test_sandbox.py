@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
+from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.errors import SupportError
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
 
@@ -400,6 +401,20 @@ def test_a_parametrization_that_is_cached_is_not_kept():
         inside = model.weight
     with parametrize.cached():
         assert model.weight is not inside
+
+
+@pytest.mark.parametrize("hold", [lambda x: x, lambda x: [(x, 1)], lambda x: {"last": x}], ids=["bare", "list", "dict"])
+def test_a_graph_of_steps_before_is_there_after_a_backward_inside(hold):
+    model = nn.Linear(2, 2)
+    kept = model(torch.ones(1, 2)).sum()
+    model.kept = hold(kept)
+    with sandbox(model, CPU):
+        inside = next(tensors_in([vars(model)["kept"]]))
+        assert inside.requires_grad and torch.equal(inside, kept)
+        inside.mul_(2).backward()
+    assert model.weight.grad is None and next(tensors_in([model.kept])) is kept
+    kept.backward()
+    assert torch.equal(model.weight.grad, torch.ones(2, 2))
 
 
 @pytest.mark.gpu

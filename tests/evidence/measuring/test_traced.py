@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from costed_models import MODELS, Costed
+from diary import Diary
 from fake_cuda import needs_fake_cuda
 from torch import nn
 
@@ -13,7 +14,7 @@ from lightning_mixprec import MixPrecError, PrecisionPolicy
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.evidence.measuring.costs import measure_costs
 
-SEEN = []
+SEEN = Diary()
 """The devices of inputs, in a list that no sandbox knows of."""
 
 

@@ -68,6 +68,7 @@ class Attributes:
         self._known: set[Any] = set()
         self._restores: list[PutBack] = []
         self._references: list[ReferenceType[Any]] = []
+        self._graphs: list[Tensor] = []
         self._empty: list[Any] = []
         self._takers: dict[type, Any] = {type(model): self._take_module}
         self._found: deque[tuple[Any, Path, int | None]] = deque([(model, (), None)])
@@ -85,6 +86,7 @@ class Attributes:
         for reference in self._references:
             if (stand_in := stand_ins.get(id(reference()))) is not None:
                 self._stand_ins[id(reference)] = ReferenceType(stand_in)
+        self._stand_ins.update({id(tensor): _cut(tensor) for tensor in self._graphs})
         for place in self._to_replace - {None}:
             kind, container, before = self._held[place]  # type: ignore[index]
             replaced = self._replaced(before)
@@ -189,8 +191,8 @@ class Attributes:
 
     def _take_tensor(self, tensor: Tensor, path: Path, holder: int | None) -> None:
         if id(tensor) not in self._own:
-            if tensor.requires_grad and tensor.is_leaf:
-                self.leaves.append(tensor)
+            if tensor.requires_grad:
+                (self.leaves if tensor.is_leaf else self._graphs).append(tensor)
             self.contents.add_tensor(tensor)
 
     def _take_module(self, module: nn.Module, path: Path, holder: int | None) -> None:
@@ -338,6 +340,12 @@ def _is_refused(kind: type) -> bool:
 def _holds_live(held: Any) -> bool:
     within = (item for value in held.values() if type(value) in (list, tuple) for item in value[:_MOST_ITEMS])
     return any(refusals.is_live(type(each)) for each in (*held.values(), *within))
+
+
+def _cut(tensor: Tensor) -> Tensor:
+    """A copy of what was computed in steps before, without their graph, which a backward would free."""
+    with torch.enable_grad():
+        return tensor.detach().requires_grad_().clone()
 
 
 def _give_class(module: nn.Module, kind: type) -> None:
