@@ -41,6 +41,17 @@ def trained(model, x):
 # Weights, buffers, gradients
 
 
+def test_a_model_of_any_number_of_modules_is_given_copies_of_all_its_weights():
+    model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(3400)))
+    model[0].kept, last = [model[1].weight], model[-1].weight
+    with sandbox(model, CPU) as stand_ins:
+        held = dict(model.named_parameters())
+        assert all(held[name] is stand_ins.parameters[name] for name in held)
+        assert model[0].kept[0] is model[1].weight
+        held["3399.weight"].sum().backward()
+    assert model[-1].weight is last and last.grad is None
+
+
 def test_the_copies_of_the_weights_go_when_it_closes_and_not_when_garbage_is_collected():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     gc.collect()

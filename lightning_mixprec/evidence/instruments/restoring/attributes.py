@@ -30,6 +30,7 @@ _OTHERS = (sys.stdlib_module_names - {"collections", "types", "argparse", "weakr
 _OTHERS |= {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_mixprec"}
 _MOST_ITEMS = 1000
 _MOST_OBJECTS = 10_000
+_MOST_IN_MODULE = 30
 
 Path = tuple[Any, ...]
 """Where an object was found: its holder's path, and its name or place there; empty for the model."""
@@ -41,7 +42,8 @@ class Attributes:
     Looks into containers of all kinds, into objects of classes that are not torch's or Lightning's and whatever these
     hold in turn, and into the variables that functions close over; then into the global variables and classes that the
     user's own code names. Restores tensors, arrays of NumPy and random number generators, too. Of a container with more
-    than a thousand objects it restores which it holds in which order, and it looks at ten thousand objects in all.
+    than a thousand objects it restores which it holds in which order, and it looks at ten thousand objects in all, and
+    thirty more for each module.
 
     Args:
         model: The model.
@@ -95,7 +97,7 @@ class Attributes:
         self.contents.open()
 
     def _walk(self) -> None:
-        while self._found and len(self._known) < _MOST_OBJECTS:
+        while self._found and len(self._known) < _MOST_OBJECTS + _MOST_IN_MODULE * len(self.modules):
             value, path, holder = self._found.popleft()
             key = (id(value), holder) if isinstance(value, tuple) else id(value)
             if key not in self._known:
@@ -206,6 +208,7 @@ class Attributes:
                 else:
                     self._own.update(map(id, table.values()))
                     self._hold(containers.table_kind(table), table, ())
+                    self._to_replace.add(len(self._held) - 1)  # however many there are
         for name, each in new:
             self._classes.append(type(each))
             self._hold(containers.ATTRIBUTES, vars(each), (path, name) if name else path)
