@@ -36,10 +36,11 @@ from lightning_mixprec.evidence.instruments.memory import agree_on_room, is_out_
 from lightning_mixprec.evidence.instruments.optimizer_copies import Copies
 from lightning_mixprec.evidence.instruments.probe import cast_to_fp32
 from lightning_mixprec.evidence.instruments.restoring.attributes import replaced
+from lightning_mixprec.evidence.instruments.restoring.refusals import Quiet
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox, sandbox
 from lightning_mixprec.evidence.run_formats import Formats
 from lightning_mixprec.optim.gradients import params_of
-from lightning_mixprec.plugin.lightnings import DummyLogger, both
+from lightning_mixprec.plugin.lightnings import both
 
 _LIGHTNING_OPTIMIZERS = both("core.optimizer", "LightningOptimizer")
 _STEPPED = (Optimizer, LRScheduler, *_LIGHTNING_OPTIMIZERS)
@@ -250,7 +251,8 @@ def _stand_ins_for_the_trainer(module: pl.LightningModule, step: _Step) -> Gener
             stack.enter_context(replaced(vars(trainer.strategy), run.for_strategy()))
             stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
             stack.callback(setattr, trainer, "loggers", trainer.loggers)
-            trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+            quiet: list[Any] = [Quiet(each) for each in trainer.loggers]
+            trainer.loggers = quiet
         yield
 
 

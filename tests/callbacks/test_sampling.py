@@ -366,3 +366,30 @@ def test_what_is_told_of_a_layer_is_found_out_once_for_all_monitors(monkeypatch,
         return len(asked)
 
     assert 0 < fitted(UnderflowMonitor()) == fitted(UnderflowMonitor(), PrecisionReport())
+
+
+class Pictures(Task):
+    """Writes into its logger's folder, and asks the logger what it is."""
+
+    def training_step(self, batch, batch_idx):
+        logger = self.logger
+        assert (
+            isinstance(logger, pl.loggers.CSVLogger)
+            and self.trainer.log_dir == logger.log_dir
+            and logger.name == "runs"
+        )
+        folder = Path(logger.log_dir, "pictures")
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(batch[0], folder / f"{batch_idx}.pt")
+        logger.experiment.log_metrics({"planted": 1.0}, self.global_step)
+        logger.log_metrics({"planted too": 1.0}, self.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_may_ask_its_logger_for_its_folder_and_logs_nothing_in_a_replay(tmp_path, monkeypatch):
+    logged, writer = Diary(), pl.loggers.csv_logs.ExperimentWriter
+    monkeypatch.setattr(writer, "log_metrics", lambda self, metrics, step=None: logged.append(set(metrics)))
+    monitor = FidelityMonitor(1)
+    fit(Pictures(plain()), ours("bf16"), callbacks=[monitor], logger=pl.loggers.CSVLogger(tmp_path, "runs"))
+    assert monitor.latest["layers"]
+    assert logged.count({"planted"}) == logged.count({"planted too"}) == 4

@@ -3,12 +3,14 @@
 A step that asks one for something gets an error instead, so that nothing is taken from the object, nothing is written
 to it, and nobody waits for it. Other threads go on with the object itself.
 
-A lock may be taken; what the step leaves locked or unlocked is put back.
+A lock may be taken; what the step leaves locked or unlocked is put back. A logger is asked for its name and its folder,
+and logs nothing.
 """
 
 import copy
 import io
 import itertools
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
@@ -20,6 +22,7 @@ _COPIED: tuple[type, ...] = (
     *(type(reversed([])), itertools.count),
 )
 _LOCKS: tuple[type, ...] = (type(threading.Lock()), type(threading.RLock()))
+_TOLD = (str, int, float, type(None), os.PathLike)
 _SILENT = {"write", "writelines", "flush"}
 LOCK_SECONDS = 10.0
 """How long a step waits in a replay for a lock that somebody else holds."""
@@ -129,3 +132,32 @@ class LentLock:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lock, name)
+
+
+class Quiet:
+    """Stands in for a logger, or what it writes with: says what it is and where, and takes whatever it is given.
+
+    Args:
+        original: The logger, whose plain attributes (name, version, folder) are read; nothing of it is called.
+    """
+
+    __class__ = property(lambda self: type(self._original))
+
+    def __init__(self, original: Any) -> None:
+        vars(self)["_original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._original, name)
+        return value if isinstance(value, _TOLD) else Quiet(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
