@@ -30,6 +30,11 @@ _NOT_LOOKED_INTO = (
     "validate on one to have the layer named."
 )
 
+_NOT_REPLAYED = (
+    "a step that raises on one of several ranks is not replayed, as the others' steps go on until this process ends; "
+    "lightning_mixprec.diagnose can look into it"
+)
+
 
 class FailureMonitor(Monitor):
     """A monitor with a :class:`FailureWatch`, which a subclass makes and begins batches with."""
@@ -194,7 +199,7 @@ class FailureMonitor(Monitor):
         if not ranks.are_many():
             return self._look_into_error(window, error, is_over)
         if any(get_format(format).is_low_precision for format in window.formats.in_use):
-            note(error, "the other ranks' steps go on, so it was not looked into; lightning_mixprec.diagnose can")
+            note(error, _NOT_REPLAYED)
         return None
 
     def _look_into_error(self, window: StepWindow, error: Exception, is_over: bool) -> Remedy | None:

@@ -52,7 +52,7 @@ class Wanted:
 
     Attributes:
         statistics: Histograms of outputs, gradients and weight gradients in fp32.
-        agreement: Losses and weight gradients in the run's formats against fp32.
+        agreement: Losses and weight gradients in other formats against fp32.
         layers: The layers whose output is compared with fp32, as far as ``max_bytes`` reach.
         max_elements: How many elements of a tensor statistics look at; None for all.
         max_bytes: Memory for the inputs and outputs of ``layers``.
@@ -152,6 +152,7 @@ class Comparison:
         kept_names = None if wanted.kept is None else {name for layer in wanted.kept for name in owned[layer]}
         self._replay = replay or StepReplay(module, formats, module.device, kept_names)
         self._own = own
+        self._size_of_terms: Tensor | None = None
         self._observer: OperandObserver | None = None
         self._statistics: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -254,7 +255,8 @@ class Comparison:
         if low is not None:
             told.dots = gradient_dots(self._owned, low.gradients, self.reference.gradients)
             told.gap = loss_gap(low.losses, self.reference.losses, least_loss)
-            told.weighed_gap = loss_gap(low.losses, self.reference.losses, self._size_of_terms.clamp(min=least_loss))
+            least = least_loss if self._size_of_terms is None else self._size_of_terms.clamp(min=least_loss)
+            told.weighed_gap = loss_gap(low.losses, self.reference.losses, least)
             told.is_bad = ~is_finite(low)
         if statistics:
             told.tables, told.amax, told.operands = self._counted()

@@ -16,6 +16,7 @@ from lightning_mixprec.evidence.instruments.probe import layers_of, own_paramete
 from lightning_mixprec.evidence.replay import Halving
 from lightning_mixprec.evidence.run_formats import RunFormats
 from lightning_mixprec.evidence.step_window import KeptBatch
+from lightning_mixprec.planning.agreement import Agreement
 
 
 class SampledStep:
@@ -87,8 +88,11 @@ class SampledStep:
         if agreement is None or not agreement.is_doubtful:
             return
         wanted = Wanted(agreement=True, only=self._wanted.only, kept=self._wanted.kept)
-        again = Comparison(self._module, self._formats, self._kept, wanted)
-        found.agreement = self._formats.noise.taken_out_of(agreement, again.self_agreement)
+
+        def in_fp32_again() -> Agreement:
+            return Comparison(self._module, self._formats, self._kept, wanted).self_agreement()
+
+        found.agreement = self._formats.noise.taken_out_of(agreement, in_fp32_again)
         found.noise = [layer for layer in agreement.layers if layer not in found.agreement.layers]
 
     def _look_up_dtypes(self) -> None:

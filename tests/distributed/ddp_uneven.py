@@ -37,7 +37,7 @@ def attempt(folder, plugin, kind=Task, counts=(4, 4), callbacks=(), seconds=15, 
     distributed.barrier()
     distributed.destroy_process_group()
     grouped(folder, seconds)
-    model, ended = task(kind), None
+    model, ended, notes = task(kind), None, []
     options = {"strategy": gloo(), "devices": 2, "use_distributed_sampler": False, **options}
     batches = batches or data(count=counts[RANK], spoiled=spoiled)
     with warnings.catch_warnings(record=True) as caught:
@@ -48,9 +48,11 @@ def attempt(folder, plugin, kind=Task, counts=(4, 4), callbacks=(), seconds=15, 
         except Exception as error:
             kind = RuntimeError if isinstance(error, RuntimeError) else type(error)
             ended = f"{kind.__name__}: {error}".splitlines()[0]
+            notes = list(getattr(error, "__notes__", []))
     distributed.destroy_process_group()
     return {
         "ended": ended,
+        "notes": notes,
         "losses": model.losses,
         "weights": [param.detach().clone() for param in model.parameters()],
         "skipped": getattr(plugin, "skipped_steps", None),

@@ -57,6 +57,13 @@ def test_an_error_of_one_rank_is_its_own_and_ends_the_other(ranks, case, error, 
     assert len(first["losses"]) == len(ranks[0][f"{case}, stock"]["losses"])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_raises_on_one_rank_is_not_replayed_and_says_so(ranks, way):
+    told = ranks[1][f"raising, {way}"]["notes"]
+    assert len(told) == (way == "watched")
+    assert all("raises on one of several ranks is not replayed" in note for note in told)
+
+
 def test_monitors_of_lightnings_plugin_end_as_it_does(ranks):
     for rank, results in enumerate(ranks):
         assert same(results["own epochs, watched stock"]["weights"], results["own epochs, stock"]["weights"])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_mixprec import ranks
 from lightning_mixprec.engine.sharding import is_sharded
-from lightning_mixprec.evidence.instruments.probe import gradient_dots
+from lightning_mixprec.evidence.instruments.probe import counted
+from lightning_mixprec.numerics.flat_batches import flatten, moved_to, on_device
 
 NO_LOSS = -1.0
 """The loss gap of a step without a loss, among numbers of which the largest counts."""
@@ -51,8 +52,15 @@ def size_of_terms(
         weights: Weights by name.
         gradients: Gradients by name.
     """
-    trained = {name: weights[name].detach() for name in gradients}
-    squares = gradient_dots(owned, trained, gradients)[:, 1:].contiguous()
+    names = [[name for name in own if name in gradients] for own in owned.values()]
+    if not any(names):
+        return torch.zeros((), dtype=torch.float64)
+    sides = [[flatten(counted(side[name])) for own in names for name in own] for side in (weights, gradients)]
+    device = sides[0][0].device
+    both = [torch._foreach_norm(each, 2, dtype=torch.float64) for each in sides]
+    norms = torch.stack([torch.stack([moved_to(device, norm) for norm in each]) for each in both], -1)
+    lengths = on_device(list(map(len, names)), norms.device)
+    squares = torch.segment_reduce(norms.square(), "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
     if any(map(is_sharded, gradients.values())):
         ranks.add_up([squares])
     return _SHARE_OF_TERMS * squares.sqrt().prod(-1).sum()

@@ -321,7 +321,7 @@ def gradient_dots(
         fp64 [layers, 3] of (low x reference, low x low, reference x reference); zeros where there is no gradient.
     """
     compared = [[name for name in names if name in low and name in reference] for names in owned.values()]
-    pairs = [(_counted(low[name]), _counted(reference[name])) for names in compared for name in names]
+    pairs = [(counted(low[name]), counted(reference[name])) for names in compared for name in names]
     if not pairs:
         return torch.zeros(len(owned), 3, dtype=torch.float64)
     parts = dots([each for each, _ in pairs], [each for _, each in pairs])
@@ -383,5 +383,6 @@ def _copy_of(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_(tensor.requires_grad).clone()
 
 
-def _counted(gradient: Tensor) -> Tensor:
+def counted(gradient: Tensor) -> Tensor:
+    """What this rank counts of a gradient or a weight, dense."""
     return gradient.to_dense() if gradient.is_sparse else counted_part(gradient)

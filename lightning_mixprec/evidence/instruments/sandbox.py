@@ -111,10 +111,11 @@ class Sandbox:
         self._training = _training_flags(self._attributes.modules)
         originals = dict(model.named_parameters())
         self._guard = Guard(self._attributes.modules, self._attributes.leaves, optimizers)
-        sharded = [local_part(each.tensor) for each in self._guard.own if sharding.is_sharded(each.tensor)]
+        may_be_sharded = sharding.may_be_sharded()
+        sharded = [local_part(each) for each in self._guard.own if may_be_sharded and sharding.is_sharded(each)]
         self._attributes.contents.watch(sharded)
         widened = half_dtypes() if widen else ()
-        self._copies = {id(each.tensor): _copy(each.tensor, widened) for each in self._guard.own}
+        self._copies = {id(each): _copy(each, widened, may_be_sharded) for each in self._guard.own}
         self.trained = {name for name, param in originals.items() if param.requires_grad}
         self.parameters = {name: self._copies[id(param)] for name, param in originals.items()}
 
@@ -295,14 +296,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _copy(tensor: Tensor, widened: Sequence[torch.dtype]) -> Tensor:
-    if sharding.is_sharded(tensor):
+def _copy(tensor: Tensor, widened: Sequence[torch.dtype], may_be_sharded: bool) -> Tensor:
+    if may_be_sharded and sharding.is_sharded(tensor):
         copied = with_local_part(tensor, local_part(tensor.detach()).data)
     else:
         copied = tensor.detach().clone()
     if tensor.dtype in widened:
         copied = copied.float()
-    if isinstance(tensor, nn.Parameter):
+    if type(tensor) is nn.Parameter or isinstance(tensor, nn.Parameter):
         copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
         vars(copied).update(vars(tensor))
     return copied
@@ -319,7 +320,7 @@ def _let_go(stand_in: Tensor) -> None:
 def _refuse_lazy(modules: list[nn.Module]) -> None:
     for module in modules:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            if type(tensor) is not nn.Parameter and isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
                 raise SupportError(
                     f"a step cannot be replayed while a {type(module).__name__} has lazy parameters; run the model on "
                     "one batch before training, as its documentation asks"

@@ -209,10 +209,10 @@ class Attributes:
                     self._own.update(map(id, table.values()))
                     self._hold(containers.table_kind(table), table, ())
                     self._to_replace.add(len(self._held) - 1)  # however many there are
+        self._restores.append(partial(_give_classes, [(each, type(each)) for _, each in new]))
         for name, each in new:
             self._classes.append(type(each))
             self._hold(containers.ATTRIBUTES, vars(each), (path, name) if name else path)
-            self._restores.append(partial(_give_class, each, type(each)))
             if isinstance(each, torch.jit.ScriptModule):
                 self._restores += containers.scripted_attributes(each)
 
@@ -351,6 +351,7 @@ def _cut(tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_().clone()
 
 
-def _give_class(module: nn.Module, kind: type) -> None:
-    if type(module) is not kind:
-        module.__class__ = kind
+def _give_classes(modules: list[tuple[nn.Module, type]]) -> None:
+    for module, kind in modules:
+        if type(module) is not kind:
+            module.__class__ = kind

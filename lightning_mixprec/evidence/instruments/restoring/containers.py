@@ -39,7 +39,9 @@ def is_same(now: Held, before: Held) -> bool:
 def put_back(kind: Kind, container: Any, before: Any) -> None:
     """Makes a container hold what it held before; one that does is not touched, unless it is a list that is long."""
     is_long = type(container) is list and len(before) > 1000  # written faster than compared
-    if is_long or not is_same(kind.read(container), before):
+    is_plain = kind is ATTRIBUTES and type(container) is dict  # whose copy says nothing more
+    now = container if is_plain else kind.read(container)
+    if is_long or not is_same(now, before):
         kind.write(container, before)
 
 

@@ -7,7 +7,7 @@ write to is copied just before it does; larger arrays of NumPy are read-only for
 import io
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 _MOST_BYTES = 32 * 2**20
 _MOST_COPIES = 1000
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 PutBack = Callable[[], Any]
 
@@ -141,12 +142,25 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """The numbers of writes to tensors, as :func:`version_of` has them."""
+    try:
+        return [each._version if type(each) in _PLAIN else version_of(each) for each in tensors]
+    except RuntimeError:  # of an inference tensor
+        return list(map(version_of, tensors))
+
+
+def is_in_place(tensor: Tensor, alias: Tensor) -> bool:
+    """True if a tensor has the storage, shape and strides of an alias."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return True
+    is_same = tensor.shape == alias.shape and tensor.stride() == alias.stride()
+    return is_same and _storage_of(tensor) == _storage_of(alias)
+
+
 def reshape(tensor: Tensor, alias: Tensor) -> None:
     """Gives a tensor the storage, shape and strides of an alias back."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return
-    is_same = tensor.shape == alias.shape and tensor.stride() == alias.stride()
-    if not is_same or _storage_of(tensor) != _storage_of(alias):
+    if not is_in_place(tensor, alias):
         tensor.data = alias
 
 

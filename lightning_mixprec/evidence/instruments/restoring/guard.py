@@ -6,32 +6,35 @@ nothing is read and the device is not waited for.
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_mixprec.engine.sharding import is_sharded
+from lightning_mixprec.engine.sharding import is_sharded, may_be_sharded
 from lightning_mixprec.evidence.instruments.restoring import containers
 from lightning_mixprec.evidence.instruments.restoring.containers import Kind
-from lightning_mixprec.evidence.instruments.restoring.contents import PutBack, reshape, version_of
+from lightning_mixprec.evidence.instruments.restoring.contents import PutBack, is_in_place, reshape, versions_of
 from lightning_mixprec.numerics.flat_batches import local_part
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-class Own(NamedTuple):
-    """A tensor that the run goes on with, the number of writes to it so far, and its name."""
+class Versions:
+    """Tensors, and how often each was written to so far."""
 
-    name: str
-    tensor: Tensor
-    version: int
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self._before = versions_of(self.tensors)
 
-    @property
-    def is_written(self) -> bool:
-        """True if it was written to since."""
-        return version_of(self.tensor) != self.version
+    def written(self) -> list[Tensor]:
+        """Those that were written to since."""
+        now = versions_of(self.tensors)
+        if now == self._before:
+            return []
+        triples = zip(self.tensors, now, self._before, strict=True)
+        return [tensor for tensor, version, before in triples if version != before]
 
 
 class Guard:
@@ -54,12 +57,15 @@ class Guard:
     ) -> None:
         tables = [table for module in modules for table in (module._parameters, module._buffers)]
         tensors = {id(tensor): tensor for table in tables for tensor in table.values() if tensor is not None}
-        self.own = [Own("a tensor", each, version_of(each)) for each in tensors.values()]
-        self._aliases = [(local := getattr(each, "_local_tensor", each), local.detach()) for each in tensors.values()]
-        self._params = [each for each in tensors.values() if isinstance(each, nn.Parameter)]
+        self.own = list(tensors.values())
+        self._own_versions = Versions(self.own)
+        locals_ = self.own if not may_be_sharded() else [getattr(each, "_local_tensor", each) for each in self.own]
+        self._aliases = [(local, local.detach()) for local in locals_]
+        self._params = [each for each in self.own if type(each) is nn.Parameter or isinstance(each, nn.Parameter)]
         trained = [*self._params, *leaves]
         self._grads = [(each, each.grad, each.requires_grad) for each in trained]
-        self._others = [Own("a gradient", grad, version_of(grad)) for _, grad, _ in self._grads if grad is not None]
+        self._grad_versions = Versions(grad for _, grad, _ in self._grads if grad is not None)
+        self._states: list[tuple[str, Versions]] = []
         self._held: list[tuple[Kind, Any, Any]] = []
         self._empty: list[Any] = []
         self._hold(*_global_hooks())
@@ -84,7 +90,8 @@ class Guard:
     def put_back(self) -> Iterator[PutBack]:
         """The steps that put gradients, hooks, and the tables of optimizers back."""
         for local, alias in self._aliases:
-            yield partial(reshape, local, alias)
+            if not is_in_place(local, alias):
+                yield partial(reshape, local, alias)
         for tensor, grad, requires_grad in self._grads:
             yield partial(tensor.requires_grad_, requires_grad)
             yield partial(setattr, tensor, "grad", grad)
@@ -112,26 +119,29 @@ class Guard:
             The names of those that were written back, and of those that could not be.
         """
         written: list[str] = []
-        changed = [each for each in self.own if each.is_written]
-        if changed:
-            names = {id(each): name for name, each in (*model.named_parameters(), *model.named_buffers())}
-            changed = [each._replace(name=names.get(id(each.tensor), each.name)) for each in changed]
-        lost = [each.name for each in self._others if each.is_written]
+        lost = ["a gradient" for _ in self._grad_versions.written()]
+        lost += [name for name, versions in self._states for _ in versions.written()]
+        changed = self._own_versions.written()
+        named = (*model.named_parameters(), *model.named_buffers()) if changed else ()
+        names = {id(each): name for name, each in named}
         for each in changed:
-            if is_sharded(each.tensor):
-                is_back = was_written_back(local_part(each.tensor))
-            elif is_back := (copy := copy_of(each.tensor)) is not None:
-                each.tensor.data.copy_(copy)
-            (written if is_back else lost).append(each.name)
+            if is_sharded(each):
+                is_back = was_written_back(local_part(each))
+            elif is_back := (copy := copy_of(each)) is not None:
+                each.data.copy_(copy)
+            (written if is_back else lost).append(names.get(id(each), "a tensor"))
         return written, lost
 
     def _take(self, optimizer: Optimizer) -> None:
         groups, state = optimizer.param_groups, optimizer.state
         self._hold(groups, *groups, *(group["params"] for group in groups), state, *state.values())
+        kept: dict[str, list[Tensor]] = {}
         for values in state.values():
             for name, value in values.items() if isinstance(values, dict) else ():
                 if isinstance(value, Tensor):
-                    self._others.append(Own(f"{name!r} of {type(optimizer).__name__}", value, version_of(value)))
+                    kept.setdefault(name, []).append(value)
+        owner = type(optimizer).__name__
+        self._states += [(f"{name!r} of {owner}", Versions(tensors)) for name, tensors in kept.items()]
 
     def _hold(self, *held: Any) -> None:
         for each in held:
