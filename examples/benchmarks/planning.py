@@ -8,16 +8,22 @@ under each assignment and in fp32, with the same random numbers. The measured ga
 difference over the batches, the predicted one the root of the sum of the layers' sensitivities. The table has the rank
 correlation of the two (the target is 0.9), their ratio (the target is a median of 0.5 to 2), and the rank correlation
 of the predicted gap with how far the weights' gradient turns (1 - cosine), to which backward adds, too.
+
+A second table asks whether a term for the rounding of backward (``backward_parts.py``) would improve either: it has the
+rank correlations of the forward's parts alone, of the backward's alone, and of both, each in units of its median, with
+the factor for the second that is best for that very line, which is more than one chosen beforehand can reach.
 """
 
 import math
 import multiprocessing
 import random
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+from backward_parts import parts_of_batch, summed
 from measuring import arguments, prepare, report
 from planned_models import MODELS, trained
 from scipy.stats import spearmanr
@@ -34,6 +40,7 @@ from lightning_mixprec.policy.patterns import literal
 FORMATS = ["bf16", "fp16", "fp8", "int8"]
 REFERENCE = "fp32"
 LEAST_CORRELATION, RATIOS = 0.9, (0.5, 2.0)
+FACTORS = [4.0**power for power in range(-5, 6)]
 LOSS_SCALE = 2.0**10  # the gradients' alone; losses are as they are
 
 Formats = Mapping[str, str]
@@ -94,18 +101,35 @@ def check(name: str, trained_for: int, assignments: int, batches: int, seed: int
     data = model.batches(batches, seed + 1)
     sensitivities = measure_sensitivities(model, data, FORMATS, seed=0)
     wide = steps(model, REFERENCE, data)
+    parts = [parts_of_batch(model, batch, sensitivities) for batch in data]
     points = []
     for formats in drawn(sensitivities, assignments, seed):
         low = steps(model, policy_of(formats, sensitivities), data)
         predicted = math.sqrt(sensitivities.squared_gap(formats))
         share = sum(format != REFERENCE for format in formats.values()) / len(formats)
-        points.append(
-            {"predicted": predicted, "measured": gap(low, wide), "turned": turned(low, wide), "narrow": share}
-        )
+        point = {"predicted": predicted, "measured": gap(low, wide), "turned": turned(low, wide), "narrow": share}
+        points.append(point | {"backward": summed(parts, formats)})
     return {"model": name, "steps": trained_for, "variables": len(sensitivities.variables), "batches": batches} | {
         **told(points),
+        "with_backward": {of: with_backward(points, of) for of in ("measured", "turned")},
         "points": points,
     }
+
+
+def with_backward(points: Sequence[Mapping[str, float]], of: str) -> dict[str, float]:
+    """Return rank correlations with what was measured: of the parts of each pass, and of both with the best factor."""
+    forward, backward = [point["predicted"] ** 2 for point in points], [point["backward"] for point in points]
+    units = statistics.median(forward) or 1.0, statistics.median(backward) or 1.0
+    measured = [point[of] for point in points]
+
+    def correlation(first: float, second: float) -> float:
+        pairs = zip(forward, backward, strict=True)
+        return float(spearmanr([first * one / units[0] + second * two / units[1] for one, two in pairs], measured)[0])
+
+    both = {factor: correlation(1.0, factor) for factor in FACTORS}
+    best = max(both, key=both.__getitem__)
+    alone = {"forward": correlation(1.0, 0.0), "backward": correlation(0.0, 1.0)}
+    return {**alone, "at_1": both[1.0], "best": both[best], "factor": best}
 
 
 def told(points: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -136,6 +160,14 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
             f"{line['correlation_of_gradients']:11.3f}  "
             f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" + ("" if is_met else "  missed")
         )
+    rows.append(f"\n{'model':13}{'of':>10}{'forward':>10}{'backward':>10}{'both, at 1':>12}{'at best':>9}  factor")
+    for line in lines:
+        for of, told_of in (("measured", "loss gap"), ("turned", "1 - cos")):
+            each = line["with_backward"][of]
+            rows.append(
+                f"{line['model']:13}{told_of:>10}{each['forward']:10.3f}{each['backward']:10.3f}{each['at_1']:12.3f}"
+                f"{each['best']:9.3f}  {each['factor']:g}"
+            )
     return "\n".join(rows)
 
 

@@ -8,14 +8,14 @@ the solver is asked again, with the bounds of its sums moved, until the predicti
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
 
 from lightning_mixprec.errors import PlanError
 from lightning_mixprec.numerics.formats import get_format
-from lightning_mixprec.planning.cost import Costs, Predicted
-from lightning_mixprec.planning.sensitivity import Sensitivities
+from lightning_mixprec.planning.cost import Costs, Handover, Predicted
+from lightning_mixprec.planning.sensitivity import Border, Sensitivities
 from lightning_mixprec.planning.solver import Meeting, Option, Problem, Solution, solve
 from lightning_mixprec.policy.rules import did_you_mean
 
@@ -75,7 +75,7 @@ class Chosen:
 
     Attributes:
         formats: The format of each variable.
-        how: ``"milp"`` or ``"greedy"``.
+        how: ``"milp"`` or ``"greedy"``; ``"uniform"`` if one format wherever it can be is best.
     """
 
     formats: tuple[str, ...]
@@ -115,11 +115,12 @@ class Choice:
         """The formats under the uniform 16-bit policy: the first offered one, where it can be used."""
         halves = [each for each in self._formats if get_format(each).is_half]
         low = [each for each in self._formats if get_format(each).is_low_precision]
-        wanted = next(iter(halves or low), self._sensitivities.reference)
-        return tuple(
-            wanted if wanted in self.offered(place) else self._sensitivities.reference
-            for place in range(len(self._variables))
-        )
+        return self._all_in(next(iter(halves or low), self._sensitivities.reference))
+
+    def _all_in(self, wanted: str) -> tuple[str, ...]:
+        """A format, where it can be used."""
+        offered = map(self.offered, range(len(self._variables)))
+        return tuple(wanted if wanted in each else self._sensitivities.reference for each in offered)
 
     def solved(self, budget: Budget | None) -> Chosen:
         """The choice with the least loss gap within a budget; where only a loss gap is said, with the least time.
@@ -150,10 +151,13 @@ class Choice:
         Args:
             chosen: The format of each variable.
         """
-        formats = dict.fromkeys(self._costs.layers, self._sensitivities.reference)
-        formats |= {name: chosen[place] for name, place in self._sensitivities.variable_of.items()}
+        formats = self._by_layer(chosen)
         gap = math.sqrt(max(self._sensitivities.squared_gap(formats), 0.0))
         return replace(self._costs.of_step(formats), loss_gap=gap)
+
+    def _by_layer(self, chosen: Sequence[str]) -> dict[str, str]:
+        formats = dict.fromkeys(self._costs.layers, self._sensitivities.reference)
+        return formats | {name: chosen[place] for name, place in self._sensitivities.variable_of.items()}
 
     def least(self, cost: str) -> float:
         """The least of a cost that is reached; time and memory as shares of the reference's."""
@@ -171,11 +175,16 @@ class Choice:
         }
         return {cost: shares[cost] if cost in shares else self._sum(cost, found) for cost in costs}
 
+    def _places(self, formats: Sequence[str]) -> tuple[int, ...]:
+        """The options of some formats, and of the rest."""
+        variables = zip(self._variables, formats, strict=True)
+        return (*([each.format for each in options].index(format) for options, format in variables), 0)
+
     def _sum(self, cost: str, found: Solution) -> float:
         return self._problem(cost, {}).total(cost, found.chosen)
 
     def _within(self, least: str, then: str, at_most: Mapping[str, float]) -> Solution | None:
-        """The best solution that is within bounds, of those that the solver was asked for; None if there is none.
+        """The best solution within bounds, of those that the solver was asked for and uniform ones; None if none is.
 
         The bound of a sum begins as what is asked. Then it is what is asked by the ratio of sum and prediction in the
         solution before: this excludes one that exceeds what is asked, and makes room where one is below it. Where
@@ -185,7 +194,9 @@ class Choice:
         if not asked:
             return _solved(self._problem(least, at_most), then)
         others = {cost: most for cost, most in at_most.items() if cost not in asked}
-        bounds, kept, has_least = dict(at_most), list[Solution](), False
+        uniform = [Solution(self._places(self._all_in(each)), {}, "uniform") for each in self._formats]
+        kept = [each for each in uniform if self._keeps(each, at_most)]
+        bounds, has_least = dict(at_most), False
         for _ in range(_ROUNDS):
             found = [_solved(self._problem(least, bounds), then)]
             if found == [None] and not has_least:
@@ -215,7 +226,7 @@ class Choice:
             for place, option in move:
                 chosen[place] = option
             changed = replace(found, chosen=tuple(chosen))
-            if self._keeps(changed, at_most):
+            if self._sum("loss", changed) < self._sum("loss", found) and self._keeps(changed, at_most):
                 found, moves = changed, iter(self._moves(changed.chosen, left))
         return found
 
@@ -235,12 +246,7 @@ class Choice:
         return sorted(found, key=found.__getitem__)
 
     def _squared_gap(self, formats: Sequence[str]) -> float:
-        offers = self._sensitivities.offers
-        return math.fsum(
-            offer.sensitivity
-            for place, format in enumerate(formats)
-            if (offer := offers[place].get(format)) is not None
-        )
+        return self._sensitivities.squared_gap(self._by_layer(formats))
 
     def _options(self, place: int) -> list[Option]:
         layers, offers = self._sensitivities.variables[place], self._sensitivities.offers[place]
@@ -266,25 +272,37 @@ class Choice:
         others = self._taken([name for name in self._costs.layers if name not in known], self._sensitivities.reference)
         return Option("", {cost: others[cost] + fixed.get(cost, 0.0) for cost in others})
 
-    def _made_meetings(self) -> Any:
-        """What borders cost, by two variables, for all that one hands to the other."""
-        place_of, reference = self._sensitivities.variable_of, len(self._variables)
-        between: dict[tuple[int, int], list[Any]] = {}
-        for each in self._costs.handovers:
-            places = place_of.get(each.first, reference), place_of.get(each.second, reference)
-            if places[0] != places[1]:
-                between.setdefault(places, []).append(each)
-        for (first, second), handovers in between.items():
+    def _made_meetings(self) -> Iterator[Meeting]:
+        """What borders cost, by two variables: for all that one hands to the other, and where one is around it."""
+        between: dict[tuple[int, int], list[Handover | Border]] = {}
+        borders: list[Handover | Border] = [*self._costs.handovers, *self._sensitivities.borders]
+        for each in borders:
+            ends = (each.first, each.second) if isinstance(each, Handover) else (each.inner, each.outer)
+            first, second = (self._sensitivities.variable_of.get(name, len(self._variables)) for name in ends)
+            if first != second:
+                between.setdefault((first, second), []).append(each)
+        for places, met in between.items():
             costs: dict[tuple[str, str], dict[str, float]] = {}
-            for one in self._formats_at(first):
-                for other in self._formats_at(second):
-                    casts = [self._costs.handover_cost(each, one, other) for each in handovers]
-                    time, memory = (math.fsum(cast.get(key, 0.0) for cast in casts) for key in ("time", "memory"))
-                    if time or memory:
-                        pair = tuple("" if at == reference else each for at, each in ((first, one), (second, other)))
-                        costs[pair] = {"time": time / self._seconds, "memory": memory / self._bytes}  # type: ignore[index]
+            for formats in product(*map(self._formats_at, places)):
+                found = self._met(met, *formats)
+                if any(found.values()):
+                    named = [
+                        "" if place == len(self._variables) else each
+                        for place, each in zip(places, formats, strict=True)
+                    ]
+                    costs[named[0], named[1]] = found
             if costs:
-                yield Meeting(first, second, costs)
+                yield Meeting(*places, costs)
+
+    def _met(self, borders: Sequence[Handover | Border], first: str, second: str) -> dict[str, float]:
+        """What borders between two formats come to."""
+        casts = [self._costs.handover_cost(each, first, second) for each in borders if isinstance(each, Handover)]
+        losses = [self._sensitivities.border_loss(each, first, second) for each in borders if isinstance(each, Border)]
+        return {
+            "time": math.fsum(cast.get("time", 0.0) for cast in casts) / self._seconds,
+            "memory": math.fsum(cast.get("memory", 0.0) for cast in casts) / self._bytes,
+            "loss": math.fsum(losses),
+        }
 
     def _formats_at(self, place: int) -> tuple[str, ...]:
         return self.offered(place) if place < len(self._variables) else (self._sensitivities.reference,)

@@ -116,7 +116,7 @@ class Costs:
         A layer without products computes in a 16-bit format what comes in it, and in fp32 what comes in fp32, as
         autocast does; any other cast is made at the border, and what both keep is then kept twice.
         """
-        first, second = _region(first_format), _region(second_format)
+        first, second = region_of(first_format), region_of(second_format)
         if first == second:
             return {}
         taken = self.layers.get(handover.second, {})
@@ -235,9 +235,9 @@ class Costs:
 
     def _casts_of(self, handover: Handover, formats: Mapping[str, str]) -> list[Mapping[str, float]]:
         """What a handover costs between formats in effect: into a wide caller's, and out of it."""
-        came, second = _region(self._arriving(handover, formats)), formats[handover.second]
-        into = self._cast(replace(handover, kept=0.0), _region(formats[handover.first]), came)
-        return [into, self._cast(handover, came, _region(second))]
+        came, second = region_of(self._arriving(handover, formats)), formats[handover.second]
+        into = self._cast(replace(handover, kept=0.0), region_of(formats[handover.first]), came)
+        return [into, self._cast(handover, came, region_of(second))]
 
     def _cast(self, handover: Handover, first: str, second: str) -> Mapping[str, float]:
         if first == second:
@@ -318,10 +318,10 @@ def _peak(
 
 def _is_narrowed(first: str, second: str) -> bool:
     """True if numbers in the first format are to be in 16 bits in the second."""
-    return get_format(_region(second)).is_half and not get_format(_region(first)).is_half
+    return get_format(region_of(second)).is_half and not get_format(region_of(first)).is_half
 
 
 @cache
-def _region(format: str) -> str:
+def region_of(format: str) -> str:
     """The format that a layer's numbers are in around its products."""
     return LayerPrecision(REFERENCE, format).region

@@ -44,7 +44,8 @@ class PrecisionPlan:
         formats: The formats that were offered beside the reference.
         budget: What was asked; None for the cheapest plan that is predicted no worse than the uniform 16-bit policy.
         chosen: The format of each variable.
-        how: ``"milp"``, or ``"greedy"`` where scipy is not installed or found nothing better.
+        how: ``"milp"``, or ``"greedy"`` where scipy is not installed or found nothing better; ``"uniform"`` where one
+            format wherever it can be is the best that was found.
         policy: The policy that gives layers these formats, with rules as a person would write them.
         measured: What the policy did on the batches; None if it was not run.
     """

@@ -12,7 +12,7 @@ from plugin_models import same, snapshot
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision, PrecisionPlan, plan
+from lightning_mixprec import MixPrecError, OverflowMonitor, PerLayerPrecision, PrecisionPlan, PrecisionPolicy, plan
 from lightning_mixprec.deploy.plan_check import PlanCheck
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -131,6 +131,17 @@ def test_through_a_trainer_memory_is_that_with_the_modules_optimizer(model, batc
     weights = 16 * 32 + 32
     assert in_run.costs.layers["net.0"]["fp32"].weight_bytes == 4 * weights * 2  # SGD: the gradient alone
     assert alone.costs.layers["net.0"]["fp32"].weight_bytes == 4 * weights * 4  # AdamW: and two moments
+
+
+def test_what_both_16_bits_offer_is_better_than_bf16_at_its_price(model, batches):
+    uniform = plan(model, batches, device="h100", budget={"low_precision_share": 1.0}).uniform
+    price = {"time": 1.0, "memory": 1.0, "low_precision_share": 1.0}
+    made = plan(model, batches, formats=("bf16", "fp16"), device="h100", budget=price)
+    bf16 = PlanCheck(model, batches, seed=0).measured(PrecisionPolicy("bf16"), timed=False)
+    assert made.predicted.seconds <= made.reference.seconds
+    assert made.predicted.low_precision_share == uniform.low_precision_share == 1.0
+    assert made.measured.loss_gap < bf16.loss_gap / 2
+    assert made.measured.loss_gap < 3 * made.predicted.loss_gap
 
 
 def test_pinned_layers_stay_and_what_a_format_cannot_hold_is_not_offered(model, batches):

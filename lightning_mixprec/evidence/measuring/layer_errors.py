@@ -23,6 +23,9 @@ from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
 from lightning_mixprec.policy.assignment import LayerPrecision
 
+BORDER = "border"
+"""What stands in a format's place for the rounding of a layer's output to bf16."""
+
 
 class LayerErrors:
     """Takes the errors of some layers while a step runs.
@@ -36,6 +39,7 @@ class LayerErrors:
         base: What each layer is assigned in fp32.
         device: The device that they run on.
         emulate: As for :func:`~lightning_mixprec.engine.apply.attach`.
+        has_borders: Whether the rounding of outputs to bf16 counts as well, as if it were a format, ``BORDER``.
 
     Attributes:
         squares: By layer and format the sum over elements of (gradient x error)^2, fp64 on the device.
@@ -50,7 +54,9 @@ class LayerErrors:
         base: Mapping[str, LayerPrecision],
         device: torch.device,
         emulate: Emulate = "auto",
+        has_borders: bool = False,
     ) -> None:
+        self._has_borders = has_borders
         self._sites = {site.name: site for site in sites}
         self._formats, self._base, self._device, self._emulate = formats, base, device, emulate
         self._handles: list[RemovableHandle] = []
@@ -88,6 +94,8 @@ class LayerErrors:
         results = self._waiting[name].pop()
         for place, tensor in enumerate(_floating(output)):
             errors = {}
+            if self._has_borders and tensor.dtype == torch.float32:
+                errors[BORDER] = tensor.detach().to(torch.bfloat16).float() - tensor.detach()
             for format, result in results.items():
                 if len(result) > place and result[place].shape == tensor.shape:
                     errors[format] = result[place].to(torch.float32) - tensor.detach()

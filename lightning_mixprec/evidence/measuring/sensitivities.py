@@ -34,13 +34,14 @@ from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, is_fi
 from lightning_mixprec.evidence.instruments.own_dtypes import hookable
 from lightning_mixprec.evidence.instruments.probe import Observer
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
-from lightning_mixprec.evidence.measuring.layer_errors import LayerErrors
+from lightning_mixprec.evidence.measuring.layer_errors import BORDER, LayerErrors
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.numerics.exponents import Histogram
 from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format, is_wider
 from lightning_mixprec.numerics.rates import best_scale, overflow_rate, underflow_rate
-from lightning_mixprec.planning.sensitivity import Offer, Sensitivities
+from lightning_mixprec.planning.cost import region_of
+from lightning_mixprec.planning.sensitivity import Border, Offer, Sensitivities
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.module_names import walk
 from lightning_mixprec.policy.patterns import literal
@@ -84,6 +85,7 @@ def measure_sensitivities(
     variables = variables_of(module, base, _pinned(module, pin))
     random = _random_of(seed, module.device)
     measured = [_Batch(module, batch, base, random).measure(variables, offered, max_bytes) for batch in batches]
+    borders = _borders(variables, measured) if _may_meet(offered) else ()
     offers = []
     for each in variables:
         offer = {REFERENCE: Offer(0.0)}
@@ -92,7 +94,26 @@ def measure_sensitivities(
             problems = [problem for found in measured if (problem := found.problem(each, format)) is not None]
             offer[format] = Offer(sum(scores) / len(scores), problems[0] if problems else None)
         offers.append(offer)
-    return Sensitivities(tuple(each.layers for each in variables), tuple(offers), REFERENCE, len(batches))
+    return Sensitivities(tuple(each.layers for each in variables), tuple(offers), REFERENCE, len(batches), borders)
+
+
+def _may_meet(formats: Iterable[str]) -> bool:
+    """True if both 16-bit formats may be in one model."""
+    return len({region for each in formats if get_format(region := region_of(each)).is_half}) > 1
+
+
+def _borders(variables: Sequence["Variable"], measured: Sequence["_Found"]) -> tuple[Border, ...]:
+    """Each layer and the nearest one around it, with what rounding the layer's output does to the loss."""
+    names = {site.name for each in variables for site in each.sites}
+    found = []
+    for name in sorted(names - {""}):
+        around = name.rpartition(".")[0]
+        while around not in names and around:
+            around = around.rpartition(".")[0]
+        scores = [each.part([(name, BORDER)]) for each in measured]
+        if around in names:
+            found.append(Border(name, around, sum(scores) / len(scores)))
+    return tuple(found)
 
 
 @dataclass
@@ -165,7 +186,10 @@ class _Found:
 
     def score(self, variable: Variable, format: str) -> float:
         """A variable's part in the squared loss gap."""
-        keys = [(site.name, format) for site in variable.sites]
+        return self.part([(site.name, format) for site in variable.sites])
+
+    def part(self, keys: Sequence[tuple[str, str]]) -> float:
+        """The part of some layers and formats together."""
         together = math.fsum(self.sums.get(key, 0.0) for key in keys) ** 2
         return (math.fsum(self.squares.get(key, 0.0) for key in keys) + together) / 2
 
@@ -219,13 +243,14 @@ class _Batch:
         return replayed, _Ranges(list(layers), observer.outputs(), observer.gradients(), weights, sizes.elements)
 
     def _round(self, sites: Sequence[Site], formats: Mapping[str, Sequence[str]]) -> None:
-        errors = LayerErrors(sites, formats, self._base, self._module.device)
+        meet = _may_meet(format for offered in formats.values() for format in offered)
+        errors = LayerErrors(sites, formats, self._base, self._module.device, has_borders=meet)
         with self._replay.opened(reference=True) as stand_ins, errors:
             self._run(self._replay, stand_ins)
         for key, square in errors.squares.items():
             if math.isfinite(found := float(square)):
                 self._found.squares[key], self._found.sums[key] = found, float(errors.sums[key])
-            else:
+            elif key[1] != BORDER:
                 self._found.problems.setdefault(key, f"its output is not finite in {key[1]}")
         for (name, format), problem in errors.problems.items():
             self._found.problems.setdefault((name, format), f"it fails in {format}: {problem}")
@@ -328,9 +353,9 @@ def _rounds(wanted: Mapping[str, Sequence[str]], elements: Mapping[str, int], ma
     """Layers that are looked at in one run: as many as there is room for, one at least."""
     names, left = list[str](), max_bytes
     for name, formats in wanted.items():
-        needed = elements[name] * len(formats) * _BYTES_OF_ERROR
-        if not needed:
+        if not (formats and elements[name]):
             continue
+        needed = elements[name] * (len(formats) + 1) * _BYTES_OF_ERROR  # and one for its border
         if names and needed > left:
             yield names
             names, left = [], max_bytes

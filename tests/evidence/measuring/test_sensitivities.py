@@ -59,6 +59,21 @@ def test_a_layers_part_is_what_sums_by_hand_say(format):
     assert offers_of(found, "two")[format].sensitivity == pytest.approx(by_hand, rel=1e-3)
 
 
+def test_what_meets_in_another_16_bits_is_rounded_as_sums_by_hand_say():
+    module, (batch,) = Net(), batches(1)
+    module.drop.p = 0.0
+    found = measure_sensitivities(module, [batch], ["bf16", "fp16"])
+    output = module.two(module.norm(module.one(batch[0])).relu())
+    [gradient] = torch.autograd.grad(F.cross_entropy(output, batch[1]), output)
+    changes = (output.bfloat16().float() - output).double() * gradient
+    by_hand = (changes.square().sum() + changes.sum().square()).item() / 2
+    assert [(each.inner, each.outer) for each in found.borders] == [
+        (name, "") for name in ("drop", "norm", "one", "two")
+    ]
+    assert found.borders[-1].sensitivity == pytest.approx(by_hand, rel=1e-3)
+    assert measure_sensitivities(module, [batch], ["bf16"]).borders == ()
+
+
 def alone(layer, format):
     """What a policy assigns to a layer in a format."""
     rules = [Rule("0", compute=format)]
