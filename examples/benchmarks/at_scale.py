@@ -15,7 +15,7 @@ LINK = 50e9  # bytes per second between nodes for each GPU
 # Counted: tests/distributed/test_messages.py and examples/benchmarks/layers.py.
 MESSAGES = 2  # of a sample
 SENT_PER_LAYER = 18_672  # bytes of them
-WRITTEN_PER_LAYER = 980  # bytes of the journal for three monitors
+WRITTEN_PER_LAYER = 134  # bytes of the journal for three monitors
 STATE_PER_LAYER = 280  # bytes of a checkpoint for three monitors
 
 # Defaults of the callbacks.
