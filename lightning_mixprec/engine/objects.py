@@ -28,6 +28,7 @@ from lightning_mixprec.engine.parts import (
     set_attributes,
     set_item,
 )
+from lightning_mixprec.errors import SupportError
 
 MOST_OBJECTS = 20_000
 """The most objects and containers that one walk goes through."""
@@ -128,7 +129,14 @@ def rebuilt(value: Any, change: Change = lambda tensor: tensor) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """A copy of a value, in containers and objects of its own, with tensors of its own that are outside the graph."""
+    """A copy of a value, in containers and objects of its own, with tensors of its own that are outside the graph.
+
+    Args:
+        value: anything.
+
+    Raises:
+        SupportError: there is a generator in it, or another iterator that cannot be copied.
+    """
     return _Rewriting(_copied_tensor, [], None, renews=True, copies=True)(value)
 
 
@@ -203,7 +211,7 @@ class _Rewriting:
             return self._tensor(value)
         changing = [] if id(value) in self._known else self._changing(value)
         if not changing:
-            return self._known.get(id(value), value)
+            return self._new.get(id(value), value)
         # All are there before any is filled, so that they can refer to one another.
         for old in changing:
             if isinstance(old, (tuple, frozenset)):
@@ -287,5 +295,10 @@ def _copied_tensor(tensor: Tensor) -> Tensor:
 def _copied_object(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
-    except Exception:
+    except Exception as error:
+        if isinstance(value, Iterator):
+            raise SupportError(
+                f"a {type(value).__name__} can be gone through only once, so what is given one cannot be run again; "
+                "give a list instead"
+            ) from error
         return value.detach().clone() if isinstance(value, Tensor) else value

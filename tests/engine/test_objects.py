@@ -276,6 +276,28 @@ def test_a_copy_of_what_deepcopy_refuses():
     assert after["x"].is_leaf and after["x"] is after["lock"].x and after["x"].tolist() == [2, 2]
 
 
+ITERATORS = {
+    "list": lambda: iter([1, 2]),
+    "zip": lambda: zip([1, 2], [3, 4], strict=True),
+    "map": lambda: map(str, [1, 2]),
+    "in a dict": lambda: {"parts": iter([1, 2])},
+}
+
+
+@pytest.mark.parametrize("name", ITERATORS)
+def test_a_copy_of_an_iterator_leaves_the_iterator_where_it_is(name):
+    value = ITERATORS[name]()
+    walked = [list(each["parts"] if isinstance(each, dict) else each) for each in (copied(value), value)]
+    assert len(walked[0]) == 2 and walked[0] == walked[1]
+
+
+@pytest.mark.parametrize("hold", [lambda each: each, lambda each: {"parts": [each]}], ids=["bare", "held"])
+def test_what_can_be_gone_through_only_once_is_not_copied(hold):
+    value = hold(each for each in [1, 2])
+    with pytest.raises(SupportError, match="a generator can be gone through only once.*a list instead"):
+        copied(value)
+
+
 def test_other_tensors_are_put_in_by_a_function():
     value = Own(rows=torch.arange(4), rest=(torch.zeros(1), "text"))
     after = mapped(value, lambda tensor: tensor[:2] if len(tensor) == 4 else tensor)
