@@ -18,7 +18,7 @@ from lightning_mixprec.engine.compiling import CompilerSettings
 from lightning_mixprec.engine.first_step import FirstStepCheck
 from lightning_mixprec.engine.weights import Gate, Storage, reflatten
 from lightning_mixprec.errors import PolicyError, SupportError
-from lightning_mixprec.numerics.formats import REFERENCE, Format, format_of, get_format, is_wider
+from lightning_mixprec.numerics.formats import REFERENCE, Format, format_of, get_format, half_dtypes, is_wider
 from lightning_mixprec.policy.assignment import Assignment, LayerPrecision
 from lightning_mixprec.policy.module_names import unwrap, walk
 
@@ -112,6 +112,7 @@ class Attachment:
         plan = draw(self._sites, layers, self._backends)
         if self._widen_buffers(layers):
             plan = draw(self._sites, layers, self._backends)
+        plan = sharding.gathered_first(plan, self._model)
         if not is_lent:
             sharding.gather(self._groups, layers)
         for site in self._plan.crossings.keys() - plan.crossings.keys():
@@ -216,6 +217,7 @@ class Attachment:
         self._buffers.keep_only(())
         if self._weights.keep_only(()):
             reflatten(self._model.modules())
+            sharding.take_stored(self._groups)
         if self._groups:
             sharding.release(self._groups)
             sharding.reshard(self._model)
@@ -228,12 +230,15 @@ class Attachment:
         # All are asked before any is converted: a tied weight is stored as one of its modules says.
         asked = [(module, _asked_param(module, layers[name])) for name, module, _ in walk(self._model)]
         _refuse_sharded(asked)
+        sharding.check_stored(self._groups, {id(module): dtype for module, dtype in asked})
         converted = [
             module
             for module, dtype in asked
             if dtype is not None and self._weights.convert(_own(module._parameters), dtype)
         ]
         reflatten(converted)
+        if converted:
+            sharding.take_stored(self._groups)
 
     def _widen_buffers(self, layers: Mapping[str, LayerPrecision]) -> bool:
         """Stores the buffers of fp64 layers in fp64, so that what they accumulate keeps its bits from step to step."""
@@ -296,7 +301,7 @@ def _asked_param(module: nn.Module, layer: LayerPrecision) -> torch.dtype | None
 def _refuse_sharded(asked: Iterable[tuple[nn.Module, torch.dtype | None]]) -> None:
     for module, dtype in asked:
         for param in _own(module._parameters) if dtype is not None else ():
-            if sharding.is_sharded(param) and param.dtype != dtype:
+            if sharding.is_sharded(param) and param.dtype != dtype and dtype not in half_dtypes():
                 raise PolicyError(
                     f"a {type(module).__name__} is to store its weights in {dtype}, but they are sharded in "
                     f"{param.dtype}; store them so before fully_shard (module.to), and leave param out of the policy"

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed, nn
 
-from lightning_mixprec.engine.border_plan import Site, survey
+from lightning_mixprec.engine.border_plan import Plan, Site, survey
 from lightning_mixprec.errors import PolicyError
-from lightning_mixprec.numerics.formats import get_format
+from lightning_mixprec.numerics.formats import format_of, get_format, half_dtypes
 from lightning_mixprec.policy.assignment import LayerPrecision
 
 try:
@@ -62,10 +62,22 @@ class Group(NamedTuple):
         """The policy that it is gathered under now."""
         return self.leader._get_fsdp_state()._mp_policy
 
+    @property
+    def stored(self) -> set[torch.dtype]:
+        """The dtypes that they are stored in; FSDP2 takes one."""
+        return {weight.dtype for module in self.modules for weight in _weights(module)}
+
     def format(self, assignment: Mapping[str, LayerPrecision]) -> torch.dtype | None:
         """The dtype that they are gathered in; None for as they are stored."""
         formats = {_format(module, assignment[name]) for name, module in zip(self.layers, self.modules, strict=True)}
         return formats.pop() if len(formats) == 1 else None
+
+
+class _Kind(NamedTuple):
+    """What weights of one group have in common: the 16-bit formats they are gathered in, and stored in by a rule."""
+
+    gathered: torch.dtype | None
+    stored: torch.dtype | None
 
 
 def shard(
@@ -78,8 +90,8 @@ def shard(
 ) -> None:
     """Shards modules of a model as torch's ``fully_shard``, the inner ones first; those that are sharded are left.
 
-    Layers of a module that are to be gathered in another format than most of it (norms, or what computes in fp32)
-    become a group of their own, which is gathered when the first of them is called.
+    Layers of a module that are to be gathered or stored in another format than most of it (norms, or what computes in
+    fp32) become a group of their own, which is gathered when the first of them is called.
 
     Args:
         model: The model.
@@ -100,14 +112,32 @@ def shard(
                 f"a {type(module).__name__} was to be sharded that is no module of the {type(model).__name__}; pass "
                 "modules that are registered in it"
             )
-    formats = {id(part): _format(part, assignment[site.name]) for site in sites for part in site.parts}
+    formats = {id(part): _kind(part, assignment[site.name]) for site in sites for part in site.parts}
     called = {id(site.module) for site in sites} if apart else set()
     for module in sorted(chosen, key=lambda module: -depth[id(module)]):
         if not isinstance(module, FSDPModule):
             groups, rest = _divided(module, formats, called)
-            for dtype, parts in groups.items():
-                fully_shard(parts, mp_policy=_policy(dtype), **options)
+            for kind, parts in groups.items():
+                fully_shard(parts, mp_policy=_policy(kind.gathered), **options)
             fully_shard(module, mp_policy=_policy(rest), **options)
+
+
+def gathered_first(plan: Plan, model: nn.Module) -> Plan:
+    """The plan in which a border swaps those weights alone that are gathered by then.
+
+    Weights of an inner module that is sharded by itself are gathered as that is called, whose own border swaps them.
+    """
+    leader_of = {
+        id(each): id(leader._get_fsdp_state()) for leader in leaders_of(model) for each in _own_modules(leader)
+    }
+    if not leader_of:
+        return plan
+    crossings = {}
+    for site, crossing in plan.crossings.items():
+        here = (None, leader_of.get(id(site.module)))
+        slots = tuple(slot for slot in crossing.slots if leader_of.get(id(slot.module)) in here)
+        crossings[site] = crossing._replace(slots=slots)
+    return plan._replace(crossings=crossings)
 
 
 def groups_of(sites: Sequence[Site]) -> list[Group]:
@@ -134,9 +164,9 @@ def gather(groups: Sequence[Group], assignment: Mapping[str, LayerPrecision]) ->
         if not _is_ours(group.given):
             _check_given(group, assignment)
     for group in groups:
-        wanted, given = group.format(assignment), group.given
-        if _is_ours(given) and given.param_dtype != wanted:
-            _replace(group.leader, replace(_policy(wanted), instead_of=getattr(given, "instead_of", given)))
+        wanted, given = _policy(group.format(assignment), group.stored), group.given
+        if _is_ours(given) and (given.param_dtype, given.reduce_dtype) != (wanted.param_dtype, wanted.reduce_dtype):
+            _replace(group.leader, replace(wanted, instead_of=getattr(given, "instead_of", given)))
 
 
 def release(groups: Iterable[Group]) -> None:
@@ -144,6 +174,39 @@ def release(groups: Iterable[Group]) -> None:
     for group in groups:
         if isinstance(group.given, _Gathered):
             _replace(group.leader, group.given.instead_of or _policy(None))
+
+
+def check_stored(groups: Iterable[Group], asked: Mapping[int, torch.dtype | None]) -> None:
+    """Raises unless the weights of each group are to be stored in one format.
+
+    Args:
+        groups: The groups.
+        asked: By the ``id`` of a module the dtype that its weights are to be stored in; None for as they are.
+
+    Raises:
+        PolicyError: They are not; FSDP2 gathers what is of one dtype.
+    """
+    for group in groups:
+        first: dict[torch.dtype, str] = {}
+        for name, module in zip(group.layers, group.modules, strict=True):
+            for weight in _weights(module):
+                first.setdefault(asked.get(id(module)) or weight.dtype, name)
+        if len(first) > 1:
+            told = " and ".join(f"{name!r} in {format_of(dtype)}" for dtype, name in first.items())
+            raise PolicyError(
+                f"FSDP2 gathers weights of one stored format together, and a group is to store {told}; shard with "
+                "plugin.fully_shard in configure_model, which makes groups of one format each, or give them one"
+            )
+
+
+def take_stored(groups: Iterable[Group]) -> None:
+    """Has FSDP2 gather weights as they are stored now, after they were stored otherwise; between steps."""
+    for group in groups:
+        group.leader.reshard()
+        for each in param_groups(group.leader._get_fsdp_state()):
+            for param in each.fsdp_params:
+                param.reset_sharded_param()
+        _replace(group.leader, group.given)
 
 
 def reshard(model: nn.Module) -> None:
@@ -243,16 +306,16 @@ def _own_modules(leader: nn.Module) -> Iterator[nn.Module]:
 
 
 def _divided(
-    module: nn.Module, formats: Mapping[int, torch.dtype | None], called: Set[int]
-) -> tuple[dict[torch.dtype | None, list[nn.Module]], torch.dtype | None]:
+    module: nn.Module, formats: Mapping[int, _Kind], called: Set[int]
+) -> tuple[dict[_Kind, list[nn.Module]], torch.dtype | None]:
     """A module's layers that are gathered apart, by format, and the format in which the others are.
 
     Layers that are not called, hold other layers, or share a weight with another one, stay with the others.
     """
     parts = [part for part in _own_modules(module) if _weights(part)]
     uses = Counter(id(weight) for part in parts for weight in _weights(part))
-    apart: dict[torch.dtype | None, list[nn.Module]] = {}
-    stay: set[torch.dtype | None] = set()
+    apart: dict[_Kind, list[nn.Module]] = {}
+    stay: set[_Kind] = set()
     for part in parts:
         is_alone = (
             part is not module
@@ -264,10 +327,16 @@ def _divided(
         else:
             stay.add(formats[id(part)])
     if not stay and apart:
-        stay = {max(apart, key=lambda dtype: sum(each.numel() for part in apart[dtype] for each in _weights(part)))}
+        stay = {max(apart, key=lambda kind: sum(each.numel() for part in apart[kind] for each in _weights(part)))}
     rest = stay.pop() if len(stay) == 1 else None
-    apart.pop(rest, None)
-    return apart, rest
+    if rest is not None:
+        apart.pop(rest, None)
+    return apart, rest.gathered if rest is not None else None
+
+
+def _kind(module: nn.Module, precision: LayerPrecision) -> _Kind:
+    stored = _half_dtype(precision.param) if precision.is_stored_by_rule else None
+    return _Kind(_format(module, precision), stored)
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
@@ -302,8 +371,9 @@ def _check_given(group: Group, assignment: Mapping[str, LayerPrecision]) -> None
             )
 
 
-def _policy(dtype: torch.dtype | None) -> Any:
-    return _Gathered(dtype, torch.float32 if dtype is not None else None, cast_forward_inputs=False)
+def _policy(dtype: torch.dtype | None, stored: Set[torch.dtype] = frozenset()) -> Any:
+    is_half = dtype is not None or not stored.isdisjoint(half_dtypes())
+    return _Gathered(dtype, torch.float32 if is_half else None, cast_forward_inputs=False)
 
 
 def _replace(leader: Any, policy: Any) -> None:

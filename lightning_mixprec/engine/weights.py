@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from lightning_mixprec.numerics.flat_batches import local_part
 from lightning_mixprec.numerics.formats import compute_dtypes, half_dtypes
 from lightning_mixprec.policy.layers import is_wide_by_nature, stored_by_rule
 
@@ -174,15 +175,19 @@ class Storage:
                 continue
             before = self._before[id(tensor)][1] if id(tensor) in self._before else tensor.dtype
             self._before[id(tensor)] = (tensor, before, dtype)
-            stored_by_rule[tensor] = True
             if dtype.itemsize < tensor.dtype.itemsize:
-                self._wide[id(tensor)] = tensor.data
+                self._wide[id(tensor)] = local_part(tensor.detach())
             _store(tensor, dtype)
+            if dtype == torch.float64:  # alone asked for; and torch moves no DTensor that has weak references
+                stored_by_rule[tensor] = True
             any_changed = True
         return any_changed
 
     def lossy(self) -> list[tuple[Tensor, Tensor]]:
-        """Tensors that are stored in fewer bits than before, and what they were, as far as nobody has taken it."""
+        """Tensors that are stored in fewer bits than before, and what they were, as far as nobody has taken it.
+
+        Of a tensor that ranks share, what this rank has of it.
+        """
         return [(self._before[key][0], wide) for key, wide in self._wide.items()]
 
     def narrowed(self) -> list[Tensor]:
@@ -212,8 +217,9 @@ class Storage:
             wide = self._wide.pop(key, None)
             if tensor.dtype == converted:
                 _store(tensor, before)
-                if wide is not None and torch.equal(wide.to(converted).to(tensor), tensor):
-                    tensor.data.copy_(wide)
+                local = local_part(tensor.detach())
+                if wide is not None and torch.equal(wide.to(converted).to(local), local):
+                    local.copy_(wide)
         return bool(dropped)
 
     def restore_precise(self, named: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> None:
@@ -242,6 +248,11 @@ def reflatten(modules: Iterable[nn.Module]) -> None:
 
 
 def _store(tensor: Tensor, dtype: torch.dtype) -> None:
+    if local_part(tensor) is not tensor:  # a DTensor, whose dtype is fixed; so another takes its object's place
+        other = nn.Parameter(tensor.detach().to(dtype), tensor.requires_grad)
+        other.grad = None if tensor.grad is None else tensor.grad.to(dtype)
+        torch.utils.swap_tensors(tensor, other)
+        return
     tensor.data = tensor.data.to(dtype)
     if tensor.grad is not None:
         tensor.grad.data = tensor.grad.data.to(dtype)

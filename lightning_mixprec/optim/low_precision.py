@@ -37,6 +37,8 @@ class LowPrecisionOptimizer(Optimizer):
     """
 
     _MOMENTS: ClassVar[tuple[Moment, ...]]
+    _COUNTS_ALWAYS: ClassVar = True
+    """Whether torch's class counts its steps, too."""
     _names: Mapping[Tensor, str] = MappingProxyType({})
 
     def _set_options(
@@ -152,6 +154,25 @@ class LowPrecisionOptimizer(Optimizer):
         if is_narrow(param) and not is_kept(state, param, group["weights"]):
             state.update(empty_kept(param, group["weights"]))
         return state
+
+    def complete_states(self) -> None:
+        """Gives every parameter the state that its first step begins with, as distributed checkpoints need it to load.
+
+        Torch does so by a step without gradients, but not where an optimizer has any state, as bits of weights are.
+        """
+        for group in self.param_groups:
+            for param in group["params"] if self._begins_at_zero(group) else ():
+                if not param.requires_grad:
+                    continue
+                counts = self._COUNTS_ALWAYS or not is_plain(param, group["states"])
+                state = self._state_of(param, group) if counts else self.state[param]
+                for moment in self._moments_of(group):
+                    if moment.name not in state:
+                        state.update(empty_moment(param, moment, group["states"]))
+
+    def _begins_at_zero(self, group: Mapping[str, Any]) -> bool:
+        """True if a first step with moments of 0 is the first step."""
+        return True
 
     def set_weight(self, param: Tensor, wide: Tensor) -> None:
         """Gives a weight in 16 bits an fp32 value; the bits that it cannot hold are kept in the state.

@@ -40,6 +40,7 @@ class SGD(LowPrecisionOptimizer, torch.optim.SGD):
     """
 
     _MOMENTS: ClassVar = (Moment("momentum_buffer", True),)
+    _COUNTS_ALWAYS: ClassVar = False
 
     def __init__(
         self,
@@ -73,6 +74,9 @@ class SGD(LowPrecisionOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+
+    def _begins_at_zero(self, group: Mapping[str, Any]) -> bool:
+        return bool(group["momentum"]) and not group["dampening"]
 
     def _moments_of(self, group: Mapping[str, Any]) -> list[Moment]:
         return list(self._MOMENTS if group["momentum"] else ())

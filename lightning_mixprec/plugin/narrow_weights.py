@@ -54,11 +54,14 @@ class NarrowWeights:
         names: dict[Tensor, str] = {param: name for name, param in self._model.named_parameters()}
         for keeper in self._keepers:
             keeper.name_weights(names)
+            if any(local_part(param) is not param for param in params_of(keeper)):
+                keeper.complete_states()
         warn_of_narrow_weights(self._model, self._assignment, self._optimizers, added)
 
     def _give(self, weight: Tensor, wide: Tensor, owner: Optimizer) -> None:
         # What a checkpoint has loaded since is not to be overwritten.
-        is_still_it = torch.equal(wide.to(weight.dtype), local_part(weight.detach()))
+        stored = local_part(weight.detach())
+        is_still_it = torch.equal(wide.to(stored), stored)
         is_known = keeping_in(owner.state.get(weight, {})) is not None
         if isinstance(owner, LowPrecisionOptimizer) and is_still_it and not is_known:
             owner.set_weight(weight, wide)
@@ -107,9 +110,7 @@ class NarrowWeights:
         owner = self._owners.get(weight)
         full = widened(weight, {} if owner is None else owner.state.get(weight, {}))
         lost = self._attachment.lost_of(weight)
-        if lost is None:
-            return full
-        return torch.where(lost.to(weight.dtype) == weight.detach(), lost, full)
+        return full if lost is None else torch.where(lost.to(weight) == weight.detach(), lost.to(full), full)
 
     def _write(self, weight: Tensor, wide: Tensor) -> None:
         owner = self._owners.get(weight)

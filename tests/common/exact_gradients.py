@@ -56,6 +56,8 @@ class Summed(pl.LightningModule):
         data: The batches of an epoch.
     """
 
+    STORED = "first"  # the layer that is stored in 16 bits
+
     def __init__(self, where, configure=adamw, data=None):
         super().__init__()
         self.first, self.second = nn.Linear(4, 8), nn.Linear(4, 8)
@@ -89,7 +91,7 @@ def ran(stored=None, module=Summed, configure=adamw, data=None, callbacks=list, 
     """
     torch.manual_seed(0)
     run = module(STOCK if stored is None else OURS, configure, data)
-    plugins = PerLayerPrecision({"default": "fp32", "first": f"p={stored}"}, **(plugin or {})) if stored else None
+    plugins = PerLayerPrecision({"default": "fp32", module.STORED: f"p={stored}"}, **(plugin or {})) if stored else None
     torch.manual_seed(1)
     trainer = pl.Trainer(
         **{"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | options,
