@@ -11,6 +11,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -127,9 +128,8 @@ def gathered_first(plan: Plan, model: nn.Module) -> Plan:
 
     Weights of an inner module that is sharded by itself are gathered as that is called, whose own border swaps them.
     """
-    leader_of = {
-        id(each): id(leader._get_fsdp_state()) for leader in leaders_of(model) for each in _own_modules(leader)
-    }
+    states = [(id(leader._get_fsdp_state()), leader) for leader in leaders_of(model)]
+    leader_of = {id(each): state for state, leader in states for each in _own_modules(leader)}
     if not leader_of:
         return plan
     crossings = {}
@@ -189,7 +189,7 @@ def check_stored(groups: Iterable[Group], asked: Mapping[int, torch.dtype | None
     for group in groups:
         first: dict[torch.dtype, str] = {}
         for name, module in zip(group.layers, group.modules, strict=True):
-            for weight in _weights(module):
+            for weight in filter(attrgetter("requires_grad"), _weights(module)):
                 first.setdefault(asked.get(id(module)) or weight.dtype, name)
         if len(first) > 1:
             told = " and ".join(f"{name!r} in {format_of(dtype)}" for dtype, name in first.items())
