@@ -210,7 +210,7 @@ def gradient_of_a_reused_weight(plugin, dtype=torch.float32):
     model, taken = Task(Reused(200)), []
     take = Call("on_before_optimizer_step", lambda trainer, model: taken.append(model.net.layer.weight.grad.clone()))
     batches = Batches(6, count=1)
-    batches.batches = [tuple(part.to(dtype) for part in batch) for batch in batches]
+    batches.batches = [(inputs.to(dtype), *targets) for inputs, *targets in batches]  # what is returned is in fp32
     fit(model.to(dtype), plugin, batches, callbacks=[take])
     return taken[0].double()
 
