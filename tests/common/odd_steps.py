@@ -4,6 +4,7 @@ Each is the body of a ``training_step`` in manual optimization: a function of th
 in it is one of the optimizers below, of which some move weights by methods of their own.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -294,6 +295,16 @@ def gradient_penalty(module: Any, batch: Any) -> None:
     optimizer.step()
 
 
+def towards_a_copy(module: Any, batch: Any) -> None:
+    """The trunk and a deep copy of it, whose outputs it is to have, as target networks have them."""
+    optimizer = module.optimizers()
+    optimizer.zero_grad()
+    target = copy.deepcopy(module.trunk).requires_grad_(False)
+    loss = module.loss(batch) + mse_loss(module.trunk(batch[0]).float(), target(batch[0] + 0.1).float())
+    module.manual_backward(loss)
+    optimizer.step()
+
+
 THROUGH_THE_PLUGIN: dict[str, tuple[Step, Callable[[Any], Any]]] = {
     "one optimizer": (plain, adam),
     "a closure": (closure, adam),
@@ -308,6 +319,7 @@ THROUGH_THE_PLUGIN: dict[str, tuple[Step, Callable[[Any], Any]]] = {
     "rates by hand": (rates_by_hand, adam),
     "schedules in a row": (with_schedule, scheduled),
     "gradient penalty": (gradient_penalty, adam),
+    "a copy of a part": (towards_a_copy, adam),
 }
 PAST_THE_PLUGIN: dict[str, tuple[Step, Callable[[Any], Any]]] = {
     "sharpness in two steps": (sharp, lambda module: Sharp(module.parameters())),

@@ -4,6 +4,7 @@ To compilers a product is one operation, casts included. Inductor would write th
 triton 3.8 it stores some of them wrongly (pytorch issue 188841).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ def _filled_up(matrix: Tensor, least_rows: int) -> Tensor:
 
 def _of_fp8(left: Scaled, right: Scaled, dtype: torch.dtype) -> Tensor:
     """Tensor cores, or torch's kernel on a CPU: the left one by rows in memory, the right one by columns."""
+    if left.values.device.type == "cpu" and not _has_kernel_on_cpu():
+        return _in_fp32(left, right, dtype)
     is_per_row = left.scale.numel() > 1 or right.scale.numel() > 1
     # With a scale per row CUDA hands on bf16 alone.
     dtype = torch.bfloat16 if is_per_row else dtype
@@ -116,6 +119,12 @@ def _of_fp8(left: Scaled, right: Scaled, dtype: torch.dtype) -> Tensor:
                 values, transposed, scales[0], kind, scales[1], kind, output_dtype=dtype, use_fast_accum=is_fast
             )
         return torch._scaled_mm(values, transposed, *scales, out_dtype=dtype, use_fast_accum=is_fast)
+
+
+@functools.cache
+def _has_kernel_on_cpu() -> bool:
+    """False before torch 2.14: its kernel, too, multiplies in fp32."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU")
 
 
 def _of_integers(left: Scaled, right: Scaled, dtype: torch.dtype) -> Tensor:

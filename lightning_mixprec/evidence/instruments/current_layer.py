@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_mixprec.evidence.instruments.own_dtypes import HookOf
 from lightning_mixprec.policy.module_names import is_scripted, walk
 
 Direction = Literal["forward", "backward"]
@@ -64,8 +65,8 @@ class CurrentLayer:
         """Puts the hooks on."""
         for module in self._modules.values():
             self._handles += [
-                module.register_forward_pre_hook(self._begin, prepend=True),
-                module.register_forward_hook(self._end, always_call=True),
+                module.register_forward_pre_hook(HookOf(module, self._begin), prepend=True),
+                module.register_forward_hook(HookOf(module, self._end), always_call=True),
             ]
 
     def detach(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes
+from lightning_mixprec.evidence.instruments.own_dtypes import HookOf, OwnDtypes
 from lightning_mixprec.evidence.instruments.probe import Observer, leaving_out, whole
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.numerics.rates import underflows
@@ -48,7 +48,8 @@ class OperandObserver(Observer):
     def __enter__(self) -> "OperandObserver":
         super().__enter__()
         for name in self._narrow:
-            hook = self._layers[name].register_forward_pre_hook(partial(self._on_call, name))
+            layer = self._layers[name]
+            hook = layer.register_forward_pre_hook(HookOf(layer, partial(self._on_call, name)))
             self._handles.append(hook)
         return self
 

@@ -6,7 +6,7 @@ as what takes it casts it.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +25,26 @@ _CAST = "ToCopyBackward0"
 def hookable(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The layers that take hooks."""
     return {name: module for name, module in layers.items() if not is_scripted(module)}
+
+
+class HookOf:
+    """A hook of one module. A copy of the module that a step makes has it, too, and there it does nothing.
+
+    Args:
+        module: The module.
+        function: What it calls: with the module, and what torch gives hooks of its kind.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        self._module, self._function = module, function
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        """The function's result; None for another module."""
+        return self._function(module, *args) if module is self._module else None
+
+    def __deepcopy__(self, memo: Any) -> "HookOf":
+        """The same."""
+        return self
 
 
 class OwnTensors:
@@ -86,8 +106,8 @@ class DtypeRecorder:
         self._layer_of: dict[int, str] = {}
         self._maker_of: dict[Any, tuple[str, int]] = {}
         for name, module in hookable(self._layers).items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._note_weights, name)))
-            self._handles.append(module.register_forward_hook(partial(self._on_output, name)))
+            self._handles.append(module.register_forward_pre_hook(HookOf(module, partial(self._note_weights, name))))
+            self._handles.append(module.register_forward_hook(HookOf(module, partial(self._on_output, name))))
             self._note_weights(name, module)
         return self
 

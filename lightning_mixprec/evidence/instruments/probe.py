@@ -20,7 +20,7 @@ from lightning_mixprec.engine.objects import rebuilt, tensors_in
 from lightning_mixprec.engine.sharding import is_sharded
 from lightning_mixprec.errors import OtherRankError, SupportError, TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import bytes_of, is_out_of_memory
-from lightning_mixprec.evidence.instruments.own_dtypes import OwnDtypes, OwnTensors, hookable
+from lightning_mixprec.evidence.instruments.own_dtypes import HookOf, OwnDtypes, OwnTensors, hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, sandbox
 from lightning_mixprec.numerics.exponents import Histogram, histograms
 from lightning_mixprec.numerics.flat_batches import counted_part, flatten, on_device, sample
@@ -79,7 +79,7 @@ class Observer:
 
     def __enter__(self) -> "Observer":
         for name, module in hookable(self._among).items():
-            self._handles.append(module.register_forward_hook(partial(self._on_output, name)))
+            self._handles.append(module.register_forward_hook(HookOf(module, partial(self._on_output, name))))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -205,7 +205,7 @@ class CallRecorder:
     def __enter__(self) -> "CallRecorder":
         for name, module in hookable(self._layers).items():
             self._before[name] = _Before(module)
-            begin, end = partial(self._begin, name), partial(self._end, name)
+            begin, end = (HookOf(module, partial(each, name)) for each in (self._begin, self._end))
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(end))
         return self

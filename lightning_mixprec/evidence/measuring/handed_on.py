@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_mixprec.engine.objects import tensors_in
-from lightning_mixprec.evidence.instruments.own_dtypes import hookable
+from lightning_mixprec.evidence.instruments.own_dtypes import HookOf, hookable
 
 
 class HandedOn:
@@ -38,8 +38,10 @@ class HandedOn:
 
     def __enter__(self) -> "HandedOn":
         for name, module in hookable(self._layers).items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._take, name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(partial(self._give, name)))
+            self._handles.append(
+                module.register_forward_pre_hook(HookOf(module, partial(self._take, name)), with_kwargs=True)
+            )
+            self._handles.append(module.register_forward_hook(HookOf(module, partial(self._give, name))))
         return self
 
     def __exit__(self, *exception: object) -> None:

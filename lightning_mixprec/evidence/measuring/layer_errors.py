@@ -18,7 +18,7 @@ from lightning_mixprec.engine.border_plan import Site
 from lightning_mixprec.engine.objects import copied, tensors_in
 from lightning_mixprec.errors import TraceLeftError, one_line
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
-from lightning_mixprec.evidence.instruments.own_dtypes import hookable
+from lightning_mixprec.evidence.instruments.own_dtypes import HookOf, hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
 from lightning_mixprec.policy.assignment import LayerPrecision
@@ -68,7 +68,7 @@ class LayerErrors:
 
     def __enter__(self) -> "LayerErrors":
         for name, module in hookable({name: site.module for name, site in self._sites.items()}).items():
-            before, after = partial(self._before, name), partial(self._after, name)
+            before, after = (HookOf(module, partial(each, name)) for each in (self._before, self._after))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(after, prepend=True))
         return self

@@ -13,7 +13,7 @@ from lightning_mixprec.engine.casting import cast
 from lightning_mixprec.engine.objects import copied, mapped, tensors_in
 from lightning_mixprec.errors import TraceLeftError
 from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
-from lightning_mixprec.evidence.instruments.own_dtypes import hookable
+from lightning_mixprec.evidence.instruments.own_dtypes import HookOf, hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
 from lightning_mixprec.numerics.devices.timing import seconds_at
@@ -59,7 +59,7 @@ class LayerTimes:
 
     def __enter__(self) -> "LayerTimes":
         for name, module in hookable({name: site.module for name, site in self._sites.items()}).items():
-            hook = partial(self._time, name)
+            hook = HookOf(module, partial(self._time, name))
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 

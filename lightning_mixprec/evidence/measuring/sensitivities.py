@@ -31,7 +31,7 @@ from lightning_mixprec.engine.objects import tensors_in
 from lightning_mixprec.engine.sharding import groups_of
 from lightning_mixprec.errors import MixPrecError, PlanError, one_line
 from lightning_mixprec.evidence.comparison import MAX_BYTES, MAX_ELEMENTS, is_finite
-from lightning_mixprec.evidence.instruments.own_dtypes import hookable
+from lightning_mixprec.evidence.instruments.own_dtypes import HookOf, hookable
 from lightning_mixprec.evidence.instruments.probe import Observer
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.measuring.layer_errors import BORDER, LayerErrors
@@ -307,7 +307,7 @@ class OutputSizes:
 
     def __enter__(self) -> "OutputSizes":
         for name, module in hookable(self._layers).items():
-            self._handles.append(module.register_forward_hook(partial(self._count, name)))
+            self._handles.append(module.register_forward_hook(HookOf(module, partial(self._count, name))))
         return self
 
     def __exit__(self, *exception: object) -> None:
