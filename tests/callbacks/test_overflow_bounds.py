@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from diary import Diary
 from known_results import Batches, stock, trainer_of
 from lightnings import CSVLogger
 from monitor_models import Spike, Watched, batches, mlp, watch
@@ -69,7 +70,7 @@ class Hungry(nn.Module):
         return x
 
 
-_SIZES = []
+_SIZES = Diary()
 
 
 @pytest.fixture
