@@ -50,18 +50,28 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
-    seen = {id(value)}
+    seen: set[int] = set()
+    _is_new(value, seen)
     within = [iter(parts_of(value))]
     while within:
         for part in within[-1]:
             if isinstance(part, Tensor):
                 yield part
-            elif type(part) not in ATOMS and id(part) not in seen and len(seen) < MOST_OBJECTS:
-                seen.add(id(part))
+            elif type(part) not in ATOMS and _is_new(part, seen):
                 within.append(iter(parts_of(part)))
                 break
         else:
             within.pop()
+
+
+def _is_new(value: Any, seen: set[int]) -> bool:
+    """True of an object that a walk has not met, and notes it. Compiled code meets each plain container anew."""
+    if is_compiling() and type(value) in PLAIN:  # Dynamo compiles anew for another identity, or knows none
+        return True
+    if id(value) in seen or len(seen) >= MOST_OBJECTS:
+        return False
+    seen.add(id(value))
+    return True
 
 
 def named_tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
