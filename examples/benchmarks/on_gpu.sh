@@ -109,7 +109,8 @@ tests tests-evidence 40 tests/evidence/instruments/test_exact_fp32.py tests/evid
     tests/evidence/instruments/test_probe.py tests/evidence/test_step_window.py \
     tests/evidence/instruments/test_memory.py tests/evidence/test_short_of_memory.py \
     tests/evidence/measuring/test_traced.py
-tests tests-deploy 30 tests/deploy/test_used_memory.py tests/deploy/test_compare.py tests/deploy/test_plan.py
+tests tests-deploy 50 tests/deploy/test_used_memory.py tests/deploy/test_compare.py tests/deploy/test_plan.py \
+    tests/deploy/test_export_gpu.py
 tests tests-callbacks 50 tests/callbacks/test_host_waits.py tests/callbacks/test_monitors_gpu.py \
     tests/callbacks/test_overflow_late.py tests/callbacks/test_adaptive_gpu.py
 tests tests-compiled 50 tests/compiled/test_gpu.py
