@@ -10,7 +10,7 @@ from lightning_mixprec import PrecisionPolicy, export
 from lightning_mixprec.engine.apply import attach
 from lightning_mixprec.policy.policy import as_policy
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*torch.jit.*")]
 
 MIXED = {"default": "bf16", "1": "c=fp32,o=input", "4": "fp16"}
 
