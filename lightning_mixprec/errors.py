@@ -40,6 +40,10 @@ class ExportError(MixPrecError):
     """A module that cannot be exported, or a file of it that is not what was promised; none is left."""
 
 
+class NoLossError(MixPrecError):
+    """A step that is to be compared gives no loss."""
+
+
 class ReplayError(MixPrecError):
     """A step that cannot be replayed without a trace: what it left was put back, and no other step is tried."""
 

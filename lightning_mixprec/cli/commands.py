@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_mixprec.deploy.compare import compare
+from lightning_mixprec.deploy.compare import by_validation_if_it_has_a_loss, compare
 from lightning_mixprec.deploy.evaluated_steps import Step
 from lightning_mixprec.deploy.export import export
 from lightning_mixprec.deploy.plan import plan
@@ -124,8 +124,11 @@ class Commands(_Trainer):
         compared = {name: as_policy(each) for name, each in (policies or {}).items()} or {"config": self.policy}
 
         def work(module: pl.LightningModule, taken: list[Any]) -> Any:
-            step: Step = "validation" if split == "val" and has_step(module, "validation_step") else "training"
-            return compare(module, compared, taken, reference=reference, step=step)
+            def by(step: Step) -> Any:
+                return compare(module, compared, taken, reference=reference, step=step)
+
+            is_validation = split == "val" and has_step(module, "validation_step")
+            return by_validation_if_it_has_a_loss(by) if is_validation else by("training")
 
         check_count("batches", batches)
         made = prepared_run(

@@ -26,7 +26,7 @@ from lightning_mixprec.deploy.prepared import (
 )
 from lightning_mixprec.deploy.used_memory import Peak, SavedBytes, bytes_held, peak_of
 from lightning_mixprec.engine.backends import Emulate, check_emulate
-from lightning_mixprec.errors import MixPrecError, TraceLeftError, one_line
+from lightning_mixprec.errors import MixPrecError, NoLossError, TraceLeftError, one_line
 from lightning_mixprec.evidence.by_hand import asks_for_trainer, module_of
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.run_formats import PolicyFormats
@@ -74,7 +74,7 @@ def compare(
             module's ``validation_step``. They are set up as ``trainer.validate`` does, without its callbacks, loggers
             and plugin; of ``batches`` that are given the Trainer is only what a step finds that asks for it.
         step: Which of the module's steps is run: ``"training"`` or ``"validation"``. By default the second with a
-            Trainer, if the module has one, and the first without.
+            Trainer, if the module has one and it gives a loss, and the first without.
         weights: By the name of a policy, or ``"reference"``, a checkpoint or a state_dict: what it computes with in
             place of the module's own weights. So a run in mixed precision is compared with one in fp32.
         max_batches: How many batches of each loader at most.
@@ -111,16 +111,28 @@ def compare(
     is_validation = step == "validation" or (
         step is None and trainer is not None and has_step(module, "validation_step")
     )
-    kind: Step = "validation" if is_validation else "training"
 
     def work(module: pl.LightningModule, given: list[GivenBatch]) -> Comparison:
-        return _Comparing(module, [exact, *others], given, kind, metric).compare(repeats, emulate, seed)
+        def by(step: Step) -> Comparison:
+            return _Comparing(module, [exact, *others], given, step, metric).compare(repeats, emulate, seed)
+
+        if is_validation:
+            return by("validation") if step else by_validation_if_it_has_a_loss(by)
+        return by("training")
 
     if is_datamodule(batches) or (batches is None and trainer is not None):
         trainer = trainer or plain_trainer(module)
         return prepared_run(trainer, module, work, datamodule=batches, data="val", most=max_batches)
     with _in_run_of(trainer, module):
         return work(module, batches_of(module, batches, max_batches))
+
+
+def by_validation_if_it_has_a_loss(compared_by: Callable[[Step], Comparison]) -> Comparison:
+    """A comparison by ``validation_step``, or, if that gives no loss, by ``training_step`` on the same batches."""
+    try:
+        return compared_by("validation")
+    except NoLossError:
+        return compared_by("training")
 
 
 @dataclass
@@ -329,7 +341,7 @@ def _loss_of(seen: Seen, step: EvaluatedStep) -> float:
     if seen.loss is not None:
         return seen.loss
     if step.is_validation:
-        raise MixPrecError(
+        raise NoLossError(
             f"validation_step returns no loss and logs none (it logs {', '.join(seen.logged) or 'nothing'}); let it "
             "return one, or log one as 'val_loss', or give step='training'."
         )

@@ -460,6 +460,18 @@ def test_a_step_without_a_loss_says_what_to_return(model):
     bad("it logs accuracy", Lossless(), {"a": "bf16"}, class_batches(2), step="validation")
 
 
+def test_where_validation_gives_no_loss_training_step_is_run_on_its_data():
+    class Accuracy(Loaded):
+        def validation_step(self, batch, number):
+            self.log("val_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    model = Accuracy()
+    comparison = compare(model, {"a": "bf16"}, trainer=quiet_trainer(), repeats=1)
+    by_hand = compare(model, {"a": "bf16"}, list(model.val_dataloader()), repeats=1)
+    assert comparison.step == "training_step" and comparison.rows[0]["loss"] == by_hand.rows[0]["loss"]
+    bad("it logs val_accuracy", model, {"a": "bf16"}, trainer=quiet_trainer(), step="validation")
+
+
 def test_a_step_that_asks_for_its_trainer_is_told_to_be_given_one(model):
     class Asking(Classifier):
         def training_step(self, batch, batch_idx):

@@ -422,10 +422,10 @@ class Stalling(pl.LightningModule):
 # The benchmarks
 
 
-def benchmark(script: str, folder: Path, *options: str) -> tuple[dict, str]:
-    """Run it on the tiny model, quickly; return what it wrote and what it printed."""
+def benchmark(script: str, folder: Path, *options: str, model: str = "tiny") -> tuple[dict, str]:
+    """Run it on a model, quickly; return what it wrote and what it printed."""
     output = folder / "new" / "report.json"
-    arguments = ["--device", "cpu", "--quick", "--models", "tiny", *options, "--output", str(output)]
+    arguments = ["--device", "cpu", "--quick", "--models", model, *options, "--output", str(output)]
     done = run(ROOT / "examples" / "benchmarks" / script, *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
@@ -463,8 +463,7 @@ def test_the_monitors_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_emulation_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
-    only = ["--models", "gpt", "--compilers", "eager", "--rounds", "2"]
-    report, printed = benchmark("emulation.py", tmp_path, *only)
+    report, printed = benchmark("emulation.py", tmp_path, "--compilers", "eager", "--rounds", "2", model="gpt")
     rows = {row["case"]: row for row in report["results"]}
     assert list(rows) == ["fp32", "bf16 emulated", "fp16 emulated"]
     for kind in ("ratio", "cpu_time_ratio"):
