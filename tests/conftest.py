@@ -12,6 +12,7 @@ import torch
 from attaching import attached, snapshot  # noqa: F401
 from capabilities import incapable
 from hypothesis import settings
+from version_table import record
 
 # Shared machines are slow at times, and a failure must come back on the next run.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Records with which versions how many tests passed, if MIXPREC_RECORD says where."""
+    if path := os.environ.get("MIXPREC_RECORD"):
+        record(path, {kind: len(reports) for kind, reports in terminalreporter.stats.items()})
 
 
 @pytest.hookimpl(wrapper=True)

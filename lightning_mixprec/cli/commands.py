@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_mixprec.deploy.compare import by_validation_if_it_has_a_loss, compare
+from lightning_mixprec.deploy.compare import by_the_first_with_a_loss, compare, steps_to_compare_by
 from lightning_mixprec.deploy.evaluated_steps import Step
 from lightning_mixprec.deploy.export import export
 from lightning_mixprec.deploy.plan import plan
-from lightning_mixprec.deploy.prepared import Data, check_count, has_step, prepared, prepared_run
+from lightning_mixprec.deploy.prepared import Data, check_count, prepared, prepared_run
 from lightning_mixprec.errors import MixPrecError
 from lightning_mixprec.plugin.lightnings import both
 from lightning_mixprec.policy.policy import PrecisionPolicy, as_policy
@@ -127,8 +127,8 @@ class Commands(_Trainer):
             def by(step: Step) -> Any:
                 return compare(module, compared, taken, reference=reference, step=step)
 
-            is_validation = split == "val" and has_step(module, "validation_step")
-            return by_validation_if_it_has_a_loss(by) if is_validation else by("training")
+            steps = steps_to_compare_by(module, None, is_validated=split == "val")
+            return by_the_first_with_a_loss(steps, by)
 
         check_count("batches", batches)
         made = prepared_run(

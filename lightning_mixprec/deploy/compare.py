@@ -3,7 +3,7 @@
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -108,17 +108,13 @@ def compare(
     exact, others = candidates_of(policies, reference, weights)
     if trainer is not None:
         check_trainer(trainer)
-    is_validation = step == "validation" or (
-        step is None and trainer is not None and has_step(module, "validation_step")
-    )
+    steps = steps_to_compare_by(module, step, is_validated=trainer is not None)
 
     def work(module: pl.LightningModule, given: list[GivenBatch]) -> Comparison:
         def by(step: Step) -> Comparison:
             return _Comparing(module, [exact, *others], given, step, metric).compare(repeats, emulate, seed)
 
-        if is_validation:
-            return by("validation") if step else by_validation_if_it_has_a_loss(by)
-        return by("training")
+        return by_the_first_with_a_loss(steps, by)
 
     if is_datamodule(batches) or (batches is None and trainer is not None):
         trainer = trainer or plain_trainer(module)
@@ -127,12 +123,19 @@ def compare(
         return work(module, batches_of(module, batches, max_batches))
 
 
-def by_validation_if_it_has_a_loss(compared_by: Callable[[Step], Comparison]) -> Comparison:
-    """A comparison by ``validation_step``, or, if that gives no loss, by ``training_step`` on the same batches."""
-    try:
-        return compared_by("validation")
-    except NoLossError:
-        return compared_by("training")
+def steps_to_compare_by(module: pl.LightningModule, step: Step | None, *, is_validated: bool) -> tuple[Step, ...]:
+    """The step that is asked for; else ``validation_step``, where validation is meant and there is one, and training."""
+    if step is not None:
+        return (step,)
+    return ("validation", "training") if is_validated and has_step(module, "validation_step") else ("training",)
+
+
+def by_the_first_with_a_loss(steps: Sequence[Step], compared_by: Callable[[Step], Comparison]) -> Comparison:
+    """A comparison by the first of some steps that gives a loss."""
+    for step in steps[:-1]:
+        with contextlib.suppress(NoLossError):
+            return compared_by(step)
+    return compared_by(steps[-1])
 
 
 @dataclass

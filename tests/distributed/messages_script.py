@@ -1,4 +1,4 @@
-"""What one of two processes does in test_messages.py: counts what is sent in each batch, and its bytes."""
+"""What one of several processes does in test_messages.py: counts what is sent in each batch, and its bytes."""
 
 import os
 import sys

@@ -3,17 +3,17 @@
 from pathlib import Path
 
 import pytest
-from processes import saved_by_two
+from processes import saved_by
 
 pytestmark = pytest.mark.slow
 EVERY, BATCHES = 2, 3  # as in messages_script.py
 SAMPLED = range(0, BATCHES, EVERY)
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+@pytest.fixture(scope="module", params=[2, 4, 8], ids="{} processes".format)
+def ranks(request, tmp_path_factory):
     script = Path(__file__).parent / "messages_script.py"
-    return saved_by_two(script, tmp_path_factory.mktemp("messages"))
+    return saved_by(request.param, script, tmp_path_factory.mktemp("messages"))
 
 
 def ours(results, layers, what, batch):
