@@ -124,7 +124,7 @@ def compare(
 
 
 def steps_to_compare_by(module: pl.LightningModule, step: Step | None, *, is_validated: bool) -> tuple[Step, ...]:
-    """The step that is asked for; else ``validation_step``, where validation is meant and there is one, and training."""
+    """The step asked for; else ``validation_step``, where validation is meant and there is one, and training."""
     if step is not None:
         return (step,)
     return ("validation", "training") if is_validated and has_step(module, "validation_step") else ("training",)
