@@ -24,9 +24,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from workloads import Repeated, Task
 
 
@@ -73,40 +71,6 @@ class ScalarReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations have taken or made and that are still there.
-
-    Attributes:
-        peak: The most bytes that were there at once; may be set back.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._storages: dict[int, StorageWeakRef] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(hasattr(each, "full_tensor") for each in types):
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.device.type != "meta":
-                storage = leaf.untyped_storage()
-                self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
-        self.peak = max(self.peak, self._count())
-        return result
-
-    def _count(self) -> int:
-        total = 0
-        for key, ref in list(self._storages.items()):
-            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
-            if storage is None:
-                del self._storages[key]
-            else:
-                total += storage.nbytes()
-        return total
 
 
 class Inspector(Callback):

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from measuring import LiveBytes, report
+from live_bytes import LiveBytes
+from measuring import report
 from torch import Tensor, nn
 from workloads import Repeated
 

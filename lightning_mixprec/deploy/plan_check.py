@@ -16,7 +16,7 @@ from lightning_mixprec.evidence.half_only import in_fp32
 from lightning_mixprec.evidence.instruments.sandbox import RandomState, Sandbox
 from lightning_mixprec.evidence.replay import Replayed, StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
-from lightning_mixprec.numerics.devices.timing import seconds_at
+from lightning_mixprec.numerics.devices.timing import seconds_of
 from lightning_mixprec.numerics.formats import REFERENCE
 from lightning_mixprec.planning.plan_files import Measured
 from lightning_mixprec.policy.policy import PrecisionPolicy
@@ -124,9 +124,7 @@ class PlanCheck:
         return min(times[low]), min(times[wide])
 
     def _timed(self, replay: StepReplay, stand_ins: Sandbox) -> float:
-        start = seconds_at(self._module.device)
-        self._run(replay, stand_ins, 0)
-        return seconds_at(self._module.device) - start
+        return seconds_of(lambda: self._run(replay, stand_ins, 0), self._module.device)
 
     def _told(self, number: int, run: Callable[[], T]) -> T:
         """What a run gives; an error of the step as one line."""

@@ -154,10 +154,8 @@ def _module_infos(leader: Any) -> Iterator[Any]:
 
 def _gather_nothing_ahead(state: Any) -> None:
     """Has the next group gathered when it is needed: in fp32 one group less is there at a time."""
-    state._states_to_forward_prefetch, state._states_to_backward_prefetch = (
-        [],
-        [state],
-    )  # itself, which is there by then
+    state._states_to_forward_prefetch = []
+    state._states_to_backward_prefetch = [state]  # itself, which is there by then; none would be torch's choice
 
 
 def _as_stored(policy: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from lightning_mixprec.engine.casting import Casts, cast
-from lightning_mixprec.engine.objects import mapped
+from lightning_mixprec.engine.objects import NoTreeError, mapped
 from lightning_mixprec.engine.parts import (
     ATOMS,
     PLAIN,
@@ -46,7 +46,7 @@ def lend(
     if not is_compiling():
         try:
             return _lent_plainly(args, kwargs, casts)
-        except _NotPlainError:
+        except NoTreeError:
             pass
     lent_args, lent_kwargs = cast((args, kwargs), casts)
     for part in (*args, *kwargs.values()):
@@ -54,10 +54,6 @@ def lend(
             given, lent = (*args, *kwargs.values()), (*lent_args, *lent_kwargs.values())
             return lent_args, lent_kwargs, Loan.of(list(zip(given, lent, strict=True)))
     return lent_args, lent_kwargs, None
-
-
-class _NotPlainError(Exception):
-    """An object that is no plain container, or one that is met twice."""
 
 
 def _lent_plainly(
@@ -104,10 +100,10 @@ def _lent(value: Any, casts: Casts, loan: "Loan", seen: set[int]) -> Any:
         return value
     if cls not in _PLAIN:
         if has_parts(value):
-            raise _NotPlainError
+            raise NoTreeError
         return value
     if id(value) in seen:
-        raise _NotPlainError
+        raise NoTreeError
     seen.add(id(value))
     if cls is dict:
         parts = {key: _lent(part, casts, loan, seen) for key, part in value.items()}

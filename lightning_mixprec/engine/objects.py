@@ -124,7 +124,7 @@ def mapped(value: Any, change: Change, known: Mapping[int, Any] | None = None) -
     done: Done = []
     try:
         return _mapped_tree(value, change, done, set(known or ()))[0]
-    except _NoTreeError:
+    except NoTreeError:
         return _Rewriting(change, done, known)(value)
 
 
@@ -161,7 +161,7 @@ def _changed(tensor: Tensor, change: Change, done: Done) -> Tensor:
     return new
 
 
-class _NoTreeError(Exception):
+class NoTreeError(Exception):
     """An object that is no plain container, or one that is met twice."""
 
 
@@ -175,11 +175,11 @@ def _mapped_tree(value: Any, change: Change, done: Done, seen: set[int]) -> tupl
         return value, False
     if cls not in PLAIN:
         if has_parts(value):
-            raise _NoTreeError
+            raise NoTreeError
         return value, False
     if not is_compiling():  # Dynamo compiles anew for another identity
         if id(value) in seen:
-            raise _NoTreeError
+            raise NoTreeError
         seen.add(id(value))
     results = [_mapped_tree(part, change, done, seen) for part in (value.values() if cls is dict else value)]
     if not any(changed for _, changed in results):

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from fsdp2_script import RANK, outcome, sharded, train
 from lightning.pytorch.callbacks import Callback
-from live_bytes import LiveBytes
 from plugin_models import Batches
 from sharded_models import ByHand, Recomputing, Sharded
 from torch import distributed, nn
 from torch.nn import functional as F
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+from live_bytes import LiveBytes  # noqa: E402
 
 from lightning_mixprec import FidelityMonitor, PerLayerPrecision, UnderflowMonitor
 from lightning_mixprec.numerics.exponents import histogram

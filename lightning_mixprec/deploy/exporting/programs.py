@@ -22,8 +22,7 @@ from lightning_mixprec.errors import ExportError, MixPrecError, one_line
 from lightning_mixprec.numerics.formats import FORMATS, format_of
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-_PARTLY = ("linalg_multi_dot", "chain_matmul", "cov", "corrcoef", "linalg_matrix_power", "matrix_power")
-_MADE_OF_PRODUCTS = (*_RECURRENT, "einsum", "tensordot", "inner", *_PARTLY)
+_MADE_OF_PRODUCTS = (*_RECURRENT, "einsum", "tensordot", "inner", "linalg_multi_dot", "linalg_matrix_power")
 """Operations inside which autocast casts: they are taken apart where it is on."""
 
 _FUSED = ("lstm",)

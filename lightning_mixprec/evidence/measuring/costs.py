@@ -18,6 +18,7 @@ import math
 import statistics
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,7 +38,7 @@ from lightning_mixprec.evidence.measuring.weight_bytes import KeptByOptimizer, g
 from lightning_mixprec.evidence.replay import StepReplay
 from lightning_mixprec.evidence.run_formats import PolicyFormats
 from lightning_mixprec.numerics.devices import NamedDevice, named_device
-from lightning_mixprec.numerics.devices.timing import seconds_at
+from lightning_mixprec.numerics.devices.timing import seconds_of
 from lightning_mixprec.numerics.formats import REFERENCE, compute_formats, get_format
 from lightning_mixprec.planning.cost import Costs, Handover, LayerCost
 from lightning_mixprec.policy.assignment import EightBits, LayerPrecision
@@ -173,9 +174,8 @@ class _Measuring:
             random = RandomState(device)
             for _ in range(TRIES + 1):
                 own = replay.own_batch(stand_ins, self._batch)
-                start = seconds_at(device)
-                replay.run_on_own(stand_ins, own, 0, random=random)
-                taken.append(seconds_at(device) - start)
+                run = partial(replay.run_on_own, stand_ins, own, 0, random=random)
+                taken.append(seconds_of(run, device))
         return min(taken[1:])
 
     def _has_layers_for(self, format: str) -> bool:

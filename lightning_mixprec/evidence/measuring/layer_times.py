@@ -16,7 +16,7 @@ from lightning_mixprec.evidence.instruments.memory import is_out_of_memory
 from lightning_mixprec.evidence.instruments.own_dtypes import HookOf, hookable
 from lightning_mixprec.evidence.instruments.sandbox import RandomState
 from lightning_mixprec.evidence.measuring.one_layer import in_format, unchanged
-from lightning_mixprec.numerics.devices.timing import seconds_at
+from lightning_mixprec.numerics.devices.timing import seconds_at, seconds_of
 from lightning_mixprec.numerics.formats import get_format
 from lightning_mixprec.policy.assignment import LayerPrecision
 
@@ -126,11 +126,7 @@ def cast_seconds(device: torch.device) -> float:
     key = ("cast", device)
     if key not in _known:
         numbers = torch.ones(_CAST_ELEMENTS, device=device)
-        taken = []
-        for _ in range(TRIES + 1):
-            start = seconds_at(device)
-            numbers.to(torch.bfloat16)
-            taken.append(seconds_at(device) - start)
+        taken = [seconds_of(lambda: numbers.to(torch.bfloat16), device) for _ in range(TRIES + 1)]
         _known[key] = min(taken[1:]) / (_CAST_ELEMENTS * 6)
     return _known[key]
 

@@ -71,8 +71,8 @@ def time_ratio(timed: Callable[[], object], reference: Callable[[], object], dev
     of_reference, of_timed = list[float](), list[float]()
     with torch.no_grad(), _one_thread():
         for _ in range(_TRIES + 1):
-            of_reference.append(_seconds(reference, device))
-            of_timed.append(_seconds(timed, device))
+            of_reference.append(seconds_of(reference, device))
+            of_timed.append(seconds_of(timed, device))
     # The first try of each is for kernels to be made.
     return min(of_timed[1:]) / min(of_reference[1:])
 
@@ -91,7 +91,8 @@ def _multiplied(matrix: Tensor) -> Tensor:
     return torch._int_mm(matrix, matrix) if matrix.dtype == torch.int8 else torch.mm(matrix, matrix)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """The seconds that something takes on a device, by :func:`seconds_at`."""
     start = seconds_at(device)
     run()
     return seconds_at(device) - start

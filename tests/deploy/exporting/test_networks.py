@@ -62,6 +62,19 @@ class Recurrent(nn.Module):
         return self.head(self.cell(self.embedding(tokens))[0])
 
 
+class Chain(nn.Module):
+    """Products of several matrices as one operation of torch."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.weight = name, nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        if self.name == "multi_dot":
+            return torch.linalg.multi_dot([x, self.weight, self.weight])
+        return x @ torch.linalg.matrix_power(self.weight, 3)
+
+
 class Einsum(nn.Module):
     def __init__(self):
         super().__init__()
@@ -186,6 +199,11 @@ class TestWhatIsMadeOfProducts:
 
     def test_einsum(self, tmp_path):
         made = exported(tmp_path, Einsum(), "bf16", torch.randn(2, 4), "pt2")
+        assert (made.layers, made.max_difference) == ({"": "bf16"}, 0)
+
+    @pytest.mark.parametrize("name", ["multi_dot", "matrix_power"])
+    def test_chains_of_products(self, tmp_path, name):
+        made = exported(tmp_path, Chain(name), "bf16", torch.randn(2, 4), "pt2")
         assert (made.layers, made.max_difference) == ({"": "bf16"}, 0)
 
     def test_lstm_in_fp32_is_the_kernel_of_torch(self, tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 
+from lightning_mixprec.engine.backends import scaled_products
 from lightning_mixprec.engine.backends.scaled_linear import Products, linear
 from lightning_mixprec.engine.backends.scaled_products import scaled_product
 from lightning_mixprec.errors import SupportError
@@ -265,6 +266,20 @@ def test_under_vmap_each_sample_has_its_own_scales(products: Products) -> None:
     layer, samples = nn.Linear(8, 6), torch.randn(3, 5, 8) * torch.tensor([1.0, 30.0, 1e-3])[:, None, None]
     run = in_8_bits(layer, products)
     assert torch.equal(torch.vmap(run)(samples), torch.stack([run(each) for each in samples]))
+
+
+@pytest.mark.parametrize("products", FP8.values(), ids=FP8)
+def test_a_cpu_without_torchs_kernel_multiplies_in_fp32_as_that_does(
+    products: Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under torch 2.11."""
+    layer, x = nn.Linear(40, 24), torch.randn(7, 40)
+    expected = linear(x, layer.weight, layer.bias, BF16, products)
+    monkeypatch.setattr(scaled_products, "_has_kernel_on_cpu", lambda: False)
+    monkeypatch.delattr(F, "scaled_mm", raising=False)
+    monkeypatch.delattr(torch, "_scaled_mm")
+    found = linear(x, layer.weight, layer.bias, BF16, products)
+    assert (found - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # torch's own, where it derives

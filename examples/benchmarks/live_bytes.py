@@ -1,4 +1,4 @@
-"""The bytes that live tensors hold, counted, whatever the allocator makes of them."""
+"""The bytes that live tensors hold, counted, whatever the allocator makes of them; storages may be resized."""
 
 import torch
 from torch import Tensor
@@ -8,16 +8,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations have taken or made and that are still there, after each operation.
+    """Counts the bytes of the storages that operations have taken or made and that are still there.
 
     Attributes:
-        peak: The most bytes that were there at once.
+        peak: The most bytes that were there at once; may be set back.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._storages = {}
+        self._storages: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(each, "full_tensor") for each in types):
@@ -30,7 +30,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self._count())
         return result
 
-    def _count(self):
+    def _count(self) -> int:
         total = 0
         for key, ref in list(self._storages.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
